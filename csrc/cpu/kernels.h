@@ -1,0 +1,13 @@
+// The CPU backend as the operator layer sees it: one function per operator, one table per instruction set.
+#pragma once
+
+#include "params.h"
+
+namespace teco::cpu {
+
+struct KernelTable {
+  void (*rms_norm)(const RmsNormParams&, int num_threads);
+  void (*silu_and_mul)(const SiluAndMulParams&, int num_threads);
+};
+
+}  // namespace teco::cpu

@@ -1,0 +1,15 @@
+// The kernel table of one instruction set. Each kernel file adds its operators here and in kernels.h.
+#include "cpu/kernels.h"
+
+namespace teco::cpu::TECO_ISA {
+
+void rms_norm(const RmsNormParams& p, int num_threads);
+void silu_and_mul(const SiluAndMulParams& p, int num_threads);
+
+extern const KernelTable table;
+const KernelTable table = {
+    .rms_norm = rms_norm,
+    .silu_and_mul = silu_and_mul,
+};
+
+}  // namespace teco::cpu::TECO_ISA

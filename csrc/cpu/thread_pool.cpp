@@ -1,0 +1,160 @@
+#include "cpu/thread_pool.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <thread>
+
+namespace teco::cpu {
+namespace {
+
+// How long a worker spins for the next job before it sleeps. A decode step issues an operator every few microseconds:
+// sleeping in between costs a wake-up each (~5 us), spinning without end would starve whoever else needs the core.
+constexpr int kWorkerSpins = 2000;  // ~40 us
+constexpr int kCallerSpins = 4000;
+constexpr int kChunksPerThread = 4;
+constexpr int kMaxThreads = 256;
+
+inline void cpu_pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+thread_local bool inside_body = false;
+
+// A job is cut into chunks; `ticket_` holds the job's number (upper half) and its unclaimed chunks (lower half) in one
+// word, so a worker that overslept can never claim a chunk of a job it does not know, and the caller waits only for
+// chunks that were claimed, not for workers that have not woken up.
+class ThreadPool {
+ public:
+  void run(int64_t count, int64_t grain, int num_threads, void (*body)(void*, int64_t, int64_t), void* context) {
+    std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock.owns_lock()) {
+      body(context, 0, count);
+      return;
+    }
+    ensure_workers(num_threads - 1);
+    const int64_t wanted = static_cast<int64_t>(num_threads) * kChunksPerThread;
+    int64_t chunk = (count + wanted - 1) / wanted;
+    chunk = chunk < grain ? grain : chunk;
+    const auto num_chunks = static_cast<uint32_t>((count + chunk - 1) / chunk);
+
+    body_ = body;
+    context_ = context;
+    count_ = count;
+    chunk_ = chunk;
+    num_chunks_ = num_chunks;
+    helpers_ = num_threads - 1;
+    done_.store(0, std::memory_order_relaxed);
+    const uint32_t job = job_.load(std::memory_order_relaxed) + 1;
+    ticket_.store(static_cast<uint64_t>(job) << 32 | num_chunks, std::memory_order_release);
+    job_.store(job, std::memory_order_release);
+    job_.notify_all();
+
+    work(job);
+    for (int spins = 0; done_.load(std::memory_order_acquire) != num_chunks; ++spins) {
+      if (spins < kCallerSpins) {
+        cpu_pause();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+ private:
+  void ensure_workers(int wanted) {
+    for (; num_workers_ < wanted; ++num_workers_)
+      std::thread([this, index = num_workers_, job = job_.load()] { worker(index, job); }).detach();
+  }
+
+  void worker(int index, uint32_t job) {
+    for (;;) {
+      for (int spins = 0; spins < kWorkerSpins && job_.load(std::memory_order_acquire) == job; ++spins) cpu_pause();
+      job_.wait(job, std::memory_order_acquire);
+      job = job_.load(std::memory_order_acquire);
+      if (index < helpers_.load(std::memory_order_relaxed)) work(job);
+    }
+  }
+
+  void work(uint32_t job) {
+    inside_body = true;
+    uint64_t ticket = ticket_.load(std::memory_order_acquire);
+    while (ticket >> 32 == job && static_cast<uint32_t>(ticket) != 0) {
+      if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) continue;
+      // Claimed: the job cannot end, nor its fields change, before done_ has been raised below.
+      const int64_t index = num_chunks_ - static_cast<uint32_t>(ticket);
+      const int64_t begin = index * chunk_;
+      const int64_t end = begin + chunk_ < count_ ? begin + chunk_ : count_;
+      body_(context_, begin, end);
+      done_.fetch_add(1, std::memory_order_release);
+      ticket = ticket_.load(std::memory_order_acquire);
+    }
+    inside_body = false;
+  }
+
+  std::mutex mutex_;
+  int num_workers_ = 0;
+  void (*body_)(void*, int64_t, int64_t) = nullptr;
+  void* context_ = nullptr;
+  int64_t count_ = 0, chunk_ = 0;
+  uint32_t num_chunks_ = 0;
+  std::atomic<int> helpers_{0};
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+  alignas(64) std::atomic<uint32_t> job_{0};
+  alignas(64) std::atomic<uint32_t> done_{0};
+};
+
+// Never destroyed: workers may outlive the static destructors. Replaced in a forked child, where no worker lives on.
+std::atomic<ThreadPool*> pool{nullptr};
+
+ThreadPool& the_pool() {
+  if (ThreadPool* existing = pool.load(std::memory_order_acquire)) return *existing;
+  static std::mutex creation;
+  const std::lock_guard lock(creation);
+  if (!pool.load()) {
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
+    static_cast<void>(registered);
+    pool.store(new ThreadPool, std::memory_order_release);
+  }
+  return *pool.load();
+}
+
+struct ScratchBuffer {
+  ~ScratchBuffer() { std::free(data); }
+  void* data = nullptr;
+  size_t size = 0;
+};
+
+thread_local ScratchBuffer scratch[2];
+
+}  // namespace
+
+void run_parallel(int64_t count, int64_t grain, int num_threads, void (*body)(void*, int64_t, int64_t), void* context) {
+  if (count <= 0) return;
+  grain = grain < 1 ? 1 : grain;
+  num_threads = num_threads > kMaxThreads ? kMaxThreads : num_threads;
+  if (num_threads <= 1 || count <= grain || inside_body) {
+    body(context, 0, count);
+    return;
+  }
+  the_pool().run(count, grain, num_threads, body, context);
+}
+
+void* thread_scratch(Scratch kind, size_t bytes) {
+  ScratchBuffer& buffer = scratch[static_cast<int>(kind)];
+  if (buffer.size < bytes) {
+    std::free(buffer.data);
+    buffer.size = (bytes + 4095) / 4096 * 4096;
+    buffer.data = std::aligned_alloc(4096, buffer.size);
+    if (!buffer.data) throw std::bad_alloc();
+  }
+  return buffer.data;
+}
+
+}  // namespace teco::cpu

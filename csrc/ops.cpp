@@ -1,0 +1,47 @@
+// The one table of operators: schema, then implementation. Outputs are arguments marked (a!): the Python function
+// allocates them when the caller gave none, and the dispatcher sees exactly what is written.
+#include "ops/ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/isa.h"
+#include "ops/checks.h"
+
+namespace teco::ops {
+namespace {
+
+// Picks the instruction set; fails when TECO_CPU_ISA names one that is not here.
+std::string cpu_isa() {
+  require(cpu::kernels() != nullptr, cpu::isa_problem());
+  return cpu::isa_name();
+}
+
+std::string cpu_isa_choices() {
+  return cpu::isa_choices();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(teco_kernels, m) {
+  m.def("cpu_isa() -> str");
+  m.def("cpu_isa_choices() -> str");
+
+  m.def("rms_norm(Tensor(a!) out, Tensor input, Tensor weight, float eps) -> ()");
+  m.def(
+      "fused_add_rms_norm(Tensor(a!) out, Tensor(b!) residual_out, Tensor input, Tensor residual, Tensor weight, "
+      "float eps) -> ()");
+  m.def("silu_and_mul(Tensor(a!) out, Tensor input) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_isa_choices", TORCH_BOX(&cpu_isa_choices));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("fused_add_rms_norm", TORCH_BOX(&fused_add_rms_norm));
+  m.impl("silu_and_mul", TORCH_BOX(&silu_and_mul));
+}
+
+}  // namespace teco::ops

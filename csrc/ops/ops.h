@@ -1,0 +1,19 @@
+// The operators as the dispatcher calls them; each checks its arguments, fills its params and calls the backend's
+// kernel. `out` arguments come first and are written; the schemas stand in ops.cpp.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace teco::ops {
+
+using torch::stable::Tensor;
+
+void rms_norm(Tensor out, Tensor input, Tensor weight, double eps);
+void fused_add_rms_norm(Tensor out, Tensor residual_out, Tensor input, Tensor residual, Tensor weight, double eps);
+void silu_and_mul(Tensor out, Tensor input);
+
+}  // namespace teco::ops

@@ -1,0 +1,42 @@
+"""teco_kernels: native kernels for large-language-model inference, and a slim decoder loop over them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from teco_kernels.ops import (
+    fused_add_rms_norm,
+    rms_norm,
+    silu_and_mul,
+)
+
+if TYPE_CHECKING:
+    from teco_kernels.decoder import LLM, CompletionOutput, RequestOutput, SamplingParams
+
+__version__ = "0.1.0"
+
+# The decoder loop pulls in tokenizers and safetensors: an engine that only wants the operators never loads them.
+_LAZY = {
+    "LLM": "teco_kernels.decoder",
+    "SamplingParams": "teco_kernels.decoder",
+    "RequestOutput": "teco_kernels.decoder",
+    "CompletionOutput": "teco_kernels.decoder",
+    "gptq_quantize": "teco_kernels.quantization",
+}
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "fused_add_rms_norm",
+    "rms_norm",
+    "silu_and_mul",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,8 @@
+"""The operators: one module per family, each with its signatures, fake kernels and float64 references."""
+
+from __future__ import annotations
+
+from teco_kernels.ops.activation import silu_and_mul
+from teco_kernels.ops.norm import fused_add_rms_norm, rms_norm
+
+__all__ = ["fused_add_rms_norm", "rms_norm", "silu_and_mul"]

@@ -1,0 +1,97 @@
+"""Loads the compiled operators and calls them; the only module that touches `torch.ops`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
+_EXCEPTIONS: dict[str, type[Exception]] = {"ValueError": ValueError, "TypeError": TypeError}
+
+if not _LIBRARY.exists():
+    raise ImportError(
+        f"teco_kernels: {_LIBRARY.name} is not compiled; run `pip install .` (or `-e .`) in the source tree"
+    )
+torch.ops.load_library(str(_LIBRARY))  # type: ignore[no-untyped-call]
+
+
+def _translate(error: RuntimeError, name: str) -> Exception:
+    """The exception that a failed check in C++ stands for (see csrc/ops/checks.h)."""
+    if isinstance(error, NotImplementedError):
+        return ValueError(
+            f"{name}: the arguments are on devices for which there is no kernel, or not all on one device"
+        )
+    kind, _, message = str(error).partition(": ")
+    exception = _EXCEPTIONS.get(kind)
+    return exception(f"{name}: {message.splitlines()[0]}") if exception else error
+
+
+def operator(name: str) -> Callable[..., Any]:
+    """The compiled operator `name`, with check failures raised as ValueError or TypeError."""
+    packet = getattr(torch.ops.teco_kernels, name).default
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return packet(*args)
+        if _recorder is not None:
+            _recorder(packet, args)
+        try:
+            return packet(*args)
+        except RuntimeError as error:
+            translated = _translate(error, name)
+            raise translated from (None if translated is not error else error.__cause__)
+
+    call.__name__ = name
+    return call
+
+
+def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a shape-only kernel of `name`, which first checks that all tensors are on one device."""
+
+    def decorate(fake: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*args: Any) -> Any:
+            devices = {arg.device for arg in args if isinstance(arg, torch.Tensor)}
+            if len(devices) > 1:
+                raise RuntimeError(f"ValueError: expected all tensors on one device, got {sorted(map(str, devices))}")
+            return fake(*args)
+
+        torch.library.register_fake(f"teco_kernels::{name}", checked)
+        return fake
+
+    return decorate
+
+
+def register_fake_writing_only(*names: str) -> None:
+    """Register the fake kernel of operators that only write into their arguments."""
+    for name in names:
+        register_fake(name)(lambda *args: None)
+
+
+# Sees (operator, arguments) of every eager call; the tests use it to run opcheck on what the public functions pass.
+_recorder: Callable[[Any, tuple[Any, ...]], None] | None = None
+
+
+def record_calls(recorder: Callable[[Any, tuple[Any, ...]], None] | None) -> None:
+    """Send every eager operator call to `recorder` before it runs; None stops it."""
+    global _recorder
+    _recorder = recorder
+
+
+_cpu_isa = operator("cpu_isa")
+_cpu_isa_choices = operator("cpu_isa_choices")
+
+
+def cpu_isa() -> str:
+    """Name of the CPU instruction set in use; ValueError when TECO_CPU_ISA names one that is not available."""
+    return str(_cpu_isa())
+
+
+def cpu_isa_choices() -> list[str]:
+    """The CPU instruction sets that were compiled and that this processor has, widest first."""
+    return str(_cpu_isa_choices()).split()
+
+
+cpu_isa()

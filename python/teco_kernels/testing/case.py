@@ -1,0 +1,101 @@
+"""One case of an operator, and how it is held against the float64 reference."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from teco_kernels.ops._reference import relative_error
+
+#: Largest relative error that the numerics contract allows for an output of this dtype.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator: its inputs, its reference, and what it costs.
+
+    Attributes
+    ----------
+    operator : str
+        Public name of the operator.
+    params : Mapping
+        Sizes and options that make up the case; they name it, and `supports` is asked with them.
+    dtype : torch.dtype
+        Dtype of the activations.
+    make_inputs : callable
+        ``make_inputs(generator) -> dict`` of keyword arguments, on the CPU.
+    function, reference : callable
+        Called with the inputs; return a tensor, a tuple of tensors, or None.
+    mutates : tuple of str
+        Inputs that the call writes; they are compared like outputs.
+    max_error : float
+        Largest allowed relative error of any floating output; other outputs must be equal.
+    bytes_moved, flops : int
+        What the call must read and write at the least, and the arithmetic it does.
+    benchmark : bool
+        Whether the case is large enough to be worth timing.
+    """
+
+    operator: str
+    params: Mapping[str, Any]
+    dtype: torch.dtype
+    make_inputs: Callable[[torch.Generator], Inputs]
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    max_error: float
+    bytes_moved: int
+    flops: int
+    mutates: tuple[str, ...] = ()
+    benchmark: bool = False
+
+    @property
+    def name(self) -> str:
+        """Identifier of the case: operator, dtype and parameters."""
+        params = "-".join(f"{key}={value}" for key, value in self.params.items())
+        return f"{self.operator}-{str(self.dtype).removeprefix('torch.')}-{params}"
+
+    def inputs(self, seed: int = 0) -> Inputs:
+        """The keyword arguments of the call; the same for the same seed."""
+        return self.make_inputs(torch.Generator().manual_seed(seed))
+
+    def outputs(self, function: Callable[..., Any], inputs: Inputs) -> dict[str, torch.Tensor]:
+        """Call `function` on a copy of the inputs and collect all it returned and wrote."""
+        inputs = copy.deepcopy(inputs)
+        result = function(**inputs)
+        returned = () if result is None else result if isinstance(result, tuple) else (result,)
+        named = {f"output {index}": tensor for index, tensor in enumerate(returned)}
+        return named | {name: inputs[name] for name in self.mutates}
+
+
+@dataclass
+class CaseResult:
+    """Relative error of each output of a case."""
+
+    case: Case
+    errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every output is within the case's tolerance."""
+        return all(error <= self.case.max_error for error in self.errors.values())
+
+
+def run_case(case: Case, seed: int = 0) -> CaseResult:
+    """Run the operator and its reference on the same inputs and compare all outputs."""
+    inputs = case.inputs(seed)
+    actual, expected = case.outputs(case.function, inputs), case.outputs(case.reference, inputs)
+    result = CaseResult(case)
+    for name, reference in expected.items():
+        out = actual[name]
+        if out.is_floating_point():
+            result.errors[name] = relative_error(out, reference)
+        else:
+            result.errors[name] = 0.0 if torch.equal(out, reference.to(out.dtype)) else float("inf")
+    return result

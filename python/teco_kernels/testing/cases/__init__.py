@@ -1,0 +1,16 @@
+"""The cases of every operator family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from teco_kernels.testing.case import Case
+from teco_kernels.testing.cases import activation, norm
+
+FAMILIES = (norm, activation)
+
+
+def all_cases() -> Iterator[Case]:
+    """Every case of every operator."""
+    for family in FAMILIES:
+        yield from family.cases()

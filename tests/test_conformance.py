@@ -1,0 +1,63 @@
+"""Every case of the table: against the float64 reference, through opcheck, under torch.compile, per instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from teco_kernels.ops import _library
+from teco_kernels.testing import Case, all_cases, run_case
+
+CASES = list(all_cases())
+# opcheck and compilation look at schemas and shapes, not at numbers: the small cases of each operator are enough.
+SMALL = [case for case in CASES if not case.benchmark]
+
+
+def by_name(case: Case) -> str:
+    return case.name
+
+
+@pytest.mark.parametrize("case", CASES, ids=by_name)
+def test_matches_reference(case: Case) -> None:
+    result = run_case(case)
+    assert result.ok, f"errors {result.errors} exceed {case.max_error}"
+
+
+@pytest.mark.parametrize("case", SMALL, ids=by_name)
+def test_schema_is_truthful(case: Case) -> None:
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+    _library.record_calls(lambda operator, args: calls.append((operator, args)))
+    try:
+        case.function(**case.inputs())
+    finally:
+        _library.record_calls(None)
+    assert calls
+    for operator, args in calls:
+        torch.library.opcheck(operator, args)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=by_name)
+def test_compiles_without_graph_break(case: Case) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(case.function, fullgraph=True, backend="aot_eager", dynamic=False)
+    inputs = case.inputs()
+    eager, traced = case.outputs(case.function, inputs), case.outputs(compiled, inputs)
+    for name, expected in eager.items():
+        assert torch.equal(traced[name], expected), name
+
+
+@pytest.mark.skipif("TECO_CPU_ISA" in os.environ, reason="already running under a forced instruction set")
+@pytest.mark.parametrize("isa", _library.cpu_isa_choices()[1:])
+def test_lower_instruction_set(isa: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "test_matches_reference"],
+        env=os.environ | {"TECO_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr

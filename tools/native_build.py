@@ -1,0 +1,146 @@
+"""Writes the ninja file of the native modules and runs it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from find_torch import find_torch
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
+
+# -ffp-contract=off: a compiler free to fuse a*b+c at will would let two paths to the same element differ in bits.
+COMMON_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Wno-restrict",
+]
+# Kernels are free-standing: no exceptions, no run-time type information, no guarded statics.
+KERNEL_FLAGS = ["-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-Wno-psabi", "-fno-math-errno"]
+INSTRUCTION_SETS = {
+    "x86_64": {"baseline": [], "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt"]},
+    "aarch64": {"baseline": []},
+}
+# These files of csrc/cpu are compiled once, for the lowest instruction set: they run before one is chosen.
+BASELINE_ONLY = {"dispatch.cpp", "thread_pool.cpp"}
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (path := shutil.which(name.split()[0])):
+            return path
+    raise SystemExit(
+        "teco_kernels: no C++20 compiler found (tried $CXX, c++, g++, clang++); on Debian: apt-get install g++"
+    )
+
+
+def _ninja() -> str:
+    try:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    except ImportError:
+        if path := shutil.which("ninja"):
+            return path
+    raise SystemExit("teco_kernels: ninja not found; pip install ninja")
+
+
+def _torch() -> Path:
+    if (torch := find_torch()) is None:
+        raise SystemExit(
+            "teco_kernels: no torch with stable-ABI headers found in this environment; pip install 'torch>=2.13'"
+        )
+    return torch
+
+
+def _escape(path: Path | str) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+class _NinjaFile:
+    def __init__(self, compiler: str) -> None:
+        self.lines = [
+            "ninja_required_version = 1.5",
+            f"cxx = {compiler}",
+            "rule compile",
+            "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $out",
+            "rule link",
+            "  command = $cxx -shared -o $out $in $libs",
+            "  description = link $out",
+        ]
+
+    def compile(self, source: Path, flags: list[str], variant: str = "") -> str:
+        stem = source.relative_to(CSRC).with_suffix("")
+        target = f"{stem}{'.' + variant if variant else ''}.o"
+        self.lines += [f"build {_escape(target)}: compile {_escape(source)}", f"  flags = {' '.join(flags)}"]
+        return target
+
+    def link(self, target: Path, objects: list[str], libs: list[str]) -> None:
+        self.lines += [f"build {_escape(target)}: link {' '.join(map(_escape, objects))}", f"  libs = {' '.join(libs)}"]
+
+
+def _operator_objects(ninja: _NinjaFile, torch: Path) -> list[str]:
+    include = [f"-I{CSRC}"]
+    torch_flags = [f"-isystem {torch / 'include'}", "-DTORCH_TARGET_VERSION=0x020d000000000000"]
+    sources = [CSRC / "ops.cpp", *sorted((CSRC / "ops").glob("*.cpp"))]
+    objects = [ninja.compile(source, COMMON_FLAGS + include + torch_flags) for source in sources]
+    variants = INSTRUCTION_SETS.get(platform.machine(), {"baseline": []})
+    available = "".join(f" -DTECO_HAVE_{name.upper()}" for name in variants)
+    for source in sorted((CSRC / "cpu").glob("*.cpp")):
+        if source.name in BASELINE_ONLY:
+            objects.append(ninja.compile(source, [*COMMON_FLAGS, *include, available]))
+            continue
+        for name, flags in variants.items():
+            isa = [f"-DTECO_ISA={name}", f"-DTECO_ISA_{name.upper()}"]
+            objects.append(ninja.compile(source, COMMON_FLAGS + include + KERNEL_FLAGS + flags + isa, name))
+    return objects
+
+
+def _host_objects(ninja: _NinjaFile) -> list[str]:
+    import pybind11
+
+    flags = [
+        *COMMON_FLAGS,
+        f"-I{CSRC}",
+        f"-isystem {pybind11.get_include()}",
+        f"-isystem {sysconfig.get_paths()['include']}",
+    ]
+    return [ninja.compile(source, flags) for source in sorted((CSRC / "host").glob("*.cpp"))]
+
+
+def build(outputs: dict[str, Path], verbose: bool = False) -> None:
+    """Compile and link the modules named in `outputs` ("_C", "_host") to the given paths."""
+    torch = _torch()
+    ninja = _NinjaFile(_compiler())
+    modules = {"_C": BUILD / "_C.so", "_host": BUILD / "_host.so"}
+    ninja.link(
+        modules["_C"], _operator_objects(ninja, torch), [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", "-pthread"]
+    )
+    ninja.link(modules["_host"], _host_objects(ninja), [])
+    BUILD.mkdir(parents=True, exist_ok=True)
+    (BUILD / "build.ninja").write_text("\n".join(ninja.lines) + "\n")
+    jobs = os.environ.get("MAX_JOBS")
+    command = [_ninja(), "-C", str(BUILD), *(["-j", jobs] if jobs else []), *(["-v"] if verbose else [])]
+    if subprocess.run(command).returncode != 0:
+        raise SystemExit("teco_kernels: the native build failed; the compiler's message stands above")
+    for name, output in outputs.items():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # A library that a running process has mapped must be replaced, never written into.
+        staging = output.with_suffix(".new")
+        shutil.copy2(modules[name], staging)
+        staging.replace(output)
