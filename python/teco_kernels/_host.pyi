@@ -1,0 +1,147 @@
+"""Host-side classes of the decoder loop (compiled from csrc/host; torch-free)."""
+
+from collections.abc import Sequence
+
+class BlockPool:
+    """Hands out the blocks of a KV cache and finds the ones that already hold a prefix.
+
+    A block is *used* (somebody holds a reference), *cached* (nobody does, but the prefix index knows its tokens: kept
+    until its room is needed, least recently used first) or *free*; ``num_used + num_cached + num_free == num_blocks``
+    at all times. Every call costs O(1) per block it is given or returns. Not thread-safe.
+
+    Wrong ids, double frees and the like raise ValueError and leave the pool as it was.
+
+    Parameters
+    ----------
+    num_blocks : int
+        Blocks in the cache; their ids are 0 to ``num_blocks - 1``.
+    block_size : int
+        Tokens per block.
+    hash_bits : int
+        Bits of the prefix hash that are used. Fewer than 64 make collisions, which cost time and nothing else, as
+        tokens are always compared; meant for tests.
+
+    Examples
+    --------
+    The life of a sequence::
+
+        blocks = pool.find_prefix(prompt[:-1])              # the last token must be computed, for its logits
+        fresh = pool.allocate(num_needed - len(blocks))     # None: wait, or preempt somebody, after pool.free(blocks)
+        ...                                                 # the step writes KV; blocks [a, b) are full now
+        blocks[a:b] = pool.cache_blocks(
+            blocks[a:b], tokens[a * B : b * B], parent=blocks[a - 1] if a else None
+        )
+        pool.free(blocks)                                   # finished or preempted; full blocks stay cached
+
+    References
+    ----------
+    Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", arXiv 2309.06180.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, hash_bits: int = 64) -> None: ...
+    def allocate(self, n: int = 1) -> list[int] | None:
+        """Take `n` blocks, each with one reference; cached blocks are evicted when the free ones do not suffice.
+
+        Returns
+        -------
+        list of int, or None
+            None, and nothing is taken or evicted, when ``n > num_available``.
+        """
+
+    def ref(self, block_ids: Sequence[int]) -> None:
+        """Add a reference to each block, as a fork of a sequence does. All must be used."""
+
+    def free(self, block_ids: Sequence[int]) -> None:
+        """Drop a reference to each block; those that nobody holds any longer become cached or free.
+
+        Give the blocks of a sequence in their order: the end of a prefix then leaves the cache before its beginning.
+        """
+
+    def find_prefix(self, token_ids: Sequence[int], *, salt: int = 0) -> list[int]:
+        """Find the blocks of the longest indexed prefix of `token_ids`, and take a reference to each.
+
+        Parameters
+        ----------
+        token_ids : sequence of int
+            Only whole blocks of tokens match.
+        salt : int
+            0 to 2**64 - 1. Prefixes that were entered under another salt (another adapter, another tenant) never match.
+
+        Returns
+        -------
+        list of int
+            Block ids in order; empty when not even the first block is known.
+        """
+
+    def cache_blocks(
+        self, block_ids: Sequence[int], token_ids: Sequence[int], *, parent: int | None = None, salt: int = 0
+    ) -> list[int]:
+        """Enter full blocks into the prefix index, once their KV is written.
+
+        Parameters
+        ----------
+        block_ids : sequence of int
+            Consecutive blocks of one sequence, all used.
+        token_ids : sequence of int
+            Exactly their tokens: ``len(block_ids) * block_size`` of them.
+        parent : int, optional
+            The block before them, also used; None when they begin the sequence. If the index no longer knows it (see
+            `clear_prefix_cache`), nothing is entered.
+        salt : int
+            As in `find_prefix`; read only when `parent` is None.
+
+        Returns
+        -------
+        list of int
+            The blocks to use from now on. Where another block already held the same prefix it takes the place of the
+            given one, whose reference is dropped; elsewhere they are the given ones.
+        """
+
+    def clear_prefix_cache(self) -> None:
+        """Forget all prefixes: cached blocks become free, used blocks stay used."""
+
+    def ref_count(self, block_id: int) -> int:
+        """References to the block; 0 for cached and free ones."""
+
+    def is_shared(self, block_id: int) -> bool:
+        """Whether a write would be seen by another holder or by the prefix index: copy the block first."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the cache."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that hold nothing."""
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that nobody holds but that keep a known prefix."""
+
+    @property
+    def num_available(self) -> int:
+        """What `allocate` can hand out: free and cached blocks."""
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that somebody holds; a shared block counts once."""
+
+    @property
+    def peak_used(self) -> int:
+        """Largest `num_used` so far."""
+
+    @property
+    def num_evictions(self) -> int:
+        """Cached blocks that were given up for their room."""
+
+    @property
+    def queried_tokens(self) -> int:
+        """Tokens that `find_prefix` was asked for."""
+
+    @property
+    def hit_tokens(self) -> int:
+        """Tokens that `find_prefix` found."""
