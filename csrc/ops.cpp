@@ -31,6 +31,9 @@ STABLE_TORCH_LIBRARY(teco_kernels, m) {
       "fused_add_rms_norm(Tensor(a!) out, Tensor(b!) residual_out, Tensor input, Tensor residual, Tensor weight, "
       "float eps) -> ()");
   m.def("silu_and_mul(Tensor(a!) out, Tensor input) -> ()");
+  m.def(
+      "rotary_embedding(Tensor positions, Tensor(a!) query, Tensor(b!) key, Tensor cos_sin_cache, bool interleaved) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CompositeExplicitAutograd, m) {
@@ -42,6 +45,7 @@ STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("fused_add_rms_norm", TORCH_BOX(&fused_add_rms_norm));
   m.impl("silu_and_mul", TORCH_BOX(&silu_and_mul));
+  m.impl("rotary_embedding", TORCH_BOX(&rotary_embedding));
 }
 
 }  // namespace teco::ops

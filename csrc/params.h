@@ -31,4 +31,17 @@ struct SiluAndMulParams {
   DType dtype;
 };
 
+// Rotates the first rotary_dim elements of every head, in place, by the angle of the token's position:
+// (x, y) -> (x cos - y sin, y cos + x sin). Pairs are (i, i + rotary_dim / 2), or (2i, 2i + 1) when interleaved.
+struct RotaryEmbeddingParams {
+  const int64_t* positions;    // [num_tokens], checked to lie within the cache
+  void* query;                 // [num_tokens, num_query_heads, head_dim]
+  void* key;                   // [num_tokens, num_kv_heads, head_dim]
+  const float* cos_sin_cache;  // [max_position, rotary_dim]: cosines, then sines
+  int64_t num_tokens, num_query_heads, num_kv_heads, rotary_dim;
+  int64_t query_stride, query_head_stride, key_stride, key_head_stride, cos_sin_stride;
+  bool interleaved;
+  DType dtype;  // of query and key
+};
+
 }  // namespace teco

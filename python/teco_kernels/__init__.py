@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from teco_kernels.ops import (
     fused_add_rms_norm,
     rms_norm,
+    rotary_embedding,
     silu_and_mul,
 )
 
@@ -32,6 +33,7 @@ __all__ = [
     "SamplingParams",
     "fused_add_rms_norm",
     "rms_norm",
+    "rotary_embedding",
     "silu_and_mul",
 ]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from teco_kernels.testing.case import Case
-from teco_kernels.testing.cases import activation, norm
+from teco_kernels.testing.cases import activation, norm, rotary
 
-FAMILIES = (norm, activation)
+FAMILIES = (norm, activation, rotary)
 
 
 def all_cases() -> Iterator[Case]:
