@@ -1,0 +1,136 @@
+"""What a model is, as numbers: one description for every supported family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# What a family's modelling code fixes and its config.json therefore leaves out.
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+}
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer of the Llama shape: RMS norm, rotary attention, gated MLP.
+
+    Attributes
+    ----------
+    sliding_windows : tuple of int or None
+        One per layer: a query sees keys at a distance below it; None sees all.
+    rope_scaling : dict or None
+        As in config.json, with ``rope_type`` linear, llama3 or yarn; None for plain rotary embeddings.
+    qkv_bias, output_bias, mlp_bias : bool
+        Whether the q/k/v, the attention output and the MLP projections carry a bias.
+    qk_norm : bool
+        Whether every head of q and k goes through an RMS norm before the rotary embedding.
+    dtype : str
+        What the checkpoint was saved in, e.g. ``"bfloat16"``.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+    tie_word_embeddings: bool
+    sliding_windows: tuple[int | None, ...]
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    dtype: str = "float32"
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], origin: str) -> ModelConfig:
+        """Read the contents of a Hugging Face ``config.json``; `origin` names the file in errors.
+
+        Raises
+        ------
+        ValueError
+            For an unknown architecture, a missing or impossible number, or an unknown rope scaling.
+        """
+        family = raw.get("model_type")
+        if family not in _FAMILIES:
+            raise ValueError(f"{origin}: unknown architecture {family!r}; supported are {', '.join(_FAMILIES)}")
+
+        def number(key: str, default: Any = None) -> int:
+            value = raw.get(key)
+            value = default if value is None else value
+            if not isinstance(value, int) or value <= 0:
+                raise ValueError(f"{origin}: expected a positive integer {key!r}, got {value!r}")
+            return value
+
+        hidden_size, num_heads, num_layers = (
+            number(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+        )
+        num_kv_heads = number("num_key_value_heads", num_heads)
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"{origin}: expected 'num_attention_heads' to be a multiple of 'num_key_value_heads', "
+                f"got {num_heads} and {num_kv_heads}"
+            )
+        if raw.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"{origin}: expected 'hidden_act' silu, got {raw['hidden_act']!r}")
+        max_position = number("max_position_embeddings")
+        theta, scaling = _rope(raw, max_position, origin)
+        bias = bool(raw.get("attention_bias", False)) and family in ("llama", "qwen3")
+        options = {"qkv_bias": bias, "output_bias": bias, "mlp_bias": bool(raw.get("mlp_bias", False))}
+        return cls(
+            family=family,
+            vocab_size=number("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=number("intermediate_size"),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=number("head_dim", hidden_size // num_heads),
+            max_position=max_position,
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            sliding_windows=_sliding_windows(raw, family, num_layers),
+            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+            **{**options, **_FAMILIES[family]},
+        )
+
+
+def _rope(raw: Mapping[str, Any], max_position: int, origin: str) -> tuple[float, dict[str, Any] | None]:
+    """Theta and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    theta = float(rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    if kind not in _ROPE_TYPES:
+        raise ValueError(f"{origin}: unknown rope scaling {kind!r}; supported are {', '.join(_ROPE_TYPES)}")
+    if kind == "default":
+        return theta, None
+    rope.pop("type", None)
+    if kind in ("llama3", "yarn"):
+        rope["original_max_position_embeddings"] = rope.get("original_max_position_embeddings") or max_position
+    return theta, {"rope_type": kind, **rope}
+
+
+def _sliding_windows(raw: Mapping[str, Any], family: str, num_layers: int) -> tuple[int | None, ...]:
+    window = raw.get("sliding_window")
+    # Qwen configurations carry a window that is off unless another key turns it on; Llama has none.
+    if family == "llama" or not window or (family != "mistral" and not raw.get("use_sliding_window", False)):
+        return (None,) * num_layers
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        first = int(raw.get("max_window_layers", 0)) if family != "mistral" else 0
+        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)

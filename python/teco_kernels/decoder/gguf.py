@@ -1,0 +1,226 @@
+"""GGUF files as a source: metadata read directly, tensors dequantised by the `gguf` package and renamed.
+
+`gguf.GGUFReader` makes an array per metadata element, which takes seconds for a vocabulary; this reader takes a
+fraction of one.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+from teco_kernels.decoder.loader import Source
+from teco_kernels.decoder.tokenizer import Tokenizer
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class _TensorInfo:
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        elements, nbytes = GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) // elements * nbytes
+
+
+class _Reader:
+    """A cursor over the file; reading past its end is a ValueError naming it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError(f"{path}: not a GGUF file")
+            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.position = 4
+
+    def truncated(self) -> ValueError:
+        return ValueError(f"{self.path}: truncated or damaged GGUF file (in its metadata)")
+
+    def take(self, count: int) -> bytes:
+        start, self.position = self.position, self.position + count
+        if self.position > len(self.data):
+            raise self.truncated()
+        return self.data[start : self.position]
+
+    def scalars(self, code: str, count: int) -> tuple[Any, ...]:
+        layout = f"<{count}{code}"
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+
+    def scalar(self, code: str) -> Any:
+        return self.scalars(code, 1)[0]
+
+    def string(self) -> str:
+        return self.take(self.scalar("Q")).decode("utf-8", "replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            element, count = self.scalar("I"), self.scalar("Q")
+            if element in _SCALARS:
+                return list(self.scalars(_SCALARS[element], count))
+            return [self.value(element) for _ in range(count)]
+        if kind not in _SCALARS:
+            raise self.truncated()
+        return self.scalar(_SCALARS[kind])
+
+
+class GGUFSource(Source):
+    """A GGUF file of the llama (also Mistral), qwen2 or qwen3 architecture."""
+
+    def __init__(self, path: Path) -> None:
+        reader = _Reader(path)
+        _, num_tensors, num_values = reader.scalars("I", 1), reader.scalar("Q"), reader.scalar("Q")
+        self._metadata: dict[str, Any] = {}
+        for _ in range(num_values):
+            key = reader.string()
+            self._metadata[key] = reader.value(reader.scalar("I"))
+        self._data = np.frombuffer(reader.data, dtype=np.uint8)
+        self._infos: dict[str, _TensorInfo] = {}
+        self._rope_factors: _TensorInfo | None = None
+        infos = [self._read_info(reader) for _ in range(num_tensors)]
+        alignment = self._metadata.get("general.alignment", 32)
+        self._start = -(-reader.position // alignment) * alignment
+        for name, info in infos:
+            if self._start + info.offset + info.nbytes > len(self._data):
+                raise ValueError(f"{path}: truncated GGUF file: it ends before the end of tensor {name!r}")
+            if name == "rope_freqs.weight":
+                self._rope_factors = info
+            else:
+                self._infos[self._hugging_face_name(path, name)] = info
+        super().__init__(path, self._hugging_face_config(path), str(path))
+
+    @staticmethod
+    def _read_info(reader: _Reader) -> tuple[str, _TensorInfo]:
+        name = reader.string()
+        shape = reader.scalars("Q", reader.scalar("I"))[::-1]
+        kind, offset = reader.scalar("I"), reader.scalar("Q")
+        try:
+            return name, _TensorInfo(shape, GGMLQuantizationType(kind), offset)
+        except ValueError:
+            raise ValueError(f"{reader.path}: tensor {name!r} has an unknown storage type {kind}") from None
+
+    @staticmethod
+    def _hugging_face_name(path: Path, name: str) -> str:
+        match name.split("."):
+            case ["blk", layer, part, suffix] if part in _LAYER_NAMES:
+                return f"model.layers.{layer}.{_LAYER_NAMES[part]}.{suffix}"
+            case [part, suffix] if part in _TOP_NAMES:
+                return f"{_TOP_NAMES[part]}.{suffix}"
+        raise ValueError(f"{path}: unknown tensor {name!r}: not one of the supported architectures")
+
+    def _hugging_face_config(self, path: Path) -> dict[str, Any]:
+        """The metadata as the config.json that `ModelConfig` reads."""
+        architecture = self._metadata.get("general.architecture")
+
+        def get(key: str, default: Any = None) -> Any:
+            return self._metadata.get(f"{architecture}.{key}", default)
+
+        config: dict[str, Any] = {
+            "model_type": architecture,
+            "architectures": [f"{str(architecture).capitalize()}ForCausalLM"],
+            "hidden_act": "silu",
+            "vocab_size": get("vocab_size", len(self._metadata.get("tokenizer.ggml.tokens", []))),
+            "hidden_size": get("embedding_length"),
+            "intermediate_size": get("feed_forward_length"),
+            "num_hidden_layers": get("block_count"),
+            "num_attention_heads": get("attention.head_count"),
+            "num_key_value_heads": get("attention.head_count_kv", get("attention.head_count")),
+            "max_position_embeddings": get("context_length"),
+            "rms_norm_eps": round(get("attention.layer_norm_rms_epsilon", 1e-6), 12),  # stored as fp32
+            "rope_theta": get("rope.freq_base", 10000.0),
+            "tie_word_embeddings": "lm_head.weight" not in self._infos,
+            "attention_bias": architecture != "qwen2" and "model.layers.0.self_attn.q_proj.bias" in self._infos,
+            "bos_token_id": self._metadata.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self._metadata.get("tokenizer.ggml.eos_token_id"),
+            "torch_dtype": "float32",
+        }
+        if get("attention.key_length"):
+            config["head_dim"] = get("attention.key_length")
+        if get("attention.sliding_window"):
+            config |= {"model_type": "mistral", "sliding_window": get("attention.sliding_window")}
+        if get("rope.scaling.type", "none") != "none":
+            config["rope_scaling"] = {
+                "rope_type": get("rope.scaling.type"),
+                "factor": get("rope.scaling.factor", 1.0),
+                "original_max_position_embeddings": get("rope.scaling.original_context_length"),
+            }
+        if self._rope_factors is not None:
+            config["rope_scaling"] = self._llama3_scaling(path, config["rope_theta"])
+        return config
+
+    def _llama3_scaling(self, path: Path, theta: float) -> dict[str, Any]:
+        """Llama 3's rope scaling, which GGUF stores as a divisor per frequency; all its models share these numbers."""
+        assert self._rope_factors is not None
+        stored = self._dequantize(self._rope_factors).double()
+        factor, low, high, context = stored.max().item(), 1.0, 4.0, 8192
+        wavelength = 2 * math.pi * theta ** (torch.arange(len(stored), dtype=torch.float64) / len(stored))
+        smooth = ((context / wavelength - low) / (high - low)).clamp(0, 1)
+        if not torch.allclose(stored, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
+            raise ValueError(f"{path}: tensor 'rope_freqs.weight' holds a rope scaling other than Llama 3's")
+        return {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": context,
+        }
+
+    def names(self) -> list[str]:
+        return list(self._infos)
+
+    def _read(self, name: str) -> torch.Tensor:
+        tensor = self._dequantize(self._infos[name])
+        if self._metadata["general.architecture"] == "llama" and ".self_attn.q_proj" in name:
+            return _undo_permutation(tensor, self.config.num_heads)
+        if self._metadata["general.architecture"] == "llama" and ".self_attn.k_proj" in name:
+            return _undo_permutation(tensor, self.config.num_kv_heads)
+        return tensor
+
+    def _dequantize(self, info: _TensorInfo) -> torch.Tensor:
+        start = self._start + info.offset
+        raw = self._data[start : start + info.nbytes]
+        if info.kind == GGMLQuantizationType.F16:
+            return torch.from_numpy(raw.view(np.float16).reshape(info.shape).copy())
+        elements, nbytes = GGML_QUANT_SIZES[info.kind]
+        rows = raw.reshape(*info.shape[:-1], info.shape[-1] // elements * nbytes)
+        return torch.from_numpy(np.array(quants.dequantize(rows, info.kind), dtype=np.float32).reshape(info.shape))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_gguf(self._metadata, self.path)
+
+
+def _undo_permutation(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Rows of a q or k projection from GGUF's order (rotary pairs adjacent) to Hugging Face's (halves)."""
+    split = weight.reshape(num_heads, weight.shape[0] // num_heads // 2, 2, *weight.shape[1:])
+    return split.swapaxes(1, 2).reshape(weight.shape).contiguous()

@@ -1,0 +1,149 @@
+"""Where a model comes from: a Hugging Face directory or a GGUF file, behind one interface. Pickles are never read."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from teco_kernels.decoder.config import ModelConfig
+from teco_kernels.decoder.tokenizer import Tokenizer
+
+
+class Source(ABC):
+    """A checkpoint whose tensors are read when asked for, under their Hugging Face names.
+
+    Attributes
+    ----------
+    path : Path
+        The directory or file.
+    raw_config : dict
+        Contents of a Hugging Face ``config.json`` (made from the metadata of a GGUF file).
+    config : ModelConfig
+        The same, checked.
+    quantization_config : dict or None
+        How the weights are quantised; None when `tensor` gives plain weights.
+    """
+
+    def __init__(self, path: Path, raw_config: dict[str, Any], origin: str) -> None:
+        self.path = path
+        self.raw_config = raw_config
+        self.config = ModelConfig.from_dict(raw_config, origin)
+        self.quantization_config: dict[str, Any] | None = raw_config.get("quantization_config")
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+
+    @abstractmethod
+    def _read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, which exists."""
+
+    @cached_property
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that belongs to the model."""
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Read one tensor, in the dtype it is stored in (fp32 when the file stores it in a block format).
+
+        Raises
+        ------
+        ValueError
+            When there is no such tensor, or its shape is not `shape`.
+        """
+        if name not in self._name_set:
+            raise ValueError(f"{self.path}: tensor {name!r} is missing")
+        tensor = self._read(name)
+        if shape is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{self.path}: tensor {name!r} has shape {list(tensor.shape)}, the configuration asks for {list(shape)}"
+            )
+        return tensor
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor `name`."""
+        return name in self._name_set
+
+    @cached_property
+    def _name_set(self) -> frozenset[str]:
+        return frozenset(self.names())
+
+
+class DirectorySource(Source):
+    """A Hugging Face directory: config.json, safetensors in one file or in shards, tokenizer.json."""
+
+    def __init__(self, path: Path) -> None:
+        raw = read_json(path / "config.json")
+        if "eos_token_id" in (generation := read_json(path / "generation_config.json", optional=True)):
+            raw["eos_token_id"] = generation["eos_token_id"]
+        super().__init__(path, raw, str(path / "config.json"))
+        self._files = {file: _open(file) for file in self._shards()}
+        self._file_of = {name: file for file, handle in self._files.items() for name in handle.keys()}  # noqa: SIM118
+
+    def _shards(self) -> list[Path]:
+        index = self.path / "model.safetensors.index.json"
+        if index.exists():
+            return [self.path / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        if files := sorted(self.path.glob("*.safetensors")):
+            return files
+        raise ValueError(f"{self.path}: expected *.safetensors files, found none (pickled weights are never read)")
+
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def _read(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._files[self._file_of[name]].get_tensor(name)
+        return tensor
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_directory(self.path, self.raw_config.get("eos_token_id"))
+
+
+def load_source(path: str | Path) -> Source:
+    """Open a Hugging Face directory or a ``.gguf`` file.
+
+    Raises
+    ------
+    ValueError
+        Naming the file, when there is no such path, something in it is missing, cut off or not understood.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return DirectorySource(path)
+    if path.is_file():
+        from teco_kernels.decoder.gguf import GGUFSource
+
+        return GGUFSource(path)
+    raise ValueError(f"{path}: expected a Hugging Face directory or a .gguf file, found neither")
+
+
+def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    """The JSON object in a file; empty when the file is optional and absent. ValueError naming the file otherwise."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if optional:
+            return {}
+        raise ValueError(f"{path}: file is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _open(path: Path) -> Any:
+    """A lazily read safetensors file."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: file is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: truncated or damaged safetensors file: {error}") from None
