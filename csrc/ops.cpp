@@ -34,6 +34,9 @@ STABLE_TORCH_LIBRARY(teco_kernels, m) {
   m.def(
       "rotary_embedding(Tensor positions, Tensor(a!) query, Tensor(b!) key, Tensor cos_sin_cache, bool interleaved) "
       "-> ()");
+  m.def(
+      "sample(Tensor(a!) out, Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
+      "Tensor seed, Tensor offset) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CompositeExplicitAutograd, m) {
@@ -46,6 +49,7 @@ STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CPU, m) {
   m.impl("fused_add_rms_norm", TORCH_BOX(&fused_add_rms_norm));
   m.impl("silu_and_mul", TORCH_BOX(&silu_and_mul));
   m.impl("rotary_embedding", TORCH_BOX(&rotary_embedding));
+  m.impl("sample", TORCH_BOX(&sample));
 }
 
 }  // namespace teco::ops

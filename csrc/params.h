@@ -44,4 +44,20 @@ struct RotaryEmbeddingParams {
   DType dtype;  // of query and key
 };
 
+// token_ids[r] is drawn from softmax(logits[r] / temperature[r]), filtered by min_p, then top_k, then top_p.
+// A row that holds NaN, +inf or nothing but -inf gets kInvalidRow.
+struct SampleParams {
+  int64_t* token_ids;        // [num_rows]
+  const void* logits;        // [num_rows, vocab_size]
+  const float* temperature;  // [num_rows], as all below; 0: the largest logit, lowest id among equals
+  const int64_t* top_k;      // <= 0: all
+  const float* top_p;        // 1: all
+  const float* min_p;        // 0: all
+  const int64_t* seed;
+  const int64_t* offset;
+  int64_t num_rows, vocab_size, logits_stride;
+  DType dtype;
+};
+constexpr int64_t kInvalidRow = -1;
+
 }  // namespace teco

@@ -9,6 +9,7 @@ struct KernelTable {
   void (*rms_norm)(const RmsNormParams&, int num_threads);
   void (*silu_and_mul)(const SiluAndMulParams&, int num_threads);
   void (*rotary_embedding)(const RotaryEmbeddingParams&, int num_threads);
+  void (*sample)(const SampleParams&, int num_threads);
 };
 
 }  // namespace teco::cpu

@@ -6,12 +6,14 @@ namespace teco::cpu::TECO_ISA {
 void rms_norm(const RmsNormParams& p, int num_threads);
 void silu_and_mul(const SiluAndMulParams& p, int num_threads);
 void rotary_embedding(const RotaryEmbeddingParams& p, int num_threads);
+void sample(const SampleParams& p, int num_threads);
 
 extern const KernelTable table;
 const KernelTable table = {
     .rms_norm = rms_norm,
     .silu_and_mul = silu_and_mul,
     .rotary_embedding = rotary_embedding,
+    .sample = sample,
 };
 
 }  // namespace teco::cpu::TECO_ISA

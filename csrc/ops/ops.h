@@ -16,5 +16,7 @@ void rms_norm(Tensor out, Tensor input, Tensor weight, double eps);
 void fused_add_rms_norm(Tensor out, Tensor residual_out, Tensor input, Tensor residual, Tensor weight, double eps);
 void silu_and_mul(Tensor out, Tensor input);
 void rotary_embedding(Tensor positions, Tensor query, Tensor key, Tensor cos_sin_cache, bool interleaved);
+void sample(Tensor out, Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed,
+            Tensor offset);
 
 }  // namespace teco::ops

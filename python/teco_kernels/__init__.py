@@ -9,6 +9,7 @@ from teco_kernels.ops import (
     fused_add_rms_norm,
     rms_norm,
     rotary_embedding,
+    sample,
     silu_and_mul,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
     "fused_add_rms_norm",
     "rms_norm",
     "rotary_embedding",
+    "sample",
     "silu_and_mul",
 ]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from teco_kernels.testing.case import Case
-from teco_kernels.testing.cases import activation, norm, rotary
+from teco_kernels.testing.cases import activation, norm, rotary, sampling
 
-FAMILIES = (norm, activation, rotary)
+FAMILIES = (norm, activation, rotary, sampling)
 
 
 def all_cases() -> Iterator[Case]:
