@@ -37,6 +37,10 @@ STABLE_TORCH_LIBRARY(teco_kernels, m) {
   m.def(
       "sample(Tensor(a!) out, Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
       "Tensor seed, Tensor offset) -> ()");
+  m.def("dense_matmul(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias, int out_features) -> ()");
+  m.def(
+      "gptq_matmul(Tensor(a!) out, Tensor input, Tensor weight, Tensor? input_order, Tensor? bias, int in_features, "
+      "int out_features, int bits, bool int8_activation) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CompositeExplicitAutograd, m) {
@@ -50,6 +54,8 @@ STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CPU, m) {
   m.impl("silu_and_mul", TORCH_BOX(&silu_and_mul));
   m.impl("rotary_embedding", TORCH_BOX(&rotary_embedding));
   m.impl("sample", TORCH_BOX(&sample));
+  m.impl("dense_matmul", TORCH_BOX(&dense_matmul));
+  m.impl("gptq_matmul", TORCH_BOX(&gptq_matmul));
 }
 
 }  // namespace teco::ops

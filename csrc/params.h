@@ -60,4 +60,40 @@ struct SampleParams {
 };
 constexpr int64_t kInvalidRow = -1;
 
+// out[r, n] = sum_k input[r, k] * weight[k, n] + bias[n], weight packed in panels of 16 columns:
+// [ceil(out_features / 16), in_features, 16], the last panel filled up with zeros.
+struct DenseMatmulParams {
+  void* out;          // [num_rows, out_features]
+  const void* input;  // [num_rows, in_features]
+  const void* weight;
+  const float* bias;  // [out_features] or null
+  int64_t num_rows, in_features, out_features;
+  int64_t out_stride, input_stride;
+  DType dtype;         // of input and out
+  DType weight_dtype;  // fp32, fp16 or bf16
+};
+
+// The same with a GPTQ weight: weight[k, n] = scale[g, n] * (code[k, n] - zero[g, n]).
+//
+// Inputs are ordered group by group, each group padded to whole blocks of 32. A panel of 16 columns is one contiguous
+// stream of groups; a group is a header of 64 bytes (fp16 scale[16], fp16 zero[16]) and its blocks:
+//   4 bits, 256 bytes:  [4][16 columns][4]; byte (j, column, i) holds input 4j + i in its low and 16 + 4j + i in its
+//                       high nibble;
+//   8 bits, 512 bytes:  [8][16 columns][4]; byte (j, column, i) is input 4j + i.
+// Four neighbouring bytes are thus four inputs of one column: what one lane of an integer dot product takes.
+struct GptqMatmulParams {
+  void* out;                   // [num_rows, out_features]
+  const void* input;           // [num_rows, in_features]
+  const uint8_t* weight;       // [ceil(out_features / 16), num_groups, 64 + blocks_per_group * bits * 64]
+  const int32_t* input_order;  // [num_groups * blocks_per_group * 32]: input at each packed place, -1 for padding;
+                               // null when that is 0, 1, 2, ...
+  const float* bias;           // [out_features] or null
+  int64_t num_rows, in_features, out_features;
+  int64_t num_groups, blocks_per_group;
+  int64_t out_stride, input_stride;
+  int32_t bits;          // 4 or 8
+  bool int8_activation;  // quantise the input per row and block of 32; else fp32 arithmetic throughout
+  DType dtype;           // of input and out
+};
+
 }  // namespace teco

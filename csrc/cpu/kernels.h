@@ -10,6 +10,8 @@ struct KernelTable {
   void (*silu_and_mul)(const SiluAndMulParams&, int num_threads);
   void (*rotary_embedding)(const RotaryEmbeddingParams&, int num_threads);
   void (*sample)(const SampleParams&, int num_threads);
+  void (*dense_matmul)(const DenseMatmulParams&, int num_threads);
+  void (*gptq_matmul)(const GptqMatmulParams&, int num_threads);
 };
 
 }  // namespace teco::cpu

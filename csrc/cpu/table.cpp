@@ -7,6 +7,8 @@ void rms_norm(const RmsNormParams& p, int num_threads);
 void silu_and_mul(const SiluAndMulParams& p, int num_threads);
 void rotary_embedding(const RotaryEmbeddingParams& p, int num_threads);
 void sample(const SampleParams& p, int num_threads);
+void dense_matmul(const DenseMatmulParams& p, int num_threads);
+void gptq_matmul(const GptqMatmulParams& p, int num_threads);
 
 extern const KernelTable table;
 const KernelTable table = {
@@ -14,6 +16,8 @@ const KernelTable table = {
     .silu_and_mul = silu_and_mul,
     .rotary_embedding = rotary_embedding,
     .sample = sample,
+    .dense_matmul = dense_matmul,
+    .gptq_matmul = gptq_matmul,
 };
 
 }  // namespace teco::cpu::TECO_ISA

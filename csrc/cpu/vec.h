@@ -162,6 +162,18 @@ inline F32x8 load_partial(const T* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
   return load(lanes);
 }
+// As many lanes as there are, up to eight.
+template <class T>
+inline F32x8 load_up_to(const T* p, int64_t n) {
+  return n >= kLanes ? load(p) : load_partial(p, n);
+}
+inline float load_one(const float* p) {
+  return *p;
+}
+template <class T>
+inline float load_one(const T* p) {
+  return load_partial(p, 1)[0];
+}
 template <class T>
 inline void store_partial(T* p, F32x8 v, int64_t n) {
   T lanes[kLanes];

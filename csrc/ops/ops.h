@@ -18,5 +18,8 @@ void silu_and_mul(Tensor out, Tensor input);
 void rotary_embedding(Tensor positions, Tensor query, Tensor key, Tensor cos_sin_cache, bool interleaved);
 void sample(Tensor out, Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed,
             Tensor offset);
+void dense_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t out_features);
+void gptq_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> input_order, std::optional<Tensor> bias,
+                 int64_t in_features, int64_t out_features, int64_t bits, bool int8_activation);
 
 }  // namespace teco::ops

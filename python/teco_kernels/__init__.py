@@ -6,7 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from teco_kernels.ops import (
+    DenseWeight,
+    GPTQWeight,
+    dense_matmul,
     fused_add_rms_norm,
+    gptq_matmul,
     rms_norm,
     rotary_embedding,
     sample,
@@ -30,9 +34,13 @@ _LAZY = {
 __all__ = [
     "LLM",
     "CompletionOutput",
+    "DenseWeight",
+    "GPTQWeight",
     "RequestOutput",
     "SamplingParams",
+    "dense_matmul",
     "fused_add_rms_norm",
+    "gptq_matmul",
     "rms_norm",
     "rotary_embedding",
     "sample",

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from teco_kernels.ops.activation import silu_and_mul
+from teco_kernels.ops.dense import DenseWeight, dense_matmul
+from teco_kernels.ops.gptq import GPTQWeight, gptq_matmul
 from teco_kernels.ops.norm import fused_add_rms_norm, rms_norm
 from teco_kernels.ops.rotary import rotary_embedding
 from teco_kernels.ops.sampling import sample
 
-__all__ = ["fused_add_rms_norm", "rms_norm", "rotary_embedding", "sample", "silu_and_mul"]
+__all__ = [
+    "DenseWeight",
+    "GPTQWeight",
+    "dense_matmul",
+    "fused_add_rms_norm",
+    "gptq_matmul",
+    "rms_norm",
+    "rotary_embedding",
+    "sample",
+    "silu_and_mul",
+]

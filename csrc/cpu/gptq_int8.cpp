@@ -1,0 +1,276 @@
+// gptq_matmul with 8-bit activations: integer products, exact integer sums, and one fixed order of the float operations
+// per output element, whatever the number of rows, the path or the thread:
+//
+//   for each group:  g = 0;  for each block of 32 inputs:  g = fma(row_scale[block], float(integer dot), g)
+//                    acc = fma(scale, fma(-zero, row_sum[group], g), acc)
+//
+// row_sum is the sum of the quantised activations of a group, so that zero points cost one fma per group.
+//
+// Up to 8 rows: bound by reading the packed weights once; four panels are walked at a time as four streams from memory
+// (one stream leaves a third of the bandwidth unused). More rows: bound by the multiply units; a panel is read from
+// memory once and from L1 or L2 for every further 8 rows. Per 32 inputs, a row and 8 columns cost 8 multiplications of
+// 32 byte pairs, 8 additions in 16 bits (8 * 2 * 15 * 127 = 30480 fits), one widening and one fma.
+#include "cpu/gptq_int8.h"
+
+#include "cpu/gptq_layout.h"
+#include "cpu/int8_dot.h"
+#include "cpu/panel_matmul.h"
+
+namespace teco::cpu::TECO_ISA {
+namespace {
+
+constexpr int kBatchRows = 8;  // rows that share one reading of a group
+constexpr int kTileRows = 4;   // 4 rows x 2 vectors of 16-bit sums
+constexpr int kStreams = 4;
+constexpr int64_t kPrefetch = 1024;  // bytes ahead
+constexpr float kTiny = 1e-30f;      // a block whose inputs are all below this counts as zero
+
+// Quantised activations in packed order, row by row.
+struct QuantisedRows {
+  const int8_t* codes;  // [count, num_blocks * 32]
+  const float* scales;  // [count, num_blocks]
+  const float* sums;    // [count, num_groups]: scale * code, summed over a group
+  int64_t count, num_blocks, num_groups;
+};
+
+inline float max_magnitude(const float* x) {
+  F32x8 largest = splat(0.f);
+  for (int i = 0; i < kBlock; i += kLanes) {
+    const F32x8 v = load(x + i);
+    largest = max(largest, max(v, -v));
+  }
+  return reduce_max(largest);
+}
+
+// NaN where the block holds a NaN or an infinity, else 0.
+inline float poison(const float* x) {
+  F32x8 sum = splat(0.f);
+  for (int i = 0; i < kBlock; i += kLanes) sum += load(x + i) * splat(0.f);
+  return reduce_add(sum);
+}
+
+// Quantises one block; returns its scale (NaN when an input is not finite) and adds the sum of its codes to `sum`.
+inline float quantise_block(const float* x, int8_t* codes, int32_t& sum) {
+  const float largest = max_magnitude(x);
+  const float bad = poison(x);
+  const bool usable = bad == 0 && largest > kTiny;
+  const F32x8 inverse = splat(usable ? 127.f / largest : 0.f);
+  I32x8 total = {};
+  for (int i = 0; i < kBlock; i += kLanes) {
+    const I32x8 code = round_to_int(usable ? load(x + i) * inverse : splat(0.f));
+    total += code;
+    store_bits(codes + i, __builtin_convertvector(code, I8x8));
+  }
+  for (int lane = 0; lane < kLanes; ++lane) sum += total[lane];
+  return usable ? largest / 127.f : bad;
+}
+
+template <class T>
+QuantisedRows quantise_rows(const GptqMatmulParams& p, const T* input, int64_t num_rows, int num_threads) {
+  const GptqLayout layout(p);
+  const int64_t num_blocks = layout.num_blocks(), size = layout.packed_size();
+  const int64_t row_floats = num_blocks + p.num_groups;
+  auto* memory = static_cast<float*>(thread_scratch(Scratch::kShared, num_rows * (row_floats * sizeof(float) + size)));
+  float *scales = memory, *sums = scales + num_rows * num_blocks;
+  auto* codes = reinterpret_cast<int8_t*>(sums + num_rows * p.num_groups);
+  const int64_t grain = ceil_div<int64_t>(kMinTaskBytes, size * sizeof(T));
+  parallel_for(num_rows, grain, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const T* row = input + r * p.input_stride;
+      for (int64_t g = 0, block = 0; g < p.num_groups; ++g) {
+        float group_sum = 0.f;
+        for (int64_t b = 0; b < p.blocks_per_group; ++b, ++block) {
+          float x[kBlock];
+          for (int i = 0; i < kBlock; i += kLanes) {
+            const int64_t place = block * kBlock + i;
+            if (p.input_order) {
+              for (int lane = 0; lane < kLanes; ++lane) {
+                const int32_t source = p.input_order[place + lane];
+                x[i + lane] = source < 0 ? 0.f : load_one(row + source);
+              }
+            } else {
+              store(x + i, load(row + place));
+            }
+          }
+          int32_t sum = 0;
+          const float scale = quantise_block(x, codes + r * size + block * kBlock, sum);
+          scales[r * num_blocks + block] = scale;
+          group_sum = fma(scale, static_cast<float>(sum), group_sum);
+        }
+        sums[r * p.num_groups + g] = group_sum;
+      }
+    }
+  });
+  return {codes, scales, sums, num_rows, num_blocks, p.num_groups};
+}
+
+// One block of 32 inputs, R rows by V vectors of 8 columns: exact integer dot products.
+template <int R, int V>
+inline void dot_block_4bit(const uint8_t* weights, const int8_t* rows, int64_t row_stride, I32x8 (&dot)[R][V]) {
+  I16x16 sum[R][V];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {  // flat: GCC keeps the tile of a nested unrolled loop in memory
+    const int j = i / 2, high = i % 2;
+    U8x32 codes[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      const U32x8 word = load_bits<U32x8>(weights + j * 64 + v * 32);
+      codes[v] = reinterpret_cast<U8x32>((high ? word >> 4 : word) & 0x0f0f0f0fu);
+      keep_in_register(codes[v]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const I32x8 x = splat_bytes(rows + r * row_stride + high * 16 + j * 4);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        const I16x16 product = multiply_pairs(codes[v], x);
+        sum[r][v] = i ? sum[r][v] + product : product;
+        keep_in_register(sum[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) dot[r][v] = add_pairs(sum[r][v]);
+}
+
+// The same for 8-bit weights: both nibbles of a byte apart, so that sums stay within 16 bits.
+template <int R, int V>
+inline void dot_block_8bit(const uint8_t* weights, const int8_t* rows, int64_t row_stride, I32x8 (&dot)[R][V]) {
+  I16x16 low[R][V], high[R][V];
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) {
+    U8x32 low_codes[V], high_codes[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      const U32x8 word = load_bits<U32x8>(weights + j * 64 + v * 32);
+      low_codes[v] = reinterpret_cast<U8x32>(word & 0x0f0f0f0fu);
+      high_codes[v] = reinterpret_cast<U8x32>((word >> 4) & 0x0f0f0f0fu);
+      keep_in_register(low_codes[v]);
+      keep_in_register(high_codes[v]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const I32x8 x = splat_bytes(rows + r * row_stride + j * 4);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        const I16x16 low_product = multiply_pairs(low_codes[v], x), high_product = multiply_pairs(high_codes[v], x);
+        low[r][v] = j ? low[r][v] + low_product : low_product;
+        high[r][v] = j ? high[r][v] + high_product : high_product;
+        keep_in_register(low[r][v]);
+        keep_in_register(high[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) dot[r][v] = add_pairs(low[r][v]) + (add_pairs(high[r][v]) << 4);
+}
+
+// One group, R rows by one panel, continuing acc[R][16]. Never inlined: in a frame of its own GCC keeps the tile of
+// 16-bit sums in registers.
+template <int kBits, int R>
+[[gnu::noinline]] void accumulate_group(const uint8_t* group, const GptqLayout& layout, const QuantisedRows& rows,
+                                        int64_t row, int64_t index, float* acc) {
+  constexpr int V = kBits == 8 && R > 2 ? 1 : kPanelVectors;  // what fits into 16 registers
+  const int64_t blocks = layout.blocks_per_group, row_stride = rows.num_blocks * kBlock;
+  const int8_t* codes = rows.codes + row * row_stride + index * blocks * kBlock;
+  const float* scales = rows.scales + row * rows.num_blocks + index * blocks;
+  const float* sums = rows.sums + row * rows.num_groups + index;
+#pragma GCC unroll 1
+  for (int half = 0; half < kPanelVectors; half += V) {
+    const uint8_t* weights = group + kHeaderBytes + half * 32;
+    F32x8 partial[R][V];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) partial[r][v] = splat(0.f);
+#pragma GCC unroll 1
+    for (int64_t b = 0; b < blocks; ++b, weights += kBits * 64) {
+      I32x8 dot[R][V];
+      for (int line = 0; line < kBits; ++line) __builtin_prefetch(weights + kPrefetch + line * 64, 0, 0);
+      if constexpr (kBits == 4) {
+        dot_block_4bit<R, V>(weights, codes + b * kBlock, row_stride, dot);
+      } else {
+        dot_block_8bit<R, V>(weights, codes + b * kBlock, row_stride, dot);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v)
+          partial[r][v] = fma(splat(scales[r * rows.num_blocks + b]), to_float(dot[r][v]), partial[r][v]);
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      const F32x8 scale = header_scale(group, half + v), zero = header_zero(group, half + v);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        float* sum = acc + r * kPanel + (half + v) * kLanes;
+        store(sum, fma(scale, fma(-zero, splat(sums[r * rows.num_groups]), partial[r][v]), load(sum)));
+      }
+    }
+  }
+}
+
+// Up to 8 rows by panels [begin, end), S panels at a time.
+template <int S, int kBits, class T>
+void multiply_rows(const GptqMatmulParams& p, const GptqLayout& layout, const QuantisedRows& rows, int64_t row0,
+                   int64_t num_rows, T* out, int64_t begin, int64_t end) {
+  static constexpr decltype(&accumulate_group<kBits, 1>) kTiles[] = {
+      accumulate_group<kBits, 1>, accumulate_group<kBits, 2>, accumulate_group<kBits, 3>, accumulate_group<kBits, 4>};
+  const int64_t step = ceil_div<int64_t>(end - begin, S);  // each stream walks panels of its own
+  for (int64_t i = begin; i < begin + step; ++i) {
+    alignas(64) float acc[S][kBatchRows * kPanel];
+    __builtin_memset(acc, 0, sizeof acc);
+    for (int64_t g = 0; g < layout.num_groups; ++g)
+      for (int s = 0; s < S && i + s * step < end; ++s)
+        for (int64_t r = 0; r < num_rows; r += kTileRows)
+          kTiles[min<int64_t>(num_rows - r, kTileRows) - 1](layout.group(i + s * step, g), layout, rows, row0 + r, g,
+                                                            acc[s] + r * kPanel);
+    for (int s = 0; s < S && i + s * step < end; ++s)
+      for (int64_t r = 0; r < num_rows; ++r) {
+        const int64_t column = (i + s * step) * kPanel;
+        store_panel_row(out + (row0 + r) * p.out_stride + column, acc[s] + r * kPanel,
+                        p.bias ? p.bias + column : nullptr, p.out_features - column);
+      }
+  }
+}
+
+template <int kBits, class T>
+void multiply(const GptqMatmulParams& p, const QuantisedRows& rows, T* out, int num_threads) {
+  const GptqLayout layout(p);
+  const int64_t num_panels = ceil_div<int64_t>(p.out_features, kPanel);
+  const int64_t grain = ceil_div(kMinTaskBytes, layout.panel_bytes() * rows.count);
+  parallel_for(num_panels, grain, num_threads, [&](int64_t begin, int64_t end) {
+    if (rows.count <= kBatchRows) {
+      multiply_rows<kStreams, kBits>(p, layout, rows, 0, rows.count, out, begin, end);
+      return;
+    }
+    for (int64_t panel = begin; panel < end; ++panel)
+      for (int64_t row = 0; row < rows.count; row += kBatchRows)
+        multiply_rows<1, kBits>(p, layout, rows, row, min<int64_t>(rows.count - row, kBatchRows), out, panel,
+                                panel + 1);
+  });
+}
+
+}  // namespace
+
+void gptq_matmul_int8(const GptqMatmulParams& p, int num_threads) {
+  with_float_type(p.dtype, [&]<class T>(Type<T>) {
+    for (int64_t row = 0; row < p.num_rows; row += kScratchRows) {
+      const int64_t count = min(p.num_rows - row, kScratchRows);
+      const QuantisedRows rows =
+          quantise_rows(p, static_cast<const T*>(p.input) + row * p.input_stride, count, num_threads);
+      T* out = static_cast<T*>(p.out) + row * p.out_stride;
+      if (p.bits == 4) {
+        multiply<4>(p, rows, out, num_threads);
+      } else {
+        multiply<8>(p, rows, out, num_threads);
+      }
+    }
+  });
+}
+
+}  // namespace teco::cpu::TECO_ISA

@@ -1,0 +1,163 @@
+// Floating-point matmul over weights in panels of 16 columns; dense_matmul and the exact mode of gptq_matmul are this
+// with two ways to unpack a panel.
+//
+// Every output element is one fma chain over the inputs in packed order, whatever the number of rows, the blocking or
+// the thread: acc = fma(weight[k, n], input[r, k], acc) for k = 0, 1, 2, ... Partial chains rest in fp32, which costs
+// no bits.
+//
+// Few rows: bound by reading the weights; several panels are walked at once, for independent chains (an fma has a
+// latency of four or five cycles) and as separate streams from memory. Many rows: bound by fma throughput; a slice of
+// a panel is unpacked into L1 once and used by all rows of a block.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace teco::cpu::TECO_ISA {
+
+constexpr int kPanel = 16;             // columns
+constexpr int kPanelVectors = 2;       // vectors of 8 lanes that make up a panel
+constexpr int64_t kSlice = 256;        // inputs unpacked at a time: 16 KB of L1
+constexpr int64_t kRowBlock = 192;     // rows whose slice of inputs stays in L2
+constexpr int64_t kScratchRows = 512;  // rows converted at a time, so that scratch memory is bounded
+constexpr int kMaxTileRows = 6;        // 6 rows x 2 vectors of sums, 2 weights, 1 input: 15 of 16 registers
+
+// Rows of fp32 activations.
+struct FloatRows {
+  const float* data;
+  int64_t count, stride;
+};
+
+// R rows by P panels over `count` inputs; continues the chains in acc[panel][row][16].
+template <int R, int P>
+[[gnu::noinline]] void fma_tile(const float* const* weights, const float* input, int64_t input_stride, int64_t count,
+                                float* acc, int64_t acc_stride) {
+  F32x8 sum[R][P * kPanelVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < P * kPanelVectors; ++v)
+      sum[r][v] = load(acc + v / 2 * acc_stride + r * kPanel + v % 2 * kLanes);
+  for (int64_t k = 0; k < count; ++k) {
+    F32x8 weight[P * kPanelVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < P * kPanelVectors; ++v) weight[v] = load(weights[v / 2] + k * kPanel + v % 2 * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const F32x8 x = splat(input[r * input_stride + k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < P * kPanelVectors; ++v) sum[r][v] = fma(weight[v], x, sum[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < P * kPanelVectors; ++v)
+      store(acc + v / 2 * acc_stride + r * kPanel + v % 2 * kLanes, sum[r][v]);
+}
+
+using FmaTile = void (*)(const float* const*, const float*, int64_t, int64_t, float*, int64_t);
+
+// Writes one row of one panel: adds the bias, converts, leaves out the columns that only fill up the panel.
+template <class T>
+inline void store_panel_row(T* out, const float* acc, const float* bias, int64_t num_columns) {
+  for (int v = 0; v < kPanelVectors; ++v) {
+    const int64_t columns = min<int64_t>(num_columns - v * kLanes, kLanes);
+    if (columns <= 0) return;
+    F32x8 sum = load(acc + v * kLanes);
+    if (columns == kLanes) {
+      if (bias) sum += load(bias + v * kLanes);
+      store(out + v * kLanes, sum);
+    } else {
+      if (bias) sum += load_partial(bias + v * kLanes, columns);
+      store_partial(out + v * kLanes, sum, columns);
+    }
+  }
+}
+
+// All rows by panels [begin, end), P panels at a time. `unpack(panel, k, count, scratch)` returns fp32 weights
+// [count][16] of the panel's inputs k, k + 1, ...: in `scratch`, or wherever they lie already.
+template <int P, class T, class Unpack>
+void multiply_panels(const FloatRows& input, int64_t in_features, T* out, int64_t out_stride, const float* bias,
+                     int64_t out_features, const Unpack& unpack, int64_t begin, int64_t end) {
+  static constexpr FmaTile kTiles[] = {fma_tile<1, P>, fma_tile<2, P>, fma_tile<3, P>,
+                                       fma_tile<4, P>, fma_tile<5, P>, fma_tile<6, P>};
+  constexpr int64_t tile_rows = P == 1 ? kMaxTileRows : 8 / (2 * P);
+  constexpr int64_t slice = kSlice / P;
+  auto* scratch =
+      static_cast<float*>(thread_scratch(Scratch::kTask, (kSlice + P * kRowBlock) * kPanel * sizeof(float)));
+  float* acc = scratch + kSlice * kPanel;
+
+  const int64_t step = ceil_div<int64_t>(end - begin, P);  // each of the P streams walks panels of its own
+  for (int64_t row0 = 0; row0 < input.count; row0 += kRowBlock) {
+    const int64_t rows = min(input.count - row0, kRowBlock);
+    for (int64_t i = 0; i < step; ++i) {
+      int64_t panel[P];
+      for (int s = 0; s < P; ++s) panel[s] = min(begin + i + s * step, end - 1);  // a stream that ran out repeats
+      __builtin_memset(acc, 0, P * rows * kPanel * sizeof(float));
+      for (int64_t k = 0; k < in_features; k += slice) {
+        const int64_t count = min(in_features - k, slice);
+        const float* weights[P];
+        for (int s = 0; s < P; ++s) weights[s] = unpack(panel[s], k, count, scratch + s * slice * kPanel);
+        for (int64_t r = 0; r < rows; r += tile_rows)
+          kTiles[min(rows - r, tile_rows) - 1](weights, input.data + (row0 + r) * input.stride + k, input.stride, count,
+                                               acc + r * kPanel, rows * kPanel);
+      }
+      for (int s = 0; s < P && begin + i + s * step < end; ++s)
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t column = panel[s] * kPanel;
+          store_panel_row(out + (row0 + r) * out_stride + column, acc + (s * rows + r) * kPanel,
+                          bias ? bias + column : nullptr, out_features - column);
+        }
+    }
+  }
+}
+
+// The activations as fp32 rows in packed order: where they lie when they already are that, else in scratch memory.
+// order: input at each packed place, -1 for padding; null for the identity.
+template <class T>
+FloatRows float_rows(const T* input, int64_t stride, int64_t num_rows, int64_t size, const int32_t* order,
+                     int num_threads) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (!order) return {input, num_rows, stride};
+  }
+  const int64_t padded = ceil_div<int64_t>(size, kLanes) * kLanes;
+  auto* rows = static_cast<float*>(thread_scratch(Scratch::kShared, num_rows * padded * sizeof(float)));
+  parallel_for(num_rows, ceil_div<int64_t>(kMinTaskBytes, padded * sizeof(float)), num_threads,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t r = begin; r < end; ++r) {
+                   const T* source = input + r * stride;
+                   float* row = rows + r * padded;
+                   if (order) {
+                     for (int64_t k = 0; k < size; ++k) row[k] = order[k] < 0 ? 0.f : load_one(source + order[k]);
+                   } else {
+                     for (int64_t k = 0; k < size; k += kLanes) store(row + k, load_up_to(source + k, size - k));
+                   }
+                 }
+               });
+  return {rows, num_rows, padded};
+}
+
+// The whole product. packed_size: inputs in packed order, padding included; panel_bytes: of packed weights.
+template <class T, class Unpack>
+void panel_matmul(const T* input, int64_t input_stride, int64_t num_rows, int64_t packed_size, const int32_t* order,
+                  T* out, int64_t out_stride, const float* bias, int64_t out_features, int64_t panel_bytes,
+                  const Unpack& unpack, int num_threads) {
+  const int64_t num_panels = ceil_div<int64_t>(out_features, kPanel);
+  for (int64_t row = 0; row < num_rows; row += kScratchRows) {
+    const int64_t count = min(num_rows - row, kScratchRows);
+    const FloatRows rows = float_rows(input + row * input_stride, input_stride, count, packed_size, order, num_threads);
+    T* first = out + row * out_stride;
+    const int64_t grain = ceil_div(kMinTaskBytes, panel_bytes * count);
+    parallel_for(num_panels, grain, num_threads, [&](int64_t begin, int64_t end) {
+      if (count == 1) {
+        multiply_panels<4>(rows, packed_size, first, out_stride, bias, out_features, unpack, begin, end);
+      } else if (count == 2) {
+        multiply_panels<2>(rows, packed_size, first, out_stride, bias, out_features, unpack, begin, end);
+      } else {
+        multiply_panels<1>(rows, packed_size, first, out_stride, bias, out_features, unpack, begin, end);
+      }
+    });
+  }
+}
+
+}  // namespace teco::cpu::TECO_ISA

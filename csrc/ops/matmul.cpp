@@ -1,0 +1,107 @@
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
+#include "ops/checks.h"
+#include "ops/ops.h"
+
+namespace teco::ops {
+namespace {
+
+constexpr int64_t kPanel = 16, kBlock = 32, kHeaderBytes = 64;
+
+// Checks what all matmuls share: input [..., in_features], out [..., out_features], bias [out_features].
+struct Operands {
+  Rows input, out;
+  const float* bias;
+};
+
+Operands check_operands(const Tensor& out, const Tensor& input, const std::optional<Tensor>& bias, int64_t in_features,
+                        int64_t out_features) {
+  Argument(input, "x").on_cpu().floating();
+  Argument(out, "out").on_cpu().same_dtype(input, "x");
+  const Rows rows = rows_of(input, "x"), out_rows = rows_of(out, "out");
+  require(rows.size == in_features, "x: expected ", in_features, " input features in the last dimension, got ",
+          rows.size);
+  require(out_rows.count == rows.count && out_rows.size == out_features, "out: expected ", rows.count, " x ",
+          out_features, " elements, got ", out_rows.count, " x ", out_rows.size);
+  const float* bias_data = nullptr;
+  if (bias) {
+    Size features{"out_features", out_features, "weight"};
+    Argument(*bias, "bias").on_cpu().dtype(ScalarType::Float).shape({&features}).contiguous();
+    bias_data = bias->const_data_ptr<float>();
+  }
+  return {rows, out_rows, bias_data};
+}
+
+int64_t num_panels(int64_t out_features) {
+  return (out_features + kPanel - 1) / kPanel;
+}
+
+}  // namespace
+
+void dense_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t out_features) {
+  Size panels{"num_panels", num_panels(out_features), "out_features"}, in_features{"in_features"},
+      columns{"16", kPanel, nullptr};
+  Argument(weight, "weight").on_cpu().floating().shape({&panels, &in_features, &columns}).contiguous();
+  const Operands operands = check_operands(out, input, bias, in_features.value, out_features);
+  if (out_features == 0) return;
+  cpu::kernels()->dense_matmul(
+      {
+          .out = out.mutable_data_ptr(),
+          .input = input.const_data_ptr(),
+          .weight = weight.const_data_ptr(),
+          .bias = operands.bias,
+          .num_rows = operands.input.count,
+          .in_features = in_features.value,
+          .out_features = out_features,
+          .out_stride = operands.out.stride,
+          .input_stride = operands.input.stride,
+          .dtype = to_dtype(input.scalar_type(), "x"),
+          .weight_dtype = to_dtype(weight.scalar_type(), "weight"),
+      },
+      num_threads());
+}
+
+void gptq_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> input_order, std::optional<Tensor> bias,
+                 int64_t in_features, int64_t out_features, int64_t bits, bool int8_activation) {
+  require(bits == 4 || bits == 8, "bits: expected 4 or 8, got ", bits);
+  Size panels{"num_panels", num_panels(out_features), "out_features"}, groups{"num_groups"}, bytes{"group_bytes"};
+  Argument(weight, "weight").on_cpu().dtype(ScalarType::Byte).shape({&panels, &groups, &bytes}).contiguous();
+  const int64_t block_bytes = bits * 64;
+  require(bytes.value > kHeaderBytes && (bytes.value - kHeaderBytes) % block_bytes == 0,
+          "weight: expected groups of 64 + n * ", block_bytes, " bytes, got ", bytes.value);
+  const int64_t blocks_per_group = (bytes.value - kHeaderBytes) / block_bytes;
+  Size packed_size{"packed_size", groups.value * blocks_per_group * kBlock, "weight"};
+  const int32_t* order = nullptr;
+  if (input_order) {
+    Argument(*input_order, "input_order").on_cpu().dtype(ScalarType::Int).shape({&packed_size}).contiguous();
+    order = input_order->const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < packed_size.value; ++i)
+      require(order[i] >= -1 && order[i] < in_features, "input_order: expected -1 to ", in_features - 1, ", got ",
+              order[i], " at ", i);
+  } else {
+    require(packed_size.value == in_features, "weight: expected ", in_features, " inputs, got ", packed_size.value,
+            "; padding needs an input_order");
+  }
+  const Operands operands = check_operands(out, input, bias, in_features, out_features);
+  cpu::kernels()->gptq_matmul(
+      {
+          .out = out.mutable_data_ptr(),
+          .input = input.const_data_ptr(),
+          .weight = weight.const_data_ptr<uint8_t>(),
+          .input_order = order,
+          .bias = operands.bias,
+          .num_rows = operands.input.count,
+          .in_features = in_features,
+          .out_features = out_features,
+          .num_groups = groups.value,
+          .blocks_per_group = blocks_per_group,
+          .out_stride = operands.out.stride,
+          .input_stride = operands.input.stride,
+          .bits = static_cast<int32_t>(bits),
+          .int8_activation = int8_activation,
+          .dtype = to_dtype(input.scalar_type(), "x"),
+      },
+      num_threads());
+}
+
+}  // namespace teco::ops

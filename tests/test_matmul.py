@@ -1,0 +1,195 @@
+"""GPTQ and dense matmul: layout round trips, bitwise invariance, special values, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from teco_kernels.ops import DenseWeight, GPTQWeight, dense_matmul, gptq_matmul
+from teco_kernels.ops._reference import relative_error
+from teco_kernels.ops.gptq import gptq_matmul_reference, unpack_rows
+from teco_kernels.testing.cases.matmul import INT8_TOLERANCE, random_checkpoint
+
+MODES = ("exact", "int8")
+
+
+def checkpoint(
+    in_features: int = 192, out_features: int = 72, group_size: int = 64, bits: int = 4, **options: Any
+) -> Any:
+    return random_checkpoint(in_features, out_features, group_size, bits, torch.Generator().manual_seed(1), **options)
+
+
+def plain_dequantize(tensors: dict[str, Any], zero_offset: int) -> torch.Tensor:
+    """``scale * (code - zero)`` straight from the checkpoint's tensors, without the packed layout."""
+    bits, groups = tensors["bits"], tensors["g_idx"].long()
+    codes = unpack_rows(tensors["qweight"], bits).float()
+    zeros = unpack_rows(tensors["qzeros"].t().contiguous(), bits).t().float() + zero_offset
+    return tensors["scales"][groups].float() * (codes - zeros[groups])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    in_blocks=st.integers(1, 12),
+    out_blocks=st.integers(1, 10),
+    group_size=st.sampled_from([8, 24, 32, 40, 64, 128, 1000]),
+    bits=st.sampled_from([4, 8]),
+    act_order=st.booleans(),
+    rows=st.integers(0, 12),
+)
+def test_any_shape(in_blocks: int, out_blocks: int, group_size: int, bits: int, act_order: bool, rows: int) -> None:
+    tensors = checkpoint(in_blocks * 8, out_blocks * 8, group_size, bits, act_order=act_order)
+    weight = GPTQWeight.from_checkpoint(**tensors)
+    assert torch.equal(weight.dequantize(), plain_dequantize(tensors, 1))
+    x = torch.randn(rows, in_blocks * 8)
+    reference = gptq_matmul_reference(x, weight)
+    assert relative_error(gptq_matmul(x, weight), reference) < 1e-5
+    assert relative_error(gptq_matmul(x, weight, activation="int8"), reference) < 2 * INT8_TOLERANCE
+
+
+@pytest.mark.parametrize("zero_point_format", ["v1", "v2"])
+def test_zero_point_formats(zero_point_format: Any) -> None:
+    tensors = checkpoint()
+    weight = GPTQWeight.from_checkpoint(**tensors, zero_point_format=zero_point_format)
+    assert torch.equal(weight.dequantize(), plain_dequantize(tensors, zero_point_format == "v1"))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("activation", MODES)
+def test_rows_do_not_depend_on_the_batch(bits: int, activation: Any) -> None:
+    weight = GPTQWeight.from_checkpoint(**checkpoint(320, 200, bits=bits), bias=torch.randn(200))
+    x = torch.randn(40, 320)
+    whole = gptq_matmul(x, weight, activation=activation)
+    for rows in range(1, 40):
+        assert torch.equal(gptq_matmul(x[:rows], weight, activation=activation), whole[:rows]), rows
+        assert torch.equal(gptq_matmul(x[rows:], weight, activation=activation), whole[rows:]), rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dense_rows_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+    weight = DenseWeight.from_tensor(torch.randn(200, 700).to(dtype))
+    x = torch.randn(40, 700).to(dtype)
+    whole = dense_matmul(x, weight)
+    for rows in (1, 2, 3, 7, 39):
+        assert torch.equal(dense_matmul(x[:rows], weight), whole[:rows]), rows
+        assert torch.equal(dense_matmul(x[rows:], weight), whole[rows:]), rows
+
+
+@pytest.mark.parametrize("activation", MODES)
+def test_thread_count_does_not_change_bits(activation: Any) -> None:
+    weight = GPTQWeight.from_checkpoint(**checkpoint(512, 1040))
+    before = torch.get_num_threads()
+    try:
+        for rows in (1, 20):
+            x, results = torch.randn(rows, 512), []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(gptq_matmul(x, weight, activation=activation))
+            assert torch.equal(results[0], results[1])
+            assert torch.equal(results[0], results[2])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_exact_mode_is_the_dense_product_of_the_dequantised_weight() -> None:
+    weight = GPTQWeight.from_checkpoint(**checkpoint())
+    dense = DenseWeight.from_tensor(weight.dequantize().t())
+    x = torch.randn(9, 192)
+    assert torch.equal(gptq_matmul(x, weight), dense_matmul(x, dense))
+
+
+def test_act_order_is_a_permutation_of_the_inputs() -> None:
+    plain = checkpoint()
+    permutation = torch.randperm(192)
+    codes = unpack_rows(plain["qweight"], 4)[permutation].to(torch.int32)
+    words = sum(codes[i::8] << (4 * i) for i in range(8))
+    shuffled = GPTQWeight.from_checkpoint(**(plain | {"qweight": words, "g_idx": plain["g_idx"][permutation]}))
+    weight, x = GPTQWeight.from_checkpoint(**plain), torch.randn(5, 192)
+    assert torch.equal(shuffled.dequantize(), weight.dequantize()[permutation])
+    assert relative_error(gptq_matmul(x[:, permutation], shuffled), gptq_matmul(x, weight)) < 1e-6
+
+
+def test_concatenated_weights_give_the_same_bits() -> None:
+    parts = [GPTQWeight.from_checkpoint(**checkpoint(out_features=n)) for n in (32, 48, 40)]
+    joined = GPTQWeight.concatenate(parts)
+    x = torch.randn(3, 192)
+    for activation in ("exact", "int8"):
+        separate = torch.cat([gptq_matmul(x, part, activation=activation) for part in parts], dim=1)  # type: ignore[arg-type]
+        assert torch.equal(gptq_matmul(x, joined, activation=activation), separate)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"weights\[1\]: expected the in_features"):
+        GPTQWeight.concatenate([parts[0], GPTQWeight.from_checkpoint(**checkpoint(group_size=32))])
+    with pytest.raises(ValueError, match=r"weights\[0\]: expected out_features to be a multiple of 16, got 40"):
+        GPTQWeight.concatenate([parts[2], parts[0]])
+
+
+@pytest.mark.parametrize("activation", MODES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_special_values_stay_in_their_row(activation: Any, bad: float) -> None:
+    weight = GPTQWeight.from_checkpoint(**checkpoint())
+    x = torch.randn(12, 192)
+    clean = gptq_matmul(x, weight, activation=activation)
+    x[4, 100] = bad
+    out = gptq_matmul(x, weight, activation=activation)
+    assert not out[4].isfinite().any()
+    others = [row for row in range(12) if row != 4]
+    assert torch.equal(out[others], clean[others])
+
+
+def test_zero_and_extreme_activations() -> None:
+    weight = GPTQWeight.from_checkpoint(**checkpoint())
+    x = torch.stack((torch.zeros(192), torch.full((192,), 1e-38), torch.full((192,), 1e30)))
+    out = gptq_matmul(x, weight, activation="int8")
+    assert torch.equal(out[0], torch.zeros(72))
+    assert out.isfinite().all()
+    assert relative_error(out[2], gptq_matmul(x[2:], weight)[0]) < INT8_TOLERANCE
+
+
+def test_leading_dimensions_strides_and_out() -> None:
+    weight = GPTQWeight.from_checkpoint(**checkpoint())
+    wide = torch.randn(2, 3, 400)
+    x, out = wide[..., :192], torch.full((2, 3, 100), 7.0)
+    returned = gptq_matmul(x, weight, activation="int8", out=out[..., :72])
+    assert returned.data_ptr() == out.data_ptr()
+    assert torch.equal(out[..., :72], gptq_matmul(x.contiguous(), weight, activation="int8"))
+    assert (out[..., 72:] == 7).all()
+
+
+def test_contradictory_checkpoints_are_refused() -> None:
+    good = checkpoint()
+
+    def refuse(match: str, exception: type[Exception] = ValueError, **changes: Any) -> None:
+        with pytest.raises(exception, match=match):
+            GPTQWeight.from_checkpoint(**(good | changes))
+
+    refuse(r"bits: expected one of \(4, 8\), got 3", bits=3)
+    refuse(r"qzeros: expected shape \[3, 18\] \(72 zero points of 8 bits\), got \[3, 9\]", bits=8)
+    refuse(r"scales: expected shape \[num_groups, 72\], got \[3, 71\]", scales=good["scales"][:, :71])
+    refuse(r"qzeros: expected shape \[3, 9\]", qzeros=good["qzeros"][:2])
+    refuse(r"qweight: expected dtype int32, got int64", TypeError, qweight=good["qweight"].long())
+    refuse(r"g_idx: expected groups 0 to 2, got 0 to 7", g_idx=torch.arange(192) % 8)
+    refuse(r"g_idx: expected shape \[192\], got \[5\]", g_idx=torch.zeros(5))
+    refuse(
+        r"scales: 5 groups do not divide 192",
+        g_idx=None,
+        scales=good["scales"][[0] * 5],
+        qzeros=good["qzeros"][[0] * 5],
+    )
+    refuse(r"scales: expected finite values", scales=good["scales"] * float("nan"))
+    refuse(r"bias: expected shape \[72\], got \[3\]", bias=torch.zeros(3))
+
+
+def test_bad_calls_are_refused() -> None:
+    weight = GPTQWeight.from_checkpoint(**checkpoint())
+    with pytest.raises(ValueError, match="gptq_matmul: x: expected 192 input features in the last dimension, got 64"):
+        gptq_matmul(torch.randn(2, 64), weight)
+    with pytest.raises(TypeError, match="x: expected dtype float32, float16, bfloat16, got int64"):
+        gptq_matmul(torch.ones(2, 192, dtype=torch.int64), weight)
+    with pytest.raises(ValueError, match="activation: expected 'exact' or 'int8', got 'fp4'"):
+        gptq_matmul(torch.randn(2, 192), weight, activation="fp4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="out: expected 2 x 72 elements, got 2 x 71"):
+        gptq_matmul(torch.randn(2, 192), weight, out=torch.empty(2, 71))
+    with pytest.raises(ValueError, match=r"bias: expected shape \[4\], got \[5\]"):
+        DenseWeight.from_tensor(torch.randn(4, 8), torch.zeros(5))
