@@ -31,7 +31,7 @@ def random_checkpoint(
 ) -> dict[str, Any]:
     """Tensors of a GPTQ checkpoint (v1) with random codes, as `GPTQWeight.from_checkpoint` takes them.
 
-    Zero points lie around the middle, as a quantizer's do: far off, every sum would be a small difference of large terms.
+    Zero points lie around the middle, as a quantizer's do: far off, sums would be small differences of large terms.
     """
 
     def words(rows: int, columns: int) -> torch.Tensor:
