@@ -94,10 +94,13 @@ class Tokenizer:
                 f"{path}: expected a gpt2 tokenizer with pre-tokenizer {', '.join(_GGUF_SPLITS)}, got {kind!r} with "
                 f"{split!r}; use the model's Hugging Face directory instead"
             )
-        tokens = metadata["tokenizer.ggml.tokens"]
-        merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+        tokens = metadata.get("tokenizer.ggml.tokens", [])
+        merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
         vocabulary = {token: index for index, token in enumerate(tokens)}
-        tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split == "llama-bpe"))
+        try:
+            tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split == "llama-bpe"))
+        except Exception as error:  # the `tokenizers` package raises plain Exception
+            raise ValueError(f"{path}: damaged tokenizer: {error}") from None
         digits, expression = _GGUF_SPLITS[split]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             ([pre_tokenizers.Digits(individual_digits=True)] if digits else [])
@@ -166,14 +169,21 @@ class Detokenizer:
 
     Decoding a token alone would lose the space before it or cut a character in two, so each addition is the difference
     between two decodings of a short window.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+    context : sequence of int
+        The tokens just before the answer.
+    skip_special_tokens : bool
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, context: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._token_ids: list[int] = []
+        self._token_ids = list(context)
         self._window_start = 0  # tokens before it no longer matter
-        self._emitted_end = 0  # tokens before it are in the text already
+        self._emitted_end = len(context)  # tokens before it are in the text already
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Add tokens and return the text that is certain now; it never ends within a character."""

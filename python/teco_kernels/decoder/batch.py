@@ -1,0 +1,82 @@
+"""The tokens of one step as the tensors that the operators read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Span(NamedTuple):
+    """`num_tokens` tokens of one sequence to compute, from position `start`; `all_logits`: not only the last one's."""
+
+    token_ids: Sequence[int]
+    start: int
+    num_tokens: int
+    blocks: Sequence[int]
+    want_logits: bool = True
+    all_logits: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one step: `T` tokens of `S` sequences, one sequence after the other.
+
+    Attributes
+    ----------
+    token_ids, positions : Tensor
+        int64 ``[T]``.
+    slot_mapping : Tensor
+        int64 ``[T]``: where each token's key and value go, ``block * block_size + offset``.
+    block_table : Tensor
+        int32 ``[S, max_blocks]``.
+    seq_lens : Tensor
+        int32 ``[S]``: tokens with keys and values, this step's included.
+    query_start_loc : Tensor or None
+        int32 ``[S + 1]``; None when every sequence has one token.
+    logit_rows : Tensor or None
+        int64 ``[R]``: the tokens whose logits are wanted; None for all.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+    query_start_loc: Tensor | None
+    logit_rows: Tensor | None
+
+    @classmethod
+    def from_spans(cls, spans: Sequence[Span], block_size: int) -> Batch:
+        """Lay the spans out one after the other."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        starts = [0]
+        rows: list[int] = []
+        width = max(len(span.blocks) for span in spans)
+        table = []
+        for span in spans:
+            end = span.start + span.num_tokens
+            token_ids += span.token_ids[span.start : end]
+            positions += range(span.start, end)
+            slots += [
+                span.blocks[position // block_size] * block_size + position % block_size
+                for position in range(span.start, end)
+            ]
+            table.append([*span.blocks, *[0] * (width - len(span.blocks))])
+            if span.want_logits:
+                rows += range(starts[-1] if span.all_logits else len(token_ids) - 1, len(token_ids))
+            starts.append(len(token_ids))
+        return cls(
+            token_ids=torch.tensor(token_ids),
+            positions=torch.tensor(positions),
+            slot_mapping=torch.tensor(slots),
+            block_table=torch.tensor(table, dtype=torch.int32),
+            seq_lens=torch.tensor([span.start + span.num_tokens for span in spans], dtype=torch.int32),
+            query_start_loc=None if len(token_ids) == len(spans) else torch.tensor(starts, dtype=torch.int32),
+            logit_rows=None if len(rows) == len(token_ids) else torch.tensor(rows, dtype=torch.int64),
+        )

@@ -1,0 +1,300 @@
+"""The loop itself: schedule, run, sample, commit."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from teco_kernels.decoder.answer import Answer
+from teco_kernels.decoder.batch import Batch, Span
+from teco_kernels.decoder.kv_cache import KVCache
+from teco_kernels.decoder.model import Transformer
+from teco_kernels.decoder.sampler import INVALID_TOKEN, sample_tokens, token_logprobs
+from teco_kernels.decoder.sampling_params import RequestMetrics, RequestOutput, SamplingParams
+from teco_kernels.decoder.scheduler import Scheduler, Sequence
+from teco_kernels.decoder.tokenizer import Tokenizer
+
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # keeps the random numbers of a request's answers apart
+_SCORE_ROWS = 128  # logits that `score` holds at a time
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and the answers to it."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    answers: list[Answer]
+    metrics: RequestMetrics
+
+    @property
+    def finished(self) -> bool:
+        return all(answer.finished for answer in self.answers)
+
+    def take_output(self) -> RequestOutput:
+        """The request as it is now; what follows counts as new."""
+        outputs = [replace(answer.output, token_ids=list(answer.output.token_ids)) for answer in self.answers]
+        for answer in self.answers:
+            answer.output.new_text = ""
+        return RequestOutput(
+            self.request_id, self.prompt, self.prompt_token_ids, outputs, self.finished, replace(self.metrics)
+        )
+
+
+class Engine:
+    """Answers requests, many at a time, one step after the other. Not thread-safe.
+
+    Parameters
+    ----------
+    model : Transformer
+    cache : KVCache
+    tokenizer : Tokenizer
+    max_model_len : int
+        Most tokens of a prompt and its answer.
+    max_num_seqs, max_num_batched_tokens : int
+        See `Scheduler`.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache: KVCache,
+        tokenizer: Tokenizer,
+        *,
+        max_model_len: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.tokenizer = tokenizer
+        self.max_model_len = max_model_len
+        self.scheduler = Scheduler(cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+        self._requests: dict[str, Request] = {}
+        self._request_of: dict[Sequence, tuple[Request, Answer]] = {}
+        self._num_steps = self._num_prompt_tokens = self._num_generated_tokens = 0
+        self._unused_slots = self._allocated_slots = 0
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._requests)
+
+    def add_request(
+        self, request_id: str, prompt_token_ids: SequenceOf[int], params: SamplingParams, prompt: str | None = None
+    ) -> None:
+        """Take in a request; `step` computes it.
+
+        Raises
+        ------
+        ValueError
+            When it can never be answered: prompt empty, not of this vocabulary, too long for the context or the cache.
+            The engine is as it was.
+        """
+        token_ids = [int(token) for token in prompt_token_ids]
+        max_tokens = self._max_tokens(token_ids, params)
+        if request_id in self._requests:
+            raise ValueError(f"request_id: {request_id!r} is already in use")
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        sequences = [
+            Sequence(list(token_ids), len(token_ids), max_tokens, (seed + i * _SEED_STRIDE) % 2**63)
+            for i in range(params.n)
+        ]
+        sequences[0].siblings = sequences[1:]
+        answers = [Answer(i, sequence, params, self.tokenizer) for i, sequence in enumerate(sequences)]
+        request = Request(request_id, prompt, token_ids, params, answers, RequestMetrics(time.monotonic()))
+        self._requests[request_id] = request
+        self._request_of |= {answer.sequence: (request, answer) for answer in answers}
+        self.scheduler.add(sequences[0])
+        self._num_prompt_tokens += len(token_ids)
+
+    def _max_tokens(self, token_ids: list[int], params: SamplingParams) -> int:
+        """Longest answer that fits; ValueError for a request that does not."""
+        if not token_ids:
+            raise ValueError("prompt: expected at least one token, got none")
+        vocab_size = self.model.config.vocab_size
+        if outside := [token for token in token_ids if not 0 <= token < vocab_size]:
+            raise ValueError(f"prompt: expected token ids from 0 to {vocab_size - 1}, got {outside[0]}")
+        ids = [*(params.logit_bias or ()), *(params.stop_token_ids or ())]
+        if outside := [token for token in ids if not 0 <= token < vocab_size]:
+            raise ValueError(
+                f"logit_bias, stop_token_ids: expected token ids from 0 to {vocab_size - 1}, got {outside[0]}"
+            )
+        if params.logprobs is not None and params.logprobs > vocab_size:
+            raise ValueError(f"logprobs: expected at most {vocab_size}, the vocabulary; got {params.logprobs}")
+        if params.n > self.scheduler.max_num_seqs:
+            raise ValueError(f"n: expected at most max_num_seqs, {self.scheduler.max_num_seqs}; got {params.n}")
+        if len(token_ids) >= self.max_model_len:
+            raise ValueError(
+                f"prompt: expected fewer tokens than max_model_len, {self.max_model_len}; got {len(token_ids)}"
+            )
+        # The last token of an answer is never computed, so it needs no slot.
+        room = self.cache.pool.num_blocks * self.cache.block_size + 1 - len(token_ids)
+        longest = self.max_model_len - len(token_ids)
+        wanted = min(params.max_tokens, longest) if params.max_tokens is not None else min(longest, max(room, 1))
+        if wanted > room:
+            raise ValueError(
+                f"prompt: {len(token_ids)} tokens and an answer of up to {wanted} need more than the KV cache's "
+                f"{self.cache.pool.num_blocks} blocks of {self.cache.block_size} tokens"
+            )
+        return wanted
+
+    def abort_request(self, request_id: str) -> None:
+        """Drop a request; unknown and finished ones are ignored."""
+        if request_id in self._requests:
+            self._end(self._requests[request_id], "abort")
+
+    @torch.inference_mode()
+    def step(self) -> list[RequestOutput]:
+        """Compute one batch.
+
+        Returns
+        -------
+        list of RequestOutput
+            The requests that got new tokens, ended, or failed. When a request's logits are not numbers it ends with
+            finish reason "error"; all others go on.
+        """
+        batch = self.scheduler.schedule()
+        if not batch:
+            return []
+        self._count_slots(batch)
+        complete = [sequence for sequence, num in batch if sequence.num_computed + num == len(sequence.token_ids)]
+        spans = [
+            Span(sequence.token_ids, sequence.num_computed, num, sequence.blocks, sequence in complete)
+            for sequence, num in batch
+        ]
+        logits = self.model.forward(Batch.from_spans(spans, self.cache.block_size), self.cache)
+        for sequence, num_tokens in batch:
+            self.scheduler.commit(sequence, num_tokens)
+        return self._sample(complete, logits)
+
+    def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> list[RequestOutput]:
+        """Give every sequence, and those that fork off it, a token from its row of `logits`."""
+        if not sequences:
+            return []
+        rows, drawing = [], []
+        for row, sequence in enumerate(sequences):
+            family = [sequence, *self.scheduler.fork(sequence)]
+            drawing += [self._request_of[member] for member in family]
+            rows += [row] * len(family)
+        logits = logits.float() if len(rows) == len(sequences) else logits[rows].float()
+        plain = logits
+        if any(answer.params.logprobs is not None for _, answer in drawing):
+            plain = logits.clone()  # sampling changes its input
+        token_ids = sample_tokens(
+            logits,
+            [(answer.sequence, answer.params) for _, answer in drawing],
+            [answer.stop_token_ids for _, answer in drawing],
+        )
+        now = time.monotonic()
+        for row, ((request, answer), token_id) in enumerate(zip(drawing, token_ids, strict=True)):
+            if request.finished:  # an answer to the same prompt has just failed
+                continue
+            if token_id == INVALID_TOKEN:
+                self._end(request, "error", f"request {request.request_id!r}: its logits are not finite numbers")
+                continue
+            if request.metrics.first_token_time is None:
+                request.metrics.first_token_time = now
+                request.metrics.num_cached_tokens = answer.sequence.num_cached
+            num_top = answer.params.logprobs
+            logprobs = None if num_top is None else token_logprobs(plain[row], token_id, num_top, self.tokenizer)
+            answer.push(token_id, logprobs)
+            self._num_generated_tokens += 1
+            if answer.finished:
+                self.scheduler.remove([answer.sequence])
+                del self._request_of[answer.sequence]
+        progressed = {request.request_id: request for request, _ in drawing}
+        for request in progressed.values():
+            if request.finished and request.request_id in self._requests:
+                self._end(request, "stop")
+        return [request.take_output() for request in progressed.values()]
+
+    def _end(self, request: Request, reason: str, error: str | None = None) -> None:
+        """Take a request out; answers that still run end for `reason`."""
+        for answer in request.answers:
+            if not answer.finished:
+                answer.finish(reason, error)
+                self.scheduler.remove([answer.sequence])
+                del self._request_of[answer.sequence]
+        request.metrics.finished_time = time.monotonic()
+        del self._requests[request.request_id]
+
+    @torch.inference_mode()
+    def score(self, token_ids: SequenceOf[int]) -> list[float]:
+        """Log-probability of every token but the first, given those before it; at most `max_model_len` tokens.
+
+        Raises
+        ------
+        ValueError
+            When the text does not fit into the context, or into the blocks that running requests have left.
+        """
+        if len(token_ids) > self.max_model_len:
+            raise ValueError(f"token_ids: expected at most {self.max_model_len}, got {len(token_ids)}")
+        num_blocks = -(-len(token_ids) // self.cache.block_size)
+        blocks = self.cache.pool.allocate(num_blocks)
+        if blocks is None:
+            raise ValueError(
+                f"token_ids: {len(token_ids)} tokens need {num_blocks} KV blocks, "
+                f"{self.cache.pool.num_available} are available"
+            )
+        scores: list[float] = []
+        chunk = min(self.scheduler.max_num_batched_tokens, _SCORE_ROWS)
+        try:
+            for start in range(0, len(token_ids) - 1, chunk):
+                end = min(start + chunk, len(token_ids) - 1)
+                span = Span(token_ids, start, end - start, blocks, all_logits=True)
+                logits = self.model.forward(Batch.from_spans([span], self.cache.block_size), self.cache)
+                targets = torch.tensor(token_ids[start + 1 : end + 1]).unsqueeze(-1)
+                scores += logits.float().log_softmax(-1).gather(-1, targets).squeeze(-1).tolist()
+        finally:
+            self.cache.pool.free(blocks)
+        return scores
+
+    def _count_slots(self, batch: list[tuple[Sequence, int]]) -> None:
+        """For the waste share: slots in used blocks, and those of them that hold no token when this step has run.
+
+        Only a sequence's last block can have such slots; one that is shared counts once.
+        """
+        computed = dict(batch)
+        block_size = self.cache.block_size
+        unused = {
+            sequence.blocks[-1]: len(sequence.blocks) * block_size - sequence.num_computed - computed.get(sequence, 0)
+            for sequence in self.scheduler.running
+            if sequence.blocks
+        }
+        self._unused_slots += sum(unused.values())
+        self._allocated_slots += self.cache.pool.num_used * block_size
+        self._num_steps += 1
+
+    def metrics(self) -> dict[str, Any]:
+        """Counters since the start, and the state of the cache.
+
+        ``kv_waste_share`` is the share of slots in used blocks that held no token, over all steps: a block counts as
+        used while a running sequence holds it (once when several do), its slots as they are after the step.
+        """
+        pool = self.cache.pool
+        return {
+            "steps": self._num_steps,
+            "requests_running": len(self.scheduler.running),
+            "requests_waiting": len(self.scheduler.waiting),
+            "prompt_tokens": self._num_prompt_tokens,
+            "generated_tokens": self._num_generated_tokens,
+            "preemptions": self.scheduler.num_preemptions,
+            "prefix_cache_hit_tokens": pool.hit_tokens,
+            "prefix_cache_queried_tokens": pool.queried_tokens,
+            "kv_blocks": pool.num_blocks,
+            "kv_block_size": pool.block_size,
+            "kv_blocks_used": pool.num_used,
+            "kv_blocks_cached": pool.num_cached,
+            "kv_blocks_peak": pool.peak_used,
+            "kv_waste_share": self._unused_slots / max(self._allocated_slots, 1),
+            "kv_cache_bytes": self.cache.nbytes,
+            "weight_bytes": self.model.nbytes,
+        }

@@ -1,0 +1,314 @@
+"""`LLM`: a model, its cache and its engine behind the interface of vLLM's class of that name."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from teco_kernels.decoder.config import ModelConfig
+from teco_kernels.decoder.engine import Engine
+from teco_kernels.decoder.kv_cache import CACHE_DTYPES, KVCache
+from teco_kernels.decoder.loader import load_source
+from teco_kernels.decoder.model import Transformer
+from teco_kernels.decoder.sampling_params import RequestError, RequestOutput, SamplingParams
+from teco_kernels.ops.gptq import Activation
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+_DTYPES = {
+    # "auto": there is no processor here whose half-precision arithmetic is faster than its single-precision one.
+    "auto": torch.float32,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+_DEFAULT_CACHE_MEMORY = 1 << 30
+
+
+class LLM:
+    """A language model that answers prompts.
+
+    Parameters
+    ----------
+    path : str or Path
+        A Hugging Face directory (plain or GPTQ weights in safetensors) or a ``.gguf`` file.
+    dtype : str
+        Of activations and unquantised weights: "float32", "float16" or "bfloat16"; "auto" is float32 on a CPU.
+    tensor_parallel_size : int
+        Only 1 in this version.
+    max_model_len : int, optional
+        Most tokens of a prompt and its answer; the model's own limit when not given.
+    max_num_seqs : int
+        Most answers computed at a time.
+    max_num_batched_tokens : int, optional
+        Most tokens per step, 512 when not given; longer prompts are computed in chunks.
+    block_size : int
+        Tokens per KV block.
+    kv_cache_dtype : str
+        "fp32", "fp16", "bf16", "int8" or "fp8"; "auto" is `dtype`.
+    kv_cache_memory : int, optional
+        Bytes for the KV cache, 1 GiB when not given. Never takes more than `max_num_seqs` longest requests need;
+        memory is used as blocks are first written.
+    recycle_head, recycle_verify
+        Not available in this version.
+    num_threads : int, optional
+        Sets ``torch.set_num_threads``, which the operators follow; for the whole process.
+    gptq_activation : {"int8", "exact"}
+        How GPTQ layers treat their input, see `gptq_matmul`. "int8" computes in integers, several times faster, and
+        moves the log-probabilities less than rounding the weights to 4 bits did; "exact" is for comparisons.
+
+    Raises
+    ------
+    ValueError
+        Naming file, tensor or argument.
+
+    Examples
+    --------
+    >>> llm = LLM("model/")
+    >>> llm.generate("The capital of France is", SamplingParams(temperature=0))[0].outputs[0].text
+    ' Paris.'
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        dtype: str = "auto",
+        tensor_parallel_size: int = 1,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int | None = None,
+        block_size: int = 16,
+        kv_cache_dtype: str = "auto",
+        kv_cache_memory: int | None = None,
+        recycle_head: str | None = None,
+        recycle_verify: bool = True,
+        num_threads: int | None = None,
+        gptq_activation: Activation = "int8",
+    ) -> None:
+        if tensor_parallel_size != 1:
+            raise ValueError(f"tensor_parallel_size: {tensor_parallel_size} is not available in this version, only 1")
+        if recycle_head is not None or not recycle_verify:
+            raise ValueError("recycle_head, recycle_verify: not available in this version")
+        compute_dtype = _choice("dtype", dtype, _DTYPES)
+        cache_dtype = _choice("kv_cache_dtype", kv_cache_dtype, {"auto": compute_dtype, **CACHE_DTYPES})
+        _choice("gptq_activation", gptq_activation, {"exact": None, "int8": None})
+        if max_num_batched_tokens is None:
+            max_num_batched_tokens = max(512, max_num_seqs)
+        for name, value in (
+            ("max_num_seqs", max_num_seqs),
+            ("max_num_batched_tokens", max_num_batched_tokens),
+            ("block_size", block_size),
+            ("num_threads", 1 if num_threads is None else num_threads),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+
+        source = load_source(path)
+        self.config: ModelConfig = source.config
+        self.tokenizer = source.tokenizer
+        limit = source.config.max_position
+        max_model_len = limit if max_model_len is None else max_model_len
+        if not 1 <= max_model_len <= limit:
+            raise ValueError(f"max_model_len: expected 1 to {limit}, the model's context; got {max_model_len}")
+        cache = KVCache(
+            source.config,
+            block_size=block_size,
+            memory=_DEFAULT_CACHE_MEMORY if kv_cache_memory is None else kv_cache_memory,
+            max_blocks=max_num_seqs * -(-max_model_len // block_size),
+            dtype=cache_dtype,
+        )
+        model = Transformer(source, dtype=compute_dtype, max_model_len=max_model_len, activation=gptq_activation)
+        self.engine = Engine(
+            model,
+            cache,
+            self.tokenizer,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+        self._ids = count()
+        # Outputs that a step made for a caller who was not the one to run it, e.g. of two streams read in turn.
+        self._inboxes: dict[str, deque[RequestOutput]] = {}
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer prompts, batched continuously.
+
+        Parameters
+        ----------
+        prompts : str, list of int, or a list of these
+            Texts or token ids.
+        sampling_params : SamplingParams, or one per prompt
+        use_tqdm : bool
+            Show a progress bar.
+
+        Returns
+        -------
+        list of RequestOutput
+            In the order of the prompts.
+
+        Raises
+        ------
+        ValueError
+            A prompt can never be answered; nothing was computed.
+        RequestError
+            Some requests failed while they ran; its `outputs` has all of them.
+        """
+        batch = _prompt_list(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params or SamplingParams()] * len(batch)
+        if len(sampling_params) != len(batch):
+            raise ValueError(f"sampling_params: expected one per prompt, {len(batch)}; got {len(sampling_params)}")
+        encoded = [
+            (self._encode(p), params, p if isinstance(p, str) else None)
+            for p, params in zip(batch, sampling_params, strict=True)
+        ]
+        return self._run(encoded, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **template_variables: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or a list of them; see `chat_prompt` and `generate`."""
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [self.chat_prompt(conversation, **template_variables) for conversation in conversations]  # type: ignore[arg-type]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def chat_prompt(self, messages: Sequence[Message], **template_variables: Any) -> list[int]:
+        """Token ids of a conversation ``[{"role": ..., "content": ...}, ...]`` in the model's chat template."""
+        text = self.tokenizer.apply_chat_template(messages, **template_variables)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Answer one prompt token by token.
+
+        The request is taken in, and checked, with the first `next`; dropping the iterator aborts it.
+
+        Yields
+        ------
+        RequestOutput
+            The answer so far; `CompletionOutput.new_text` is what came since the one before.
+        """
+        request_id = self._add(self._encode(prompt), sampling_params or SamplingParams(), prompt)
+        try:
+            finished = False
+            while not finished:
+                while not self._inboxes[request_id]:
+                    self._step()
+                output = self._inboxes[request_id].popleft()
+                finished = output.finished
+                if error := next((answer.error for answer in output.outputs if answer.error), None):
+                    raise RequestError(error, [output])
+                yield output
+        finally:
+            self._drop(request_id)
+
+    def score(self, text: Prompt, *, window: int | None = None) -> list[float]:
+        """Log-probability of every token of a text but the first, given the tokens before it.
+
+        Parameters
+        ----------
+        text : str or list of int
+        window : int, optional
+            Most tokens of context and text at a time; `max_model_len` when not given. A longer text is cut: each window
+            begins with the last token of the one before it, which is context only. Every token but the first is thus
+            scored once, those at the start of a window with little context.
+
+        Returns
+        -------
+        list of float
+            Natural logarithms; ``exp(-mean)`` is the perplexity.
+        """
+        token_ids = self._encode(text)
+        window = self.engine.max_model_len if window is None else window
+        if not 2 <= window <= self.engine.max_model_len:
+            raise ValueError(f"window: expected 2 to {self.engine.max_model_len}, got {window}")
+        scores: list[float] = []
+        for start in range(0, len(token_ids) - 1, window - 1):
+            scores += self.engine.score(token_ids[start : start + window])
+        return scores
+
+    def metrics(self) -> dict[str, Any]:
+        """Counters and memory, see `Engine.metrics`."""
+        return self.engine.metrics()
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if not all(isinstance(token, int) for token in prompt):
+            raise TypeError(f"prompt: expected text or a list of token ids, got {type(prompt).__name__}")
+        return list(prompt)
+
+    def _add(self, token_ids: list[int], params: SamplingParams, prompt: Prompt | None) -> str:
+        request_id = str(next(self._ids))
+        self.engine.add_request(request_id, token_ids, params, prompt if isinstance(prompt, str) else None)
+        self._inboxes[request_id] = deque()
+        return request_id
+
+    def _step(self) -> None:
+        for output in self.engine.step():
+            self._inboxes[output.request_id].append(output)
+
+    def _drop(self, request_id: str) -> None:
+        self.engine.abort_request(request_id)
+        del self._inboxes[request_id]
+
+    def _run(self, requests: list[tuple[list[int], SamplingParams, str | None]], use_tqdm: bool) -> list[RequestOutput]:
+        ids: list[str] = []
+        done: dict[str, RequestOutput] = {}
+        try:
+            for number, (token_ids, params, text) in enumerate(requests):
+                try:
+                    ids.append(self._add(token_ids, params, text))
+                except ValueError as error:
+                    raise ValueError(f"prompts[{number}]: {error}") from None
+            with tqdm(total=len(ids), desc="generate", unit="request", disable=not use_tqdm) as progress:
+                while len(done) < len(ids):
+                    self._step()
+                    for request_id in ids:
+                        inbox = self._inboxes[request_id]
+                        while inbox:
+                            if (output := inbox.popleft()).finished:
+                                done[request_id] = output
+                                progress.update()
+        finally:
+            for request_id in ids:
+                self._drop(request_id)
+        outputs = [done[request_id] for request_id in ids]
+        if errors := [answer.error for output in outputs for answer in output.outputs if answer.error]:
+            raise RequestError("; ".join(sorted(set(errors))), outputs)
+        return outputs
+
+
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many, as a list of them."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _choice(name: str, value: str, choices: Mapping[str, Any]) -> Any:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
+    return choices[value]

@@ -1,0 +1,172 @@
+"""What a request asks for and what it gets; names and defaults are vLLM's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of a request are chosen and when it ends.
+
+    Attributes
+    ----------
+    n : int
+        Answers per prompt; they share its KV blocks.
+    temperature, top_k, top_p, min_p
+        As in `teco_kernels.ops.sample`; temperature 0 is greedy.
+    presence_penalty, frequency_penalty : float
+        Subtracted from the logit of every token generated so far: once, and times its count.
+    repetition_penalty : float
+        Divides positive and multiplies negative logits of tokens in the prompt or the answer.
+    logit_bias : dict of int to float, optional
+        Added to the logits of these tokens.
+    max_tokens : int or None
+        Most tokens to generate; None: as many as the context and the cache can hold.
+    min_tokens : int
+        No end-of-sequence or stop token is drawn before so many.
+    stop : str or list of str, optional
+        Texts that end the answer and are cut off it, unless `include_stop_str_in_output`.
+    stop_token_ids : list of int, optional
+        Tokens that end the answer, beside the model's end-of-sequence tokens (which `ignore_eos` turns off).
+    seed : int, optional
+        64 bits. With it the answer is the same in every run and any company; without, one is drawn on arrival.
+    logprobs : int, optional
+        Report each token's log-probability, and this many of the likeliest, by the model's unchanged logits.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    seed: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(_is_int(self.n) and self.n >= 1, "n", "a positive integer", self.n)
+        _require(self.temperature >= 0, "temperature", "a number >= 0", self.temperature)
+        _require(0 < self.top_p <= 1, "top_p", "a number in (0, 1]", self.top_p)
+        _require(_is_int(self.top_k) and self.top_k >= -1, "top_k", "a positive integer, or 0 or -1", self.top_k)
+        _require(0 <= self.min_p <= 1, "min_p", "a number in [0, 1]", self.min_p)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _require(-2 <= getattr(self, name) <= 2, name, "a number in [-2, 2]", getattr(self, name))
+        _require(self.repetition_penalty > 0, "repetition_penalty", "a positive number", self.repetition_penalty)
+        _require(
+            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
+            "max_tokens",
+            "a positive integer or None",
+            self.max_tokens,
+        )
+        _require(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", "an integer >= 0", self.min_tokens)
+        _require(all(self.stop_strings), "stop", "texts that are not empty", self.stop)
+        _require(self.seed is None or _is_int(self.seed), "seed", "an integer or None", self.seed)
+        _require(
+            self.logprobs is None or (_is_int(self.logprobs) and self.logprobs >= 0),
+            "logprobs",
+            "an integer >= 0 or None",
+            self.logprobs,
+        )
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class Logprob(NamedTuple):
+    """Log-probability of a token at one position; rank 1 is the likeliest."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass
+class CompletionOutput:
+    """One answer.
+
+    Attributes
+    ----------
+    text, token_ids
+        The answer so far; `token_ids` includes a stop token, `text` does not.
+    new_text : str
+        What `text` grew by since the request's last output; never half a character, never part of a stop string.
+    cumulative_logprob : float or None
+        Sum over `token_ids`, when log-probabilities were asked for.
+    logprobs : list of dict or None
+        Per token: the token itself and the likeliest, by token id.
+    finish_reason : str or None
+        "stop", "length", "error", "abort", or None while it runs.
+    stop_reason : int, str or None
+        The stop token or text that ended it; None for an end-of-sequence token.
+    error : str or None
+        What went wrong, when `finish_reason` is "error".
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    new_text: str = ""
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+
+@dataclass
+class RequestMetrics:
+    """Times are seconds of `time.monotonic`; `num_cached_tokens` of the prompt came from the prefix cache."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass
+class RequestOutput:
+    """A request and its `n` answers, finished or as far as they are."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+
+
+class RequestError(ValueError):
+    """Some requests of a `generate` call failed; all others ran to their end.
+
+    Attributes
+    ----------
+    outputs : list of RequestOutput
+        Of all requests; the failed ones have finish reason "error".
+    """
+
+    def __init__(self, message: str, outputs: list[RequestOutput]) -> None:
+        super().__init__(message)
+        self.outputs = outputs
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")

@@ -1,0 +1,139 @@
+"""Linear layers from a checkpoint: dense or GPTQ, several projections of one input merged into one matmul."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teco_kernels.decoder.loader import Source
+from teco_kernels.ops import DenseWeight, GPTQWeight, dense_matmul, gptq_matmul
+from teco_kernels.ops.gptq import Activation
+
+
+class Linear:
+    """``x [T, in_features] -> [T, out_features]``, a row's bits depending on that row alone.
+
+    Parameters
+    ----------
+    weights : sequence of DenseWeight or GPTQWeight
+        Projections of the same input, whose outputs are concatenated; merged into one where they allow it.
+    activation : {"exact", "int8"}
+        For GPTQ weights, as in `gptq_matmul`.
+    """
+
+    def __init__(self, weights: Sequence[DenseWeight | GPTQWeight], activation: Activation) -> None:
+        self.weights = _merge_gptq(weights)
+        self.activation = activation
+        self.nbytes = sum(weight.nbytes for weight in self.weights)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        outputs = [
+            gptq_matmul(x, weight, activation=self.activation)
+            if isinstance(weight, GPTQWeight)
+            else dense_matmul(x, weight)
+            for weight in self.weights
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def _merge_gptq(weights: Sequence[DenseWeight | GPTQWeight]) -> list[DenseWeight | GPTQWeight]:
+    gptq = [weight for weight in weights if isinstance(weight, GPTQWeight)]
+    if len(gptq) < max(len(weights), 2):
+        return list(weights)
+    try:
+        return [GPTQWeight.concatenate(gptq)]
+    except ValueError:  # different bits, group sizes or orders: `dynamic` allows it
+        return list(weights)
+
+
+class WeightLoader:
+    """Reads the layers of a model from its source, each in the form that the checkpoint has it in.
+
+    Parameters
+    ----------
+    source : Source
+    dtype : torch.dtype
+        Compute dtype. Matmuls take any dtype of weight, so only wider ones are rounded to it.
+    activation : {"exact", "int8"}
+    """
+
+    def __init__(self, source: Source, dtype: torch.dtype, activation: Activation) -> None:
+        self._source = source
+        self._dtype = dtype
+        self._activation: Activation = activation
+        quantization = source.quantization_config
+        if quantization is not None and quantization.get("quant_method") != "gptq":
+            raise ValueError(
+                f"{source.path}: expected quant_method gptq in the quantization_config, "
+                f"got {quantization.get('quant_method')!r}"
+            )
+        self._quantization: Mapping[str, Any] = quantization or {}
+
+    def vector(self, name: str, size: int) -> Tensor:
+        """A one-dimensional weight in the compute dtype."""
+        return self._source.tensor(name, (size,)).to(self._dtype)
+
+    def linear(self, names: Sequence[str], in_features: int, out_features: Sequence[int], *, bias: bool) -> Linear:
+        """The projections `names` of one input, with `out_features` each."""
+        if any(self._source.has(f"{name}.qweight") for name in names):
+            weights = [
+                self._gptq(name, in_features, size, bias)
+                if self._source.has(f"{name}.qweight")
+                else self._dense([name], in_features, [size], bias)
+                for name, size in zip(names, out_features, strict=True)
+            ]
+            return Linear(weights, self._activation)
+        return Linear([self._dense(names, in_features, out_features, bias)], self._activation)
+
+    def _dense(self, names: Sequence[str], in_features: int, out_features: Sequence[int], bias: bool) -> DenseWeight:
+        rows = [
+            self._source.tensor(f"{name}.weight", (size, in_features))
+            for name, size in zip(names, out_features, strict=True)
+        ]
+        if rows[0].dtype.itemsize > self._dtype.itemsize:
+            rows = [row.to(self._dtype) for row in rows]
+        biases = [self.vector(f"{name}.bias", size) for name, size in zip(names, out_features, strict=True) if bias]
+        return DenseWeight.from_tensor(torch.cat(rows), bias=torch.cat(biases) if bias else None)
+
+    def _gptq(self, name: str, in_features: int, out_features: int, bias: bool) -> GPTQWeight:
+        settings = self._settings(name)
+        bits, group_size = int(settings["bits"]), int(settings["group_size"])
+        groups = 1 if group_size == -1 else -(-in_features // group_size)
+        read = self._source.tensor
+        bias_name = f"{name}.bias"
+        # Some quantizers write a bias of zeros where the model has none.
+        bias_tensor = read(bias_name, (out_features,)) if bias or self._source.has(bias_name) else None
+        try:
+            return GPTQWeight.from_checkpoint(
+                read(f"{name}.qweight", (in_features * bits // 32, out_features)),
+                read(f"{name}.qzeros", (groups, out_features * bits // 32)),
+                read(f"{name}.scales", (groups, out_features)),
+                read(f"{name}.g_idx", (in_features,)) if self._source.has(f"{name}.g_idx") else None,
+                bits=bits,
+                zero_point_format="v2" if settings.get("checkpoint_format") == "gptq_v2" else "v1",
+                bias=bias_tensor,
+            )
+        except (ValueError, TypeError) as error:
+            message = str(error)
+            raise ValueError(
+                message if message.startswith(str(self._source.path)) else f"{self._source.path}: {name}: {message}"
+            ) from None
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        """The quantisation of one layer: the first `dynamic` rule whose pattern matches its name overrides the rest."""
+        settings = dict(self._quantization)
+        for rule, override in (settings.pop("dynamic", None) or {}).items():
+            if not rule.startswith("-:") and re.match(rule.removeprefix("+:"), name):
+                settings |= override
+                break
+        for key in ("bits", "group_size"):
+            if not isinstance(settings.get(key), int):
+                raise ValueError(
+                    f"{self._source.path}: expected an integer {key!r} in the quantization_config for {name!r}, "
+                    f"got {settings.get(key)!r}"
+                )
+        return settings
