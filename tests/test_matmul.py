@@ -113,7 +113,7 @@ def test_act_order_is_a_permutation_of_the_inputs() -> None:
 
 
 def test_concatenated_weights_give_the_same_bits() -> None:
-    parts = [GPTQWeight.from_checkpoint(**checkpoint(outputs=n)) for n in (32, 48, 40)]
+    parts = [GPTQWeight.from_checkpoint(**checkpoint(out_features=n)) for n in (32, 48, 40)]
     joined = GPTQWeight.concatenate(parts)
     x = torch.randn(3, 192)
     for activation in ("exact", "int8"):
