@@ -41,6 +41,11 @@ STABLE_TORCH_LIBRARY(teco_kernels, m) {
   m.def(
       "gptq_matmul(Tensor(a!) out, Tensor input, Tensor weight, Tensor? input_order, Tensor? bias, int in_features, "
       "int out_features, int bits, bool int8_activation) -> ()");
+  m.def(
+      "reshape_and_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping, "
+      "Tensor(c!)? key_scale, Tensor(d!)? value_scale) -> ()");
+  m.def("copy_blocks(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor block_mapping) -> ()");
+  m.def("swap_blocks(Tensor source_cache, Tensor(a!) target_cache, Tensor block_mapping) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CompositeExplicitAutograd, m) {
@@ -56,6 +61,9 @@ STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CPU, m) {
   m.impl("sample", TORCH_BOX(&sample));
   m.impl("dense_matmul", TORCH_BOX(&dense_matmul));
   m.impl("gptq_matmul", TORCH_BOX(&gptq_matmul));
+  m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache));
+  m.impl("copy_blocks", TORCH_BOX(&copy_blocks));
+  m.impl("swap_blocks", TORCH_BOX(&swap_blocks));
 }
 
 }  // namespace teco::ops

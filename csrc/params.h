@@ -96,4 +96,38 @@ struct GptqMatmulParams {
   DType dtype;           // of input and out
 };
 
+// Keys or values of a cache, [num_blocks, block_size, num_kv_heads, head_dim] with any strides but 1 in the last
+// dimension. int8 and fp8 elements have a scale, fp32 [num_blocks, block_size, num_kv_heads] or one for all of them.
+struct KVCacheView {
+  void* data;
+  float* scale;  // null for floating caches
+  int64_t block_stride, slot_stride, head_stride;
+  int64_t scale_block_stride, scale_slot_stride, scale_head_stride;  // all 0 with one scale for all
+};
+
+// cache[slot_mapping[t]] = token t's key and value, converted to the cache's dtype. A scale of its own per slot and
+// head is written, max |x| / 127 (int8) or / 448 (fp8); one for all of them is only read.
+struct ReshapeAndCacheParams {
+  const void* key;    // [num_tokens, num_kv_heads, head_dim]
+  const void* value;  // the same
+  KVCacheView key_cache, value_cache;
+  const int64_t* slot_mapping;  // [num_tokens]: block * block_size + offset, -1 to skip; checked
+  int64_t num_tokens, num_kv_heads, head_dim, block_size;
+  int64_t key_stride, key_head_stride, value_stride, value_head_stride;
+  DType dtype;         // of key and value
+  DType cache_dtype;   // of both caches
+  bool writes_scales;  // a scale per slot and head, where the cache has any
+};
+
+// target[destination] = source[source block] for each pair, as if one pair after the other. A block is runs of bytes,
+// outer x inner of them.
+struct CopyBlocksParams {
+  const void* source;
+  void* target;
+  const int64_t* block_mapping;  // [num_pairs, 2]: source block, destination block; checked
+  int64_t num_pairs, outer, inner, run_bytes;
+  int64_t source_block_bytes, source_outer_bytes, source_inner_bytes;  // strides
+  int64_t target_block_bytes, target_outer_bytes, target_inner_bytes;
+};
+
 }  // namespace teco

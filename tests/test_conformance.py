@@ -39,7 +39,10 @@ def test_schema_is_truthful(case: Case) -> None:
         _library.record_calls(None)
     assert calls
     for operator, args in calls:
-        torch.library.opcheck(operator, args)
+        # torch has no arithmetic on fp8 tensors, with which two of opcheck's tests compare results.
+        fp8 = any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float8_e4m3fn for arg in args)
+        utils = ("test_autograd_registration", "test_faketensor") if fp8 else "ALL"
+        torch.library.opcheck(operator, args, test_utils=utils)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=by_name)

@@ -7,7 +7,6 @@
 namespace teco::cpu::TECO_ISA {
 
 typedef uint8_t U8x32 __attribute__((vector_size(32)));
-typedef int8_t I8x8 __attribute__((vector_size(8)));
 typedef int16_t I16x16 __attribute__((vector_size(32)));
 
 // Lane i: a[2i] * b[2i] + a[2i+1] * b[2i+1], a unsigned, b signed bytes. The caller keeps the sum within 16 bits.
@@ -28,16 +27,6 @@ inline I32x8 add_pairs(I16x16 a) {
   const I32x8 wide = reinterpret_cast<I32x8>(a);
   return ((wide << 16) >> 16) + (wide >> 16);
 #endif
-}
-
-inline F32x8 to_float(I32x8 x) {
-  return __builtin_convertvector(x, F32x8);
-}
-
-// To the nearest integer, ties to even; |x| below 2^22.
-inline I32x8 round_to_int(F32x8 x) {
-  const F32x8 shift = splat(0x1.8p23f);
-  return reinterpret_cast<I32x8>(x + shift) - bit_cast<int32_t>(0x1.8p23f);
 }
 
 // Four bytes in every lane.

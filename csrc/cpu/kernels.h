@@ -12,6 +12,8 @@ struct KernelTable {
   void (*sample)(const SampleParams&, int num_threads);
   void (*dense_matmul)(const DenseMatmulParams&, int num_threads);
   void (*gptq_matmul)(const GptqMatmulParams&, int num_threads);
+  void (*reshape_and_cache)(const ReshapeAndCacheParams&, int num_threads);
+  void (*copy_blocks)(const CopyBlocksParams&, int num_threads);
 };
 
 }  // namespace teco::cpu

@@ -9,6 +9,8 @@ void rotary_embedding(const RotaryEmbeddingParams& p, int num_threads);
 void sample(const SampleParams& p, int num_threads);
 void dense_matmul(const DenseMatmulParams& p, int num_threads);
 void gptq_matmul(const GptqMatmulParams& p, int num_threads);
+void reshape_and_cache(const ReshapeAndCacheParams& p, int num_threads);
+void copy_blocks(const CopyBlocksParams& p, int num_threads);
 
 extern const KernelTable table;
 const KernelTable table = {
@@ -18,6 +20,8 @@ const KernelTable table = {
     .sample = sample,
     .dense_matmul = dense_matmul,
     .gptq_matmul = gptq_matmul,
+    .reshape_and_cache = reshape_and_cache,
+    .copy_blocks = copy_blocks,
 };
 
 }  // namespace teco::cpu::TECO_ISA

@@ -19,6 +19,7 @@ typedef float F32x8 __attribute__((vector_size(32)));
 typedef int32_t I32x8 __attribute__((vector_size(32)));
 typedef uint32_t U32x8 __attribute__((vector_size(32)));
 typedef uint16_t U16x8 __attribute__((vector_size(16)));
+typedef int8_t I8x8 __attribute__((vector_size(8)));
 typedef float F32x4 __attribute__((vector_size(16)));
 
 constexpr int kLanes = 8;
@@ -201,6 +202,16 @@ inline float reduce_max(F32x8 v) {
   float m = v[0];
   for (int i = 1; i < kLanes; ++i) m = max(m, v[i]);
   return m;
+}
+
+inline F32x8 to_float(I32x8 x) {
+  return __builtin_convertvector(x, F32x8);
+}
+
+// To the nearest integer, ties to even; |x| below 2^22.
+inline I32x8 round_to_int(F32x8 x) {
+  const F32x8 shift = splat(0x1.8p23f);
+  return reinterpret_cast<I32x8>(x + shift) - bit_cast<int32_t>(0x1.8p23f);
 }
 
 // exp(x), relative error below 2e-7; 0 below -87.3 (also for -inf), +inf above 88.7, NaN for NaN.

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 from teco_kernels.ops import (
     DenseWeight,
     GPTQWeight,
+    copy_blocks,
     dense_matmul,
     fused_add_rms_norm,
     gptq_matmul,
+    reshape_and_cache,
     rms_norm,
     rotary_embedding,
     sample,
     silu_and_mul,
+    swap_blocks,
 )
 
 if TYPE_CHECKING:
@@ -38,13 +41,16 @@ __all__ = [
     "GPTQWeight",
     "RequestOutput",
     "SamplingParams",
+    "copy_blocks",
     "dense_matmul",
     "fused_add_rms_norm",
     "gptq_matmul",
+    "reshape_and_cache",
     "rms_norm",
     "rotary_embedding",
     "sample",
     "silu_and_mul",
+    "swap_blocks",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from teco_kernels.ops.activation import silu_and_mul
+from teco_kernels.ops.cache import copy_blocks, reshape_and_cache, swap_blocks
 from teco_kernels.ops.dense import DenseWeight, dense_matmul
 from teco_kernels.ops.gptq import GPTQWeight, gptq_matmul
 from teco_kernels.ops.norm import fused_add_rms_norm, rms_norm
@@ -12,11 +13,14 @@ from teco_kernels.ops.sampling import sample
 __all__ = [
     "DenseWeight",
     "GPTQWeight",
+    "copy_blocks",
     "dense_matmul",
     "fused_add_rms_norm",
     "gptq_matmul",
+    "reshape_and_cache",
     "rms_norm",
     "rotary_embedding",
     "sample",
     "silu_and_mul",
+    "swap_blocks",
 ]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from teco_kernels.testing.case import Case
-from teco_kernels.testing.cases import activation, matmul, norm, rotary, sampling
+from teco_kernels.testing.cases import activation, cache, matmul, norm, rotary, sampling
 
-FAMILIES = (norm, activation, matmul, rotary, sampling)
+FAMILIES = (norm, activation, matmul, rotary, cache, sampling)
 
 
 def all_cases() -> Iterator[Case]:
