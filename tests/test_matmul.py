@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teco_kernels.ops import DenseWeight, GPTQWeight, dense_matmul, gptq_matmul
+from teco_kernels.ops._library import cpu_isa_choices
 from teco_kernels.ops._reference import relative_error
 from teco_kernels.ops.gptq import gptq_matmul_reference, unpack_rows
 from teco_kernels.testing.cases.matmul import INT8_TOLERANCE, random_checkpoint
@@ -92,6 +96,33 @@ def test_thread_count_does_not_change_bits(activation: Any) -> None:
             assert torch.equal(results[0], results[2])
     finally:
         torch.set_num_threads(before)
+
+
+def test_avx2_and_avx512_give_the_same_bits() -> None:
+    isas = [isa for isa in cpu_isa_choices() if isa != "baseline"]  # which has no fused multiply-add
+    program = """
+import hashlib, torch
+from teco_kernels.ops import GPTQWeight, gptq_matmul
+from teco_kernels.testing.cases.matmul import random_checkpoint
+digest = hashlib.sha256()
+for bits in (4, 8):
+    g = torch.Generator().manual_seed(bits)
+    weight = GPTQWeight.from_checkpoint(**random_checkpoint(320, 200, 64, bits, g))
+    for rows in (1, 2, 3, 4, 5, 8, 13, 40):
+        digest.update(gptq_matmul(torch.randn(rows, 320, generator=g), weight, activation="int8").numpy().tobytes())
+print(digest.hexdigest())
+"""
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"TECO_CPU_ISA": isa},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for isa in isas
+    }
+    assert len(digests) <= 1
 
 
 def test_exact_mode_is_the_dense_product_of_the_dequantised_weight() -> None:

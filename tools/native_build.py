@@ -29,8 +29,12 @@ COMMON_FLAGS = [
 ]
 # Kernels are free-standing: no exceptions, no run-time type information, no guarded statics.
 KERNEL_FLAGS = ["-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-Wno-psabi", "-fno-math-errno"]
+# Each includes those before it. 256-bit vectors throughout: there are twice as many registers, masks and VNNI to gain,
+# and no drop in frequency to fear.
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt"]
+AVX512_FLAGS = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=256"]
 INSTRUCTION_SETS = {
-    "x86_64": {"baseline": [], "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt"]},
+    "x86_64": {"baseline": [], "avx2": AVX2_FLAGS, "avx512": AVX2_FLAGS + AVX512_FLAGS},
     "aarch64": {"baseline": []},
 }
 # These files of csrc/cpu are compiled once, for the lowest instruction set: they run before one is chosen.
@@ -105,8 +109,10 @@ def _operator_objects(ninja: _NinjaFile, torch: Path) -> list[str]:
         if source.name in BASELINE_ONLY:
             objects.append(ninja.compile(source, [*COMMON_FLAGS, *include, available]))
             continue
+        included: list[str] = []
         for name, flags in variants.items():
-            isa = [f"-DTECO_ISA={name}", f"-DTECO_ISA_{name.upper()}"]
+            included.append(f"-DTECO_ISA_{name.upper()}")
+            isa = [f"-DTECO_ISA={name}", *included]
             objects.append(ninja.compile(source, COMMON_FLAGS + include + KERNEL_FLAGS + flags + isa, name))
     return objects
 

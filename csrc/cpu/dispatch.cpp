@@ -15,8 +15,27 @@ namespace avx2 {
 extern const KernelTable table;
 }
 #endif
+#ifdef TECO_HAVE_AVX512
+namespace avx512 {
+extern const KernelTable table;
+}
+#endif
 
 namespace {
+
+#ifdef TECO_HAVE_AVX2
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+         __builtin_cpu_supports("bmi2");
+}
+#endif
+#ifdef TECO_HAVE_AVX512
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+#endif
 
 struct Isa {
   const char* name;
@@ -26,12 +45,11 @@ struct Isa {
 
 // Widest first.
 const Isa kIsas[] = {
+#ifdef TECO_HAVE_AVX512
+    {"avx512", &avx512::table, has_avx512},
+#endif
 #ifdef TECO_HAVE_AVX2
-    {"avx2", &avx2::table,
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-              __builtin_cpu_supports("bmi2");
-     }},
+    {"avx2", &avx2::table, has_avx2},
 #endif
     {"baseline", &baseline::table, [] { return true; }},
 };

@@ -8,8 +8,8 @@
 //
 // Up to 8 rows: bound by reading the packed weights once; four panels are walked at a time as four streams from memory
 // (one stream leaves a third of the bandwidth unused). More rows: bound by the multiply units; a panel is read from
-// memory once and from L1 or L2 for every further 8 rows. Per 32 inputs, a row and 8 columns cost 8 multiplications of
-// 32 byte pairs, 8 additions in 16 bits (8 * 2 * 15 * 127 = 30480 fits), one widening and one fma.
+// memory once and from L1 or L2 for every further 8 rows. Per 32 inputs, a row and 8 columns cost 8 dot products of 32
+// bytes (with AVX2 a multiplication and an addition each, and one widening) and one fma.
 #include "cpu/gptq_int8.h"
 
 #include "cpu/gptq_layout.h"
@@ -19,18 +19,28 @@
 namespace teco::cpu::TECO_ISA {
 namespace {
 
-constexpr int kBatchRows = 8;  // rows that share one reading of a group
-constexpr int kTileRows = 4;   // 4 rows x 2 vectors of 16-bit sums
+constexpr int kBatchRows = 8;                      // rows that share one reading of a group
+constexpr int kTileRows = kDotTakesBytes ? 8 : 4;  // with 32 registers, with 16
 constexpr int kStreams = 4;
 constexpr int64_t kPrefetch = 1024;  // bytes ahead
-constexpr float kTiny = 1e-30f;      // a block whose inputs are all below this counts as zero
+// Past all caches into L1; but into L2 where the loop outruns memory and its own loads fill up the miss buffers of L1.
+constexpr int kPrefetchLocality = kDotTakesBytes ? 1 : 0;
+constexpr float kTiny = 1e-30f;  // a block whose inputs are all below this counts as zero
 
-// Quantised activations in packed order, row by row.
+// Quantised activations in packed order. Rows come in tiles of kTileRows (the last tile has what is left); the R rows
+// of a tile are interleaved, so that a kernel walks one stream and rows never compete for the same set of the L1 cache:
+// codes [num_blocks * 8][R][4], scales [num_blocks][R], sums [num_groups][R].
 struct QuantisedRows {
-  const int8_t* codes;  // [count, num_blocks * 32]
-  const float* scales;  // [count, num_blocks]
-  const float* sums;    // [count, num_groups]: scale * code, summed over a group
+  int8_t* codes;
+  float* scales;
+  float* sums;  // scale * code, summed over a group
   int64_t count, num_blocks, num_groups;
+
+  int64_t tile_rows(int64_t row) const { return min<int64_t>(count - row / kTileRows * kTileRows, kTileRows); }
+  // Of the tile that begins with `row`.
+  int8_t* tile_codes(int64_t row) const { return codes + row * num_blocks * kBlock; }
+  float* tile_scales(int64_t row) const { return scales + row * num_blocks; }
+  float* tile_sums(int64_t row) const { return sums + row * num_groups; }
 };
 
 inline float max_magnitude(const float* x) {
@@ -65,6 +75,21 @@ inline float quantise_block(const float* x, int8_t* codes, int32_t& sum) {
   return usable ? largest / 127.f : bad;
 }
 
+// 32 inputs of a row in packed order.
+template <class T>
+inline void gather_block(const T* row, const int32_t* order, int64_t place, float* x) {
+  for (int i = 0; i < kBlock; i += kLanes) {
+    if (order) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int32_t source = order[place + i + lane];
+        x[i + lane] = source < 0 ? 0.f : load_one(row + source);
+      }
+    } else {
+      store(x + i, load(row + place + i));
+    }
+  }
+}
+
 template <class T>
 QuantisedRows quantise_rows(const GptqMatmulParams& p, const T* input, int64_t num_rows, int num_threads) {
   const GptqLayout layout(p);
@@ -72,42 +97,37 @@ QuantisedRows quantise_rows(const GptqMatmulParams& p, const T* input, int64_t n
   const int64_t row_floats = num_blocks + p.num_groups;
   auto* memory = static_cast<float*>(thread_scratch(Scratch::kShared, num_rows * (row_floats * sizeof(float) + size)));
   float *scales = memory, *sums = scales + num_rows * num_blocks;
-  auto* codes = reinterpret_cast<int8_t*>(sums + num_rows * p.num_groups);
+  const QuantisedRows rows{
+      reinterpret_cast<int8_t*>(sums + num_rows * p.num_groups), scales, sums, num_rows, num_blocks, p.num_groups};
   const int64_t grain = ceil_div<int64_t>(kMinTaskBytes, size * sizeof(T));
   parallel_for(num_rows, grain, num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const T* row = input + r * p.input_stride;
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t r = row % kTileRows, R = rows.tile_rows(row);
+      int8_t* tile_codes = rows.tile_codes(row - r) + r * 4;
+      float *tile_scales = rows.tile_scales(row - r) + r, *tile_sums = rows.tile_sums(row - r) + r;
       for (int64_t g = 0, block = 0; g < p.num_groups; ++g) {
         float group_sum = 0.f;
         for (int64_t b = 0; b < p.blocks_per_group; ++b, ++block) {
           float x[kBlock];
-          for (int i = 0; i < kBlock; i += kLanes) {
-            const int64_t place = block * kBlock + i;
-            if (p.input_order) {
-              for (int lane = 0; lane < kLanes; ++lane) {
-                const int32_t source = p.input_order[place + lane];
-                x[i + lane] = source < 0 ? 0.f : load_one(row + source);
-              }
-            } else {
-              store(x + i, load(row + place));
-            }
-          }
+          gather_block(input + row * p.input_stride, p.input_order, block * kBlock, x);
+          int8_t codes[kBlock];
           int32_t sum = 0;
-          const float scale = quantise_block(x, codes + r * size + block * kBlock, sum);
-          scales[r * num_blocks + block] = scale;
+          const float scale = quantise_block(x, codes, sum);
+          for (int64_t i = 0; i < kBlock; i += 4) __builtin_memcpy(tile_codes + (block * kBlock + i) * R, codes + i, 4);
+          tile_scales[block * R] = scale;
           group_sum = fma(scale, static_cast<float>(sum), group_sum);
         }
-        sums[r * p.num_groups + g] = group_sum;
+        tile_sums[g * R] = group_sum;
       }
     }
   });
-  return {codes, scales, sums, num_rows, num_blocks, p.num_groups};
+  return rows;
 }
 
 // One block of 32 inputs, R rows by V vectors of 8 columns: exact integer dot products.
 template <int R, int V>
-inline void dot_block_4bit(const uint8_t* weights, const int8_t* rows, int64_t row_stride, I32x8 (&dot)[R][V]) {
-  I16x16 sum[R][V];
+inline void dot_block_4bit(const uint8_t* weights, const int8_t* rows, I32x8 (&dot)[R][V]) {
+  DotSum sum[R][V] = {};
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {  // flat: GCC keeps the tile of a nested unrolled loop in memory
     const int j = i / 2, high = i % 2;
@@ -118,55 +138,60 @@ inline void dot_block_4bit(const uint8_t* weights, const int8_t* rows, int64_t r
       codes[v] = reinterpret_cast<U8x32>((high ? word >> 4 : word) & 0x0f0f0f0fu);
       keep_in_register(codes[v]);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const I32x8 x = splat_bytes(rows + r * row_stride + high * 16 + j * 4);
+      const I32x8 x = splat_bytes(rows + ((high * 4 + j) * R + r) * 4);
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
-        const I16x16 product = multiply_pairs(codes[v], x);
-        sum[r][v] = i ? sum[r][v] + product : product;
+        sum[r][v] = dot_add(sum[r][v], codes[v], x);
         keep_in_register(sum[r][v]);
       }
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) dot[r][v] = add_pairs(sum[r][v]);
+    for (int v = 0; v < V; ++v) dot[r][v] = dot_total(sum[r][v]);
 }
 
-// The same for 8-bit weights: both nibbles of a byte apart, so that sums stay within 16 bits.
+// The same for 8-bit weights: whole bytes where products of them have room, else both nibbles of a byte apart.
 template <int R, int V>
-inline void dot_block_8bit(const uint8_t* weights, const int8_t* rows, int64_t row_stride, I32x8 (&dot)[R][V]) {
-  I16x16 low[R][V], high[R][V];
+inline void dot_block_8bit(const uint8_t* weights, const int8_t* rows, I32x8 (&dot)[R][V]) {
+  DotSum low[R][V] = {}, high[R][V] = {};
 #pragma GCC unroll 8
   for (int j = 0; j < 8; ++j) {
     U8x32 low_codes[V], high_codes[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
       const U32x8 word = load_bits<U32x8>(weights + j * 64 + v * 32);
-      low_codes[v] = reinterpret_cast<U8x32>(word & 0x0f0f0f0fu);
-      high_codes[v] = reinterpret_cast<U8x32>((word >> 4) & 0x0f0f0f0fu);
+      low_codes[v] = reinterpret_cast<U8x32>(kDotTakesBytes ? word : word & 0x0f0f0f0fu);
       keep_in_register(low_codes[v]);
-      keep_in_register(high_codes[v]);
+      if constexpr (!kDotTakesBytes) {
+        high_codes[v] = reinterpret_cast<U8x32>((word >> 4) & 0x0f0f0f0fu);
+        keep_in_register(high_codes[v]);
+      }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const I32x8 x = splat_bytes(rows + r * row_stride + j * 4);
+      const I32x8 x = splat_bytes(rows + (j * R + r) * 4);
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
-        const I16x16 low_product = multiply_pairs(low_codes[v], x), high_product = multiply_pairs(high_codes[v], x);
-        low[r][v] = j ? low[r][v] + low_product : low_product;
-        high[r][v] = j ? high[r][v] + high_product : high_product;
+        low[r][v] = dot_add(low[r][v], low_codes[v], x);
         keep_in_register(low[r][v]);
-        keep_in_register(high[r][v]);
+        if constexpr (!kDotTakesBytes) {
+          high[r][v] = dot_add(high[r][v], high_codes[v], x);
+          keep_in_register(high[r][v]);
+        }
       }
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) dot[r][v] = add_pairs(low[r][v]) + (add_pairs(high[r][v]) << 4);
+    for (int v = 0; v < V; ++v) {
+      dot[r][v] = dot_total(low[r][v]);
+      if constexpr (!kDotTakesBytes) dot[r][v] += dot_total(high[r][v]) << 4;
+    }
 }
 
 // One group, R rows by one panel, continuing acc[R][16]. Never inlined: in a frame of its own GCC keeps the tile of
@@ -174,52 +199,61 @@ inline void dot_block_8bit(const uint8_t* weights, const int8_t* rows, int64_t r
 template <int kBits, int R>
 [[gnu::noinline]] void accumulate_group(const uint8_t* group, const GptqLayout& layout, const QuantisedRows& rows,
                                         int64_t row, int64_t index, float* acc) {
-  constexpr int V = kBits == 8 && R > 2 ? 1 : kPanelVectors;  // what fits into 16 registers
-  const int64_t blocks = layout.blocks_per_group, row_stride = rows.num_blocks * kBlock;
-  const int8_t* codes = rows.codes + row * row_stride + index * blocks * kBlock;
-  const float* scales = rows.scales + row * rows.num_blocks + index * blocks;
-  const float* sums = rows.sums + row * rows.num_groups + index;
+  // What fits into the registers: integer sums and fp32 sums of R x V, weights, an input.
+  constexpr int V = R > 4 || (kBits == 8 && R > 2 && !kDotTakesBytes) ? 1 : kPanelVectors;
+  const int64_t blocks = layout.blocks_per_group;
+  const int8_t* codes = rows.tile_codes(row) + index * blocks * kBlock * R;
+  const float* scales = rows.tile_scales(row) + index * blocks * R;
+  const float* sums = rows.tile_sums(row) + index * R;
 #pragma GCC unroll 1
   for (int half = 0; half < kPanelVectors; half += V) {
     const uint8_t* weights = group + kHeaderBytes + half * 32;
     F32x8 partial[R][V];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) partial[r][v] = splat(0.f);
 #pragma GCC unroll 1
     for (int64_t b = 0; b < blocks; ++b, weights += kBits * 64) {
       I32x8 dot[R][V];
-      for (int line = 0; line < kBits; ++line) __builtin_prefetch(weights + kPrefetch + line * 64, 0, 0);
+      for (int line = 0; line < kBits; ++line)
+        __builtin_prefetch(weights + kPrefetch + line * 64, 0, kPrefetchLocality);
       if constexpr (kBits == 4) {
-        dot_block_4bit<R, V>(weights, codes + b * kBlock, row_stride, dot);
+        dot_block_4bit<R, V>(weights, codes + b * kBlock * R, dot);
       } else {
-        dot_block_8bit<R, V>(weights, codes + b * kBlock, row_stride, dot);
+        dot_block_8bit<R, V>(weights, codes + b * kBlock * R, dot);
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < V; ++v)
-          partial[r][v] = fma(splat(scales[r * rows.num_blocks + b]), to_float(dot[r][v]), partial[r][v]);
+        for (int v = 0; v < V; ++v) partial[r][v] = fma(splat(scales[b * R + r]), to_float(dot[r][v]), partial[r][v]);
     }
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
       const F32x8 scale = header_scale(group, half + v), zero = header_zero(group, half + v);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         float* sum = acc + r * kPanel + (half + v) * kLanes;
-        store(sum, fma(scale, fma(-zero, splat(sums[r * rows.num_groups]), partial[r][v]), load(sum)));
+        store(sum, fma(scale, fma(-zero, splat(sums[r]), partial[r][v]), load(sum)));
       }
     }
   }
+}
+
+// The same for 1 to R rows.
+template <int kBits, int R = kTileRows>
+inline void accumulate_rows(int64_t num_rows, const uint8_t* group, const GptqLayout& layout, const QuantisedRows& rows,
+                            int64_t row, int64_t index, float* acc) {
+  if constexpr (R > 1) {
+    if (num_rows < R) return accumulate_rows<kBits, R - 1>(num_rows, group, layout, rows, row, index, acc);
+  }
+  accumulate_group<kBits, R>(group, layout, rows, row, index, acc);
 }
 
 // Up to 8 rows by panels [begin, end), S panels at a time.
 template <int S, int kBits, class T>
 void multiply_rows(const GptqMatmulParams& p, const GptqLayout& layout, const QuantisedRows& rows, int64_t row0,
                    int64_t num_rows, T* out, int64_t begin, int64_t end) {
-  static constexpr decltype(&accumulate_group<kBits, 1>) kTiles[] = {
-      accumulate_group<kBits, 1>, accumulate_group<kBits, 2>, accumulate_group<kBits, 3>, accumulate_group<kBits, 4>};
   const int64_t step = ceil_div<int64_t>(end - begin, S);  // each stream walks panels of its own
   for (int64_t i = begin; i < begin + step; ++i) {
     alignas(64) float acc[S][kBatchRows * kPanel];
@@ -227,8 +261,8 @@ void multiply_rows(const GptqMatmulParams& p, const GptqLayout& layout, const Qu
     for (int64_t g = 0; g < layout.num_groups; ++g)
       for (int s = 0; s < S && i + s * step < end; ++s)
         for (int64_t r = 0; r < num_rows; r += kTileRows)
-          kTiles[min<int64_t>(num_rows - r, kTileRows) - 1](layout.group(i + s * step, g), layout, rows, row0 + r, g,
-                                                            acc[s] + r * kPanel);
+          accumulate_rows<kBits>(num_rows - r, layout.group(i + s * step, g), layout, rows, row0 + r, g,
+                                 acc[s] + r * kPanel);
     for (int s = 0; s < S && i + s * step < end; ++s)
       for (int64_t r = 0; r < num_rows; ++r) {
         const int64_t column = (i + s * step) * kPanel;

@@ -9,25 +9,46 @@ namespace teco::cpu::TECO_ISA {
 typedef uint8_t U8x32 __attribute__((vector_size(32)));
 typedef int16_t I16x16 __attribute__((vector_size(32)));
 
-// Lane i: a[2i] * b[2i] + a[2i+1] * b[2i+1], a unsigned, b signed bytes. The caller keeps the sum within 16 bits.
-inline I16x16 multiply_pairs(U8x32 a, I32x8 b) {
-#if defined(TECO_ISA_AVX2)
-  return reinterpret_cast<I16x16>(_mm256_maddubs_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
-#else
-  const I16x16 a16 = reinterpret_cast<I16x16>(a), b16 = reinterpret_cast<I16x16>(b);
-  return (a16 & 0xff) * ((b16 << 8) >> 8) + ((a16 >> 8) & 0xff) * (b16 >> 8);
-#endif
+#if defined(TECO_ISA_AVX512)
+
+// A running dot product of eight columns: lane i sums a[4j + ...] * b[4j + ...] of its four bytes.
+typedef I32x8 DotSum;
+constexpr bool kDotTakesBytes = true;  // weights of 8 bits; else of 4, at most eight times
+
+inline DotSum dot_add(DotSum sum, U8x32 weights, I32x8 x) {
+  return reinterpret_cast<I32x8>(_mm256_dpbusd_epi32(reinterpret_cast<__m256i>(sum), reinterpret_cast<__m256i>(weights),
+                                                     reinterpret_cast<__m256i>(x)));
+}
+inline I32x8 dot_total(DotSum sum) {
+  return sum;
 }
 
-// Lane i: a[2i] + a[2i+1].
-inline I32x8 add_pairs(I16x16 a) {
-#if defined(TECO_ISA_AVX2)
-  return reinterpret_cast<I32x8>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), _mm256_set1_epi16(1)));
 #else
-  const I32x8 wide = reinterpret_cast<I32x8>(a);
+
+// The same in 16 bits, two lanes to a column: eight products of 15 * 127 in each of them, 8 * 2 * 15 * 127 = 30480
+// fits.
+typedef I16x16 DotSum;
+constexpr bool kDotTakesBytes = false;
+
+inline DotSum dot_add(DotSum sum, U8x32 weights, I32x8 x) {
+#if defined(TECO_ISA_AVX2)
+  return sum + reinterpret_cast<I16x16>(
+                   _mm256_maddubs_epi16(reinterpret_cast<__m256i>(weights), reinterpret_cast<__m256i>(x)));
+#else
+  const I16x16 a = reinterpret_cast<I16x16>(weights), b = reinterpret_cast<I16x16>(x);
+  return sum + (a & 0xff) * ((b << 8) >> 8) + ((a >> 8) & 0xff) * (b >> 8);
+#endif
+}
+inline I32x8 dot_total(DotSum sum) {
+#if defined(TECO_ISA_AVX2)
+  return reinterpret_cast<I32x8>(_mm256_madd_epi16(reinterpret_cast<__m256i>(sum), _mm256_set1_epi16(1)));
+#else
+  const I32x8 wide = reinterpret_cast<I32x8>(sum);
   return ((wide << 16) >> 16) + (wide >> 16);
 #endif
 }
+
+#endif
 
 // Four bytes in every lane.
 inline I32x8 splat_bytes(const int8_t* p) {
@@ -37,7 +58,9 @@ inline I32x8 splat_bytes(const int8_t* p) {
 // Ties the value to a register: GCC otherwise reassociates sums of unrolled loops and spills the tile.
 template <class V>
 inline void keep_in_register(V& v) {
-#if defined(TECO_ISA_AVX2)
+#if defined(TECO_ISA_AVX512)
+  asm("" : "+v"(v));
+#elif defined(TECO_ISA_AVX2)
   asm("" : "+x"(v));
 #else
   static_cast<void>(v);
