@@ -46,6 +46,13 @@ STABLE_TORCH_LIBRARY(teco_kernels, m) {
       "Tensor(c!)? key_scale, Tensor(d!)? value_scale) -> ()");
   m.def("copy_blocks(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor block_mapping) -> ()");
   m.def("swap_blocks(Tensor source_cache, Tensor(a!) target_cache, Tensor block_mapping) -> ()");
+  m.def(
+      "paged_attention(Tensor(a!) out, Tensor(b!)? lse, Tensor query, Tensor key_cache, Tensor value_cache, "
+      "Tensor block_table, Tensor seq_lens, Tensor? query_start_loc, Tensor? alibi_slopes, Tensor? sinks, "
+      "Tensor? key_scale, Tensor? value_scale, float scale, float soft_cap, int sliding_window, bool causal) -> ()");
+  m.def(
+      "merge_attention_states(Tensor(a!) out, Tensor(b!) lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CompositeExplicitAutograd, m) {
@@ -64,6 +71,8 @@ STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CPU, m) {
   m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache));
   m.impl("copy_blocks", TORCH_BOX(&copy_blocks));
   m.impl("swap_blocks", TORCH_BOX(&swap_blocks));
+  m.impl("paged_attention", TORCH_BOX(&paged_attention));
+  m.impl("merge_attention_states", TORCH_BOX(&merge_attention_states));
 }
 
 }  // namespace teco::ops

@@ -130,4 +130,45 @@ struct CopyBlocksParams {
   int64_t target_block_bytes, target_outer_bytes, target_inner_bytes;
 };
 
+// Attention of the step's tokens over keys and values that lie in blocks of a cache. For query row (t, h) of a
+// sequence, position p = seq_len - query_len + i of its i-th token, and kv head h / (num_heads / num_kv_heads):
+//   score[k] = cap(scale * dot(query, key[k])) + alibi_slope * (k - p)  over the keys k that the row may see,
+//   out = sum_k softmax(score)[k] * value[k],  lse = log sum_k exp(score[k]).
+struct PagedAttentionParams {
+  void* out;          // [num_tokens, num_heads, head_dim]
+  float* lse;         // [num_tokens, num_heads] or null
+  const void* query;  // [num_tokens, num_heads, head_dim]
+  KVCacheView key_cache, value_cache;
+  const int32_t* block_table;      // [num_seqs, ...]: block of positions 0 .. block_size - 1, of the next ones, ...
+  const int32_t* seq_lens;         // [num_seqs]
+  const int32_t* query_start_loc;  // [num_seqs + 1]; null: one token per sequence
+  const float* alibi_slopes;       // [num_heads] or null
+  const float* sinks;              // [num_heads] or null; a further logit, without a value
+  int64_t num_tokens, num_seqs, num_heads, num_kv_heads, head_dim, block_size;
+  int64_t out_stride, out_head_stride, query_stride, query_head_stride;
+  int64_t block_table_stride;
+  int64_t sliding_window;  // keys at a distance below it are seen; 0: all
+  float scale;
+  float soft_cap;     // cap(x) = soft_cap * tanh(x / soft_cap); 0: x
+  bool causal;        // keys after p are not seen
+  DType dtype;        // of query and out
+  DType cache_dtype;  // any
+};
+
+// Attention over the union of two disjoint sets of keys, from the attention over each: rows are (token, head) pairs.
+// lse = log(exp(lse_a) + exp(lse_b)), out = exp(lse_a - lse) * out_a + exp(lse_b - lse) * out_b. A set with lse -inf
+// is empty: its out is not looked at.
+struct MergeAttentionStatesParams {
+  void* out;           // [num_tokens, num_heads, head_dim]
+  float* lse;          // [num_tokens, num_heads]
+  const void* out_a;   // like out
+  const float* lse_a;  // like lse
+  const void* out_b;
+  const float* lse_b;
+  int64_t num_tokens, num_heads, head_dim;
+  int64_t out_stride, out_head_stride, out_a_stride, out_a_head_stride, out_b_stride, out_b_head_stride;
+  int64_t lse_stride, lse_a_stride, lse_b_stride;
+  DType dtype;  // of out, out_a and out_b
+};
+
 }  // namespace teco

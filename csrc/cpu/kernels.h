@@ -14,6 +14,8 @@ struct KernelTable {
   void (*gptq_matmul)(const GptqMatmulParams&, int num_threads);
   void (*reshape_and_cache)(const ReshapeAndCacheParams&, int num_threads);
   void (*copy_blocks)(const CopyBlocksParams&, int num_threads);
+  void (*paged_attention)(const PagedAttentionParams&, int num_threads);
+  void (*merge_attention_states)(const MergeAttentionStatesParams&, int num_threads);
 };
 
 }  // namespace teco::cpu

@@ -11,6 +11,8 @@ void dense_matmul(const DenseMatmulParams& p, int num_threads);
 void gptq_matmul(const GptqMatmulParams& p, int num_threads);
 void reshape_and_cache(const ReshapeAndCacheParams& p, int num_threads);
 void copy_blocks(const CopyBlocksParams& p, int num_threads);
+void paged_attention(const PagedAttentionParams& p, int num_threads);
+void merge_attention_states(const MergeAttentionStatesParams& p, int num_threads);
 
 extern const KernelTable table;
 const KernelTable table = {
@@ -22,6 +24,8 @@ const KernelTable table = {
     .gptq_matmul = gptq_matmul,
     .reshape_and_cache = reshape_and_cache,
     .copy_blocks = copy_blocks,
+    .paged_attention = paged_attention,
+    .merge_attention_states = merge_attention_states,
 };
 
 }  // namespace teco::cpu::TECO_ISA

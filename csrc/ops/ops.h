@@ -25,5 +25,11 @@ void reshape_and_cache(Tensor key, Tensor value, Tensor key_cache, Tensor value_
                        std::optional<Tensor> key_scale, std::optional<Tensor> value_scale);
 void copy_blocks(Tensor key_cache, Tensor value_cache, Tensor block_mapping);
 void swap_blocks(Tensor source_cache, Tensor target_cache, Tensor block_mapping);
+void paged_attention(Tensor out, std::optional<Tensor> lse, Tensor query, Tensor key_cache, Tensor value_cache,
+                     Tensor block_table, Tensor seq_lens, std::optional<Tensor> query_start_loc,
+                     std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks, std::optional<Tensor> key_scale,
+                     std::optional<Tensor> value_scale, double scale, double soft_cap, int64_t sliding_window,
+                     bool causal);
+void merge_attention_states(Tensor out, Tensor lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b);
 
 }  // namespace teco::ops

@@ -109,8 +109,15 @@ class Transformer:
             query = rms_norm(query.contiguous(), layer.query_norm, config.rms_norm_eps)
             key = rms_norm(key.contiguous(), layer.key_norm, config.rms_norm_eps)
         rotary_embedding(batch.positions, query, key, self.cos_sin)
-        scales = {"key_scale": cache.key_scale, "value_scale": cache.value_scale}
-        reshape_and_cache(key, value, cache.key, cache.value, batch.slot_mapping, **scales)
+        reshape_and_cache(
+            key,
+            value,
+            cache.key,
+            cache.value,
+            batch.slot_mapping,
+            key_scale=cache.key_scale,
+            value_scale=cache.value_scale,
+        )
         attended = paged_attention(
             query,
             cache.key,
@@ -119,7 +126,8 @@ class Transformer:
             batch.seq_lens,
             batch.query_start_loc,
             sliding_window=layer.sliding_window,
-            **scales,
+            key_scale=cache.key_scale,
+            value_scale=cache.value_scale,
         )
         return attended.view(len(x), -1)
 

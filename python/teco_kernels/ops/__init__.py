@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from teco_kernels.ops.activation import silu_and_mul
+from teco_kernels.ops.attention import merge_attention_states, paged_attention
 from teco_kernels.ops.cache import copy_blocks, reshape_and_cache, swap_blocks
 from teco_kernels.ops.dense import DenseWeight, dense_matmul
 from teco_kernels.ops.gptq import GPTQWeight, gptq_matmul
@@ -17,6 +18,8 @@ __all__ = [
     "dense_matmul",
     "fused_add_rms_norm",
     "gptq_matmul",
+    "merge_attention_states",
+    "paged_attention",
     "reshape_and_cache",
     "rms_norm",
     "rotary_embedding",
