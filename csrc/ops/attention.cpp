@@ -62,7 +62,6 @@ void paged_attention(Tensor out, std::optional<Tensor> lse, Tensor query, Tensor
                      bool causal) {
   Size T{"T"}, S{"S"}, Hq{"Hq"}, Hkv{"Hkv"}, D{"D"}, num_blocks{"num_blocks"}, B{"B"}, max_blocks{"max_blocks"};
   Argument(query, "query").on_cpu().floating().shape({&T, &Hq, &D}).unit_last_stride();
-  Argument(out, "out").on_cpu().same_dtype(query, "query").shape({&T, &Hq, &D}).unit_last_stride();
   const KVCacheView keys = kv_cache_view(key_cache, "key_cache", key_scale, "key_scale", num_blocks, B, Hkv, D);
   Argument(value_cache, "value_cache").same_dtype(key_cache, "key_cache");
   const KVCacheView values =
@@ -71,6 +70,7 @@ void paged_attention(Tensor out, std::optional<Tensor> lse, Tensor query, Tensor
   require(B.value >= 1, "key_cache: expected B >= 1, got ", B.value);
   require(Hkv.value >= 1 && Hq.value % Hkv.value == 0, "query: expected Hq to be a multiple of Hkv = ", Hkv.value,
           " (from key_cache), got ", Hq.value);
+  Argument(out, "out").on_cpu().same_dtype(query, "query").shape({&T, &Hq, &D}).unit_last_stride();
   require(std::isfinite(scale), "scale: expected a finite number, got ", scale);
   require(soft_cap >= 0 && soft_cap <= std::numeric_limits<float>::max(),
           "soft_cap: expected a finite number > 0, got ", soft_cap);
