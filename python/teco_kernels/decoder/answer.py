@@ -27,6 +27,8 @@ class Answer:
         self.params = params
         self.output = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
         self._eos_token_ids = () if params.ignore_eos else tokenizer.eos_token_ids
+        #: Tokens that would end the answer.
+        self.stop_token_ids = frozenset((*self._eos_token_ids, *(params.stop_token_ids or ())))
         self._pending = ""  # text that may still become part of a stop string
         self._detokenizer = Detokenizer(
             tokenizer, context=sequence.token_ids[-_CONTEXT:], skip_special_tokens=params.skip_special_tokens
@@ -35,11 +37,6 @@ class Answer:
     @property
     def finished(self) -> bool:
         return self.output.finish_reason is not None
-
-    @property
-    def stop_token_ids(self) -> list[int]:
-        """Tokens that would end the answer."""
-        return [*self._eos_token_ids, *(self.params.stop_token_ids or ())]
 
     def push(self, token_id: int, logprobs: dict[int, Logprob] | None = None) -> None:
         """Add a token; `finished` may become true."""

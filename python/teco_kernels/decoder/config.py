@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from teco_kernels.ops.rope import inverse_frequencies
+
 # What a family's modelling code fixes and its config.json therefore leaves out.
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -70,13 +72,14 @@ class ModelConfig:
         def number(key: str, default: Any = None) -> int:
             value = raw.get(key)
             value = default if value is None else value
-            if not isinstance(value, int) or value <= 0:
+            if type(value) is not int or value <= 0:
                 raise ValueError(f"{origin}: expected a positive integer {key!r}, got {value!r}")
             return value
 
         hidden_size, num_heads, num_layers = (
             number(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")
         )
+        head_dim = number("head_dim", hidden_size // num_heads)
         num_kv_heads = number("num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
             raise ValueError(
@@ -85,8 +88,11 @@ class ModelConfig:
             )
         if raw.get("hidden_act", "silu") != "silu":
             raise ValueError(f"{origin}: expected 'hidden_act' silu, got {raw['hidden_act']!r}")
+        eps = raw.get("rms_norm_eps", 1e-6)
+        if type(eps) not in (int, float) or eps < 0:
+            raise ValueError(f"{origin}: expected a number 'rms_norm_eps' >= 0, got {eps!r}")
         max_position = number("max_position_embeddings")
-        theta, scaling = _rope(raw, max_position, origin)
+        theta, scaling = _rope(raw, head_dim, max_position, origin)
         bias = bool(raw.get("attention_bias", False)) and family in ("llama", "qwen3")
         options = {"qkv_bias": bias, "output_bias": bias, "mlp_bias": bool(raw.get("mlp_bias", False))}
         return cls(
@@ -97,40 +103,57 @@ class ModelConfig:
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
-            head_dim=number("head_dim", hidden_size // num_heads),
+            head_dim=head_dim,
             max_position=max_position,
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=float(eps),
             rope_theta=theta,
             rope_scaling=scaling,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            sliding_windows=_sliding_windows(raw, family, num_layers),
+            sliding_windows=_sliding_windows(raw, family, num_layers, origin),
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
             **{**options, **_FAMILIES[family]},
         )
 
 
-def _rope(raw: Mapping[str, Any], max_position: int, origin: str) -> tuple[float, dict[str, Any] | None]:
+def _rope(raw: Mapping[str, Any], head_dim: int, max_position: int, origin: str) -> tuple[float, dict[str, Any] | None]:
     """Theta and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    theta = float(rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{origin}: expected an object 'rope_scaling', got {given!r}")
+    rope = dict(given)
+    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    kind = rope.pop("rope_type", None) or rope.get("type") or "default"
+    rope.pop("type", None)
+    if type(theta) not in (int, float):
+        raise ValueError(f"{origin}: expected a number 'rope_theta', got {theta!r}")
     if kind not in _ROPE_TYPES:
         raise ValueError(f"{origin}: unknown rope scaling {kind!r}; supported are {', '.join(_ROPE_TYPES)}")
-    if kind == "default":
-        return theta, None
-    rope.pop("type", None)
-    if kind in ("llama3", "yarn"):
-        rope["original_max_position_embeddings"] = rope.get("original_max_position_embeddings") or max_position
-    return theta, {"rope_type": kind, **rope}
+    if (share := rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1) != 1:
+        raise ValueError(f"{origin}: expected 'partial_rotary_factor' 1, got {share!r}")
+    if kind in ("llama3", "yarn") and not rope.get("original_max_position_embeddings"):
+        rope["original_max_position_embeddings"] = raw.get("original_max_position_embeddings") or max_position
+    if kind == "yarn" and not rope.get("factor"):
+        rope["factor"] = max_position / rope["original_max_position_embeddings"]
+    scaling = None if kind == "default" else {"rope_type": kind, **rope}
+    try:
+        inverse_frequencies(head_dim, theta, scaling)
+    except ValueError as error:
+        raise ValueError(f"{origin}: rotary embedding: {error}") from None
+    return float(theta), scaling
 
 
-def _sliding_windows(raw: Mapping[str, Any], family: str, num_layers: int) -> tuple[int | None, ...]:
-    window = raw.get("sliding_window")
+def _sliding_windows(raw: Mapping[str, Any], family: str, num_layers: int, origin: str) -> tuple[int | None, ...]:
+    # Where a key is left out the family's own default holds, as in transformers.
+    window = raw.get("sliding_window", 4096 if family == "mistral" else None)
     # Qwen configurations carry a window that is off unless another key turns it on; Llama has none.
     if family == "llama" or not window or (family != "mistral" and not raw.get("use_sliding_window", False)):
         return (None,) * num_layers
-    kinds = raw.get("layer_types")
+    kinds = None if family == "mistral" else raw.get("layer_types")
     if kinds is None:
-        first = int(raw.get("max_window_layers", 0)) if family != "mistral" else 0
+        first = 0 if family == "mistral" else raw.get("max_window_layers", 28)
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
-    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+    if len(kinds) != num_layers:
+        raise ValueError(f"{origin}: expected {num_layers} 'layer_types', one per layer; got {len(kinds)}")
+    if type(window) is not int or window < 1:
+        raise ValueError(f"{origin}: expected a positive integer 'sliding_window', got {window!r}")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

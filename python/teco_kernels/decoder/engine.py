@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
+from math import isnan
+from operator import index
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from teco_kernels.decoder.scheduler import Scheduler, Sequence
 from teco_kernels.decoder.tokenizer import Tokenizer
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # keeps the random numbers of a request's answers apart
+_INVALID_LOGITS = "expected finite logits, got NaN, infinity or nothing that may be drawn"
 _SCORE_ROWS = 128  # logits that `score` holds at a time
 
 
@@ -40,9 +44,12 @@ class Request:
 
     def take_output(self) -> RequestOutput:
         """The request as it is now; what follows counts as new."""
-        outputs = [replace(answer.output, token_ids=list(answer.output.token_ids)) for answer in self.answers]
+        outputs = []
         for answer in self.answers:
-            answer.output.new_text = ""
+            output = answer.output
+            logprobs = None if output.logprobs is None else list(output.logprobs)
+            outputs.append(replace(output, token_ids=list(output.token_ids), logprobs=logprobs))
+            output.new_text = ""
         return RequestOutput(
             self.request_id, self.prompt, self.prompt_token_ids, outputs, self.finished, replace(self.metrics)
         )
@@ -98,8 +105,8 @@ class Engine:
             When it can never be answered: prompt empty, not of this vocabulary, too long for the context or the cache.
             The engine is as it was.
         """
-        token_ids = [int(token) for token in prompt_token_ids]
-        max_tokens = self._max_tokens(token_ids, params)
+        token_ids = self._checked_tokens(prompt_token_ids, "prompt")
+        max_tokens = self._checked_max_tokens(token_ids, params)
         if request_id in self._requests:
             raise ValueError(f"request_id: {request_id!r} is already in use")
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -115,18 +122,23 @@ class Engine:
         self.scheduler.add(sequences[0])
         self._num_prompt_tokens += len(token_ids)
 
-    def _max_tokens(self, token_ids: list[int], params: SamplingParams) -> int:
-        """Longest answer that fits; ValueError for a request that does not."""
+    def _checked_tokens(self, token_ids: Iterable[int], name: str) -> list[int]:
+        try:
+            checked = [index(token) for token in token_ids]
+        except TypeError:
+            raise TypeError(f"{name}: expected a list of token ids, got {token_ids!r:.100}") from None
+        vocab_size = self.model.config.vocab_size
+        if outside := [token for token in checked if not 0 <= token < vocab_size]:
+            raise ValueError(f"{name}: expected token ids from 0 to {vocab_size - 1}, got {outside[0]}")
+        return checked
+
+    def _checked_max_tokens(self, token_ids: list[int], params: SamplingParams) -> int:
+        """Longest answer that fits; ValueError for a request that can never be answered."""
         if not token_ids:
             raise ValueError("prompt: expected at least one token, got none")
+        self._checked_tokens(params.logit_bias or (), "logit_bias")
+        self._checked_tokens(params.stop_token_ids or (), "stop_token_ids")
         vocab_size = self.model.config.vocab_size
-        if outside := [token for token in token_ids if not 0 <= token < vocab_size]:
-            raise ValueError(f"prompt: expected token ids from 0 to {vocab_size - 1}, got {outside[0]}")
-        ids = [*(params.logit_bias or ()), *(params.stop_token_ids or ())]
-        if outside := [token for token in ids if not 0 <= token < vocab_size]:
-            raise ValueError(
-                f"logit_bias, stop_token_ids: expected token ids from 0 to {vocab_size - 1}, got {outside[0]}"
-            )
         if params.logprobs is not None and params.logprobs > vocab_size:
             raise ValueError(f"logprobs: expected at most {vocab_size}, the vocabulary; got {params.logprobs}")
         if params.n > self.scheduler.max_num_seqs:
@@ -165,11 +177,14 @@ class Engine:
         if not batch:
             return []
         self._count_slots(batch)
-        complete = [sequence for sequence, num in batch if sequence.num_computed + num == len(sequence.token_ids)]
-        spans = [
-            Span(sequence.token_ids, sequence.num_computed, num, sequence.blocks, sequence in complete)
-            for sequence, num in batch
-        ]
+        spans, complete = [], []
+        for sequence, num_tokens in batch:
+            is_complete = sequence.num_computed + num_tokens == len(sequence.token_ids)
+            spans.append(
+                Span(sequence.token_ids, sequence.num_computed, num_tokens, sequence.blocks, want_logits=is_complete)
+            )
+            if is_complete:
+                complete.append(sequence)
         logits = self.model.forward(Batch.from_spans(spans, self.cache.block_size), self.cache)
         for sequence, num_tokens in batch:
             self.scheduler.commit(sequence, num_tokens)
@@ -188,17 +203,13 @@ class Engine:
         plain = logits
         if any(answer.params.logprobs is not None for _, answer in drawing):
             plain = logits.clone()  # sampling changes its input
-        token_ids = sample_tokens(
-            logits,
-            [(answer.sequence, answer.params) for _, answer in drawing],
-            [answer.stop_token_ids for _, answer in drawing],
-        )
+        token_ids = sample_tokens(logits, [answer for _, answer in drawing])
         now = time.monotonic()
         for row, ((request, answer), token_id) in enumerate(zip(drawing, token_ids, strict=True)):
             if request.finished:  # an answer to the same prompt has just failed
                 continue
             if token_id == INVALID_TOKEN:
-                self._end(request, "error", f"request {request.request_id!r}: its logits are not finite numbers")
+                self._end(request, "error", f"request {request.request_id!r}: {_INVALID_LOGITS}")
                 continue
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
@@ -233,8 +244,10 @@ class Engine:
         Raises
         ------
         ValueError
-            When the text does not fit into the context, or into the blocks that running requests have left.
+            When the text does not fit into the context, or into the blocks that running requests have left, has a
+            token that is not of this vocabulary, or gets logits that are not numbers.
         """
+        token_ids = self._checked_tokens(token_ids, "token_ids")
         if len(token_ids) > self.max_model_len:
             raise ValueError(f"token_ids: expected at most {self.max_model_len}, got {len(token_ids)}")
         num_blocks = -(-len(token_ids) // self.cache.block_size)
@@ -255,6 +268,8 @@ class Engine:
                 scores += logits.float().log_softmax(-1).gather(-1, targets).squeeze(-1).tolist()
         finally:
             self.cache.pool.free(blocks)
+        if any(map(isnan, scores)):
+            raise ValueError(f"token_ids: {_INVALID_LOGITS}")
         return scores
 
     def _count_slots(self, batch: list[tuple[Sequence, int]]) -> None:
@@ -287,8 +302,8 @@ class Engine:
             "prompt_tokens": self._num_prompt_tokens,
             "generated_tokens": self._num_generated_tokens,
             "preemptions": self.scheduler.num_preemptions,
-            "prefix_cache_hit_tokens": pool.hit_tokens,
-            "prefix_cache_queried_tokens": pool.queried_tokens,
+            "prefix_cache_hit_tokens": self.scheduler.num_cached_tokens,
+            "prefix_cache_queried_tokens": self.scheduler.num_queried_tokens,
             "kv_blocks": pool.num_blocks,
             "kv_block_size": pool.block_size,
             "kv_blocks_used": pool.num_used,

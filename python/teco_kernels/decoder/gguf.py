@@ -21,6 +21,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from teco_kernels.decoder.loader import Source
 from teco_kernels.decoder.tokenizer import Tokenizer
 
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -72,8 +73,7 @@ class _Reader:
         return self.data[start : self.position]
 
     def scalars(self, code: str, count: int) -> tuple[Any, ...]:
-        layout = f"<{count}{code}"
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+        return struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(f"<{code}")))
 
     def scalar(self, code: str) -> Any:
         return self.scalars(code, 1)[0]
@@ -86,9 +86,11 @@ class _Reader:
             return self.string()
         if kind == _ARRAY:
             element, count = self.scalar("I"), self.scalar("Q")
-            if element in _SCALARS:
-                return list(self.scalars(_SCALARS[element], count))
-            return [self.value(element) for _ in range(count)]
+            if element == _STRING:
+                return [self.string() for _ in range(count)]
+            kind = element
+            if kind in _SCALARS:
+                return list(self.scalars(_SCALARS[kind], count))
         if kind not in _SCALARS:
             raise self.truncated()
         return self.scalar(_SCALARS[kind])
@@ -99,16 +101,25 @@ class GGUFSource(Source):
 
     def __init__(self, path: Path) -> None:
         reader = _Reader(path)
-        _, num_tensors, num_values = reader.scalars("I", 1), reader.scalar("Q"), reader.scalar("Q")
+        version, num_tensors, num_values = reader.scalar("I"), reader.scalar("Q"), reader.scalar("Q")
+        if version not in (2, 3):
+            raise ValueError(f"{path}: expected GGUF version 2 or 3, little-endian; got {version}")
         self._metadata: dict[str, Any] = {}
         for _ in range(num_values):
             key = reader.string()
             self._metadata[key] = reader.value(reader.scalar("I"))
+        self._architecture = self._metadata.get("general.architecture")
+        if self._architecture not in _ARCHITECTURES:
+            raise ValueError(
+                f"{path}: unknown architecture {self._architecture!r}; supported are {', '.join(_ARCHITECTURES)}"
+            )
         self._data = np.frombuffer(reader.data, dtype=np.uint8)
         self._infos: dict[str, _TensorInfo] = {}
         self._rope_factors: _TensorInfo | None = None
         infos = [self._read_info(reader) for _ in range(num_tensors)]
         alignment = self._metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"{path}: expected a positive integer 'general.alignment', got {alignment!r}")
         self._start = -(-reader.position // alignment) * alignment
         for name, info in infos:
             if self._start + info.offset + info.nbytes > len(self._data):
@@ -125,9 +136,16 @@ class GGUFSource(Source):
         shape = reader.scalars("Q", reader.scalar("I"))[::-1]
         kind, offset = reader.scalar("I"), reader.scalar("Q")
         try:
-            return name, _TensorInfo(shape, GGMLQuantizationType(kind), offset)
-        except ValueError:
+            info = _TensorInfo(shape, GGMLQuantizationType(kind), offset)
+            elements, _ = GGML_QUANT_SIZES[info.kind]
+        except (ValueError, KeyError):
             raise ValueError(f"{reader.path}: tensor {name!r} has an unknown storage type {kind}") from None
+        if not shape or shape[-1] % elements:
+            raise ValueError(
+                f"{reader.path}: tensor {name!r} has shape {list(shape)}, {info.kind.name} asks for rows of whole "
+                f"blocks of {elements}"
+            )
+        return name, info
 
     @staticmethod
     def _hugging_face_name(path: Path, name: str) -> str:
@@ -136,15 +154,16 @@ class GGUFSource(Source):
                 return f"model.layers.{layer}.{_LAYER_NAMES[part]}.{suffix}"
             case [part, suffix] if part in _TOP_NAMES:
                 return f"{_TOP_NAMES[part]}.{suffix}"
-        raise ValueError(f"{path}: unknown tensor {name!r}: not one of the supported architectures")
+        raise ValueError(f"{path}: unknown tensor {name!r}: the file does not hold a plain transformer")
 
     def _hugging_face_config(self, path: Path) -> dict[str, Any]:
         """The metadata as the config.json that `ModelConfig` reads."""
-        architecture = self._metadata.get("general.architecture")
+        architecture = self._architecture
 
         def get(key: str, default: Any = None) -> Any:
             return self._metadata.get(f"{architecture}.{key}", default)
 
+        eps = get("attention.layer_norm_rms_epsilon", 1e-6)
         config: dict[str, Any] = {
             "model_type": architecture,
             "architectures": [f"{str(architecture).capitalize()}ForCausalLM"],
@@ -156,7 +175,7 @@ class GGUFSource(Source):
             "num_attention_heads": get("attention.head_count"),
             "num_key_value_heads": get("attention.head_count_kv", get("attention.head_count")),
             "max_position_embeddings": get("context_length"),
-            "rms_norm_eps": round(get("attention.layer_norm_rms_epsilon", 1e-6), 12),  # stored as fp32
+            "rms_norm_eps": round(eps, 12) if isinstance(eps, float) else eps,  # stored as fp32
             "rope_theta": get("rope.freq_base", 10000.0),
             "tie_word_embeddings": "lm_head.weight" not in self._infos,
             "attention_bias": architecture != "qwen2" and "model.layers.0.self_attn.q_proj.bias" in self._infos,
@@ -166,7 +185,7 @@ class GGUFSource(Source):
         }
         if get("attention.key_length"):
             config["head_dim"] = get("attention.key_length")
-        if get("attention.sliding_window"):
+        if architecture == "llama" and get("attention.sliding_window"):
             config |= {"model_type": "mistral", "sliding_window": get("attention.sliding_window")}
         if get("rope.scaling.type", "none") != "none":
             config["rope_scaling"] = {
@@ -181,7 +200,7 @@ class GGUFSource(Source):
     def _llama3_scaling(self, path: Path, theta: float) -> dict[str, Any]:
         """Llama 3's rope scaling, which GGUF stores as a divisor per frequency; all its models share these numbers."""
         assert self._rope_factors is not None
-        stored = self._dequantize(self._rope_factors).double()
+        stored = self._dequantize("rope_freqs.weight", self._rope_factors).double()
         factor, low, high, context = stored.max().item(), 1.0, 4.0, 8192
         wavelength = 2 * math.pi * theta ** (torch.arange(len(stored), dtype=torch.float64) / len(stored))
         smooth = ((context / wavelength - low) / (high - low)).clamp(0, 1)
@@ -199,21 +218,27 @@ class GGUFSource(Source):
         return list(self._infos)
 
     def _read(self, name: str) -> torch.Tensor:
-        tensor = self._dequantize(self._infos[name])
-        if self._metadata["general.architecture"] == "llama" and ".self_attn.q_proj" in name:
-            return _undo_permutation(tensor, self.config.num_heads)
-        if self._metadata["general.architecture"] == "llama" and ".self_attn.k_proj" in name:
-            return _undo_permutation(tensor, self.config.num_kv_heads)
+        tensor = self._dequantize(name, self._infos[name])
+        if self._architecture != "llama":
+            return tensor
+        for projection, num_heads in (("q_proj", self.config.num_heads), ("k_proj", self.config.num_kv_heads)):
+            # A size that cannot be right is left for `tensor` to report.
+            if f".self_attn.{projection}." in name and len(tensor) % (2 * num_heads) == 0:
+                return _undo_permutation(tensor, num_heads)
         return tensor
 
-    def _dequantize(self, info: _TensorInfo) -> torch.Tensor:
+    def _dequantize(self, name: str, info: _TensorInfo) -> torch.Tensor:
         start = self._start + info.offset
         raw = self._data[start : start + info.nbytes]
         if info.kind == GGMLQuantizationType.F16:
             return torch.from_numpy(raw.view(np.float16).reshape(info.shape).copy())
         elements, nbytes = GGML_QUANT_SIZES[info.kind]
         rows = raw.reshape(*info.shape[:-1], info.shape[-1] // elements * nbytes)
-        return torch.from_numpy(np.array(quants.dequantize(rows, info.kind), dtype=np.float32).reshape(info.shape))
+        try:
+            values = quants.dequantize(rows, info.kind)
+        except NotImplementedError:
+            raise ValueError(f"{self.path}: tensor {name!r} is stored as {info.kind.name}, not a weight type") from None
+        return torch.from_numpy(np.array(values, dtype=np.float32).reshape(info.shape))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

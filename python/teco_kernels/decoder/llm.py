@@ -100,15 +100,15 @@ class LLM:
         compute_dtype = _choice("dtype", dtype, _DTYPES)
         cache_dtype = _choice("kv_cache_dtype", kv_cache_dtype, {"auto": compute_dtype, **CACHE_DTYPES})
         _choice("gptq_activation", gptq_activation, {"exact": None, "int8": None})
-        if max_num_batched_tokens is None:
-            max_num_batched_tokens = max(512, max_num_seqs)
         for name, value in (
+            ("max_model_len", 1 if max_model_len is None else max_model_len),
             ("max_num_seqs", max_num_seqs),
-            ("max_num_batched_tokens", max_num_batched_tokens),
+            ("max_num_batched_tokens", 1 if max_num_batched_tokens is None else max_num_batched_tokens),
             ("block_size", block_size),
+            ("kv_cache_memory", 1 if kv_cache_memory is None else kv_cache_memory),
             ("num_threads", 1 if num_threads is None else num_threads),
         ):
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -118,7 +118,7 @@ class LLM:
         self.tokenizer = source.tokenizer
         limit = source.config.max_position
         max_model_len = limit if max_model_len is None else max_model_len
-        if not 1 <= max_model_len <= limit:
+        if max_model_len > limit:
             raise ValueError(f"max_model_len: expected 1 to {limit}, the model's context; got {max_model_len}")
         cache = KVCache(
             source.config,
@@ -134,7 +134,7 @@ class LLM:
             self.tokenizer,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_batched_tokens=max_num_batched_tokens or max(512, max_num_seqs),
         )
         self._ids = count()
         # Outputs that a step made for a caller who was not the one to run it, e.g. of two streams read in turn.
@@ -172,13 +172,13 @@ class LLM:
         batch = _prompt_list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params or SamplingParams()] * len(batch)
+        if not isinstance(sampling_params, Sequence) or not all(isinstance(p, SamplingParams) for p in sampling_params):
+            raise TypeError(
+                f"sampling_params: expected SamplingParams, or a list of them; got {sampling_params!r:.100}"
+            )
         if len(sampling_params) != len(batch):
             raise ValueError(f"sampling_params: expected one per prompt, {len(batch)}; got {len(sampling_params)}")
-        encoded = [
-            (self._encode(p), params, p if isinstance(p, str) else None)
-            for p, params in zip(batch, sampling_params, strict=True)
-        ]
-        return self._run(encoded, use_tqdm)
+        return self._run(list(zip(batch, sampling_params, strict=True)), use_tqdm)
 
     def chat(
         self,
@@ -208,7 +208,7 @@ class LLM:
         RequestOutput
             The answer so far; `CompletionOutput.new_text` is what came since the one before.
         """
-        request_id = self._add(self._encode(prompt), sampling_params or SamplingParams(), prompt)
+        request_id = self._add(prompt, sampling_params or SamplingParams())
         try:
             finished = False
             while not finished:
@@ -238,7 +238,7 @@ class LLM:
         list of float
             Natural logarithms; ``exp(-mean)`` is the perplexity.
         """
-        token_ids = self._encode(text)
+        token_ids = list(self._encode(text))
         window = self.engine.max_model_len if window is None else window
         if not 2 <= window <= self.engine.max_model_len:
             raise ValueError(f"window: expected 2 to {self.engine.max_model_len}, got {window}")
@@ -251,18 +251,15 @@ class LLM:
         """Counters and memory, see `Engine.metrics`."""
         return self.engine.metrics()
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        if not all(isinstance(token, int) for token in prompt):
-            raise TypeError(f"prompt: expected text or a list of token ids, got {type(prompt).__name__}")
-        return list(prompt)
-
-    def _add(self, token_ids: list[int], params: SamplingParams, prompt: Prompt | None) -> str:
+    def _add(self, prompt: Prompt, params: SamplingParams) -> str:
         request_id = str(next(self._ids))
-        self.engine.add_request(request_id, token_ids, params, prompt if isinstance(prompt, str) else None)
+        text = prompt if isinstance(prompt, str) else None
+        self.engine.add_request(request_id, self._encode(prompt), params, text)
         self._inboxes[request_id] = deque()
         return request_id
+
+    def _encode(self, prompt: Prompt) -> Sequence[int]:
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
     def _step(self) -> None:
         for output in self.engine.step():
@@ -272,15 +269,15 @@ class LLM:
         self.engine.abort_request(request_id)
         del self._inboxes[request_id]
 
-    def _run(self, requests: list[tuple[list[int], SamplingParams, str | None]], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(self, requests: list[tuple[Prompt, SamplingParams]], use_tqdm: bool) -> list[RequestOutput]:
         ids: list[str] = []
         done: dict[str, RequestOutput] = {}
         try:
-            for number, (token_ids, params, text) in enumerate(requests):
+            for number, (prompt, params) in enumerate(requests):
                 try:
-                    ids.append(self._add(token_ids, params, text))
-                except ValueError as error:
-                    raise ValueError(f"prompts[{number}]: {error}") from None
+                    ids.append(self._add(prompt, params))
+                except (ValueError, TypeError) as error:
+                    raise type(error)(f"prompts[{number}]: {error}") from None
             with tqdm(total=len(ids), desc="generate", unit="request", disable=not use_tqdm) as progress:
                 while len(done) < len(ids):
                     self._step()
@@ -303,6 +300,8 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many, as a list of them."""
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts: expected text, a list of token ids, or a list of these; got {prompts!r:.100}")
     if prompts and isinstance(prompts[0], int):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from teco_kernels.decoder.config import ModelConfig
+from teco_kernels.decoder.json_file import read_json
 from teco_kernels.decoder.tokenizer import Tokenizer
 
 
@@ -35,6 +35,8 @@ class Source(ABC):
         self.raw_config = raw_config
         self.config = ModelConfig.from_dict(raw_config, origin)
         self.quantization_config: dict[str, Any] | None = raw_config.get("quantization_config")
+        if not isinstance(self.quantization_config, dict | None):
+            raise ValueError(f"{origin}: expected an object 'quantization_config', got {self.quantization_config!r}")
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -82,6 +84,8 @@ class DirectorySource(Source):
         raw = read_json(path / "config.json")
         if "eos_token_id" in (generation := read_json(path / "generation_config.json", optional=True)):
             raw["eos_token_id"] = generation["eos_token_id"]
+        if "quantization_config" not in raw and (older := read_json(path / "quantize_config.json", optional=True)):
+            raw["quantization_config"] = {"quant_method": "gptq", **older}
         super().__init__(path, raw, str(path / "config.json"))
         self._files = {file: _open(file) for file in self._shards()}
         self._file_of = {name: file for file, handle in self._files.items() for name in handle.keys()}  # noqa: SIM118
@@ -89,7 +93,12 @@ class DirectorySource(Source):
     def _shards(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"
         if index.exists():
-            return [self.path / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise ValueError(f"{index}: expected an object 'weight_map' of file names")
+            return [self.path / name for name in sorted(set(weight_map.values()))]
+        if (single := self.path / "model.safetensors").exists():
+            return [single]
         if files := sorted(self.path.glob("*.safetensors")):
             return files
         raise ValueError(f"{self.path}: expected *.safetensors files, found none (pickled weights are never read)")
@@ -103,7 +112,11 @@ class DirectorySource(Source):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_directory(self.path, self.raw_config.get("eos_token_id"))
+        eos = self.raw_config.get("eos_token_id")
+        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(token) is int for token in eos):
+            raise ValueError(f"{self.path / 'config.json'}: expected integers 'eos_token_id', got {eos!r}")
+        return Tokenizer.from_directory(self.path, eos)
 
 
 def load_source(path: str | Path) -> Source:
@@ -122,21 +135,6 @@ def load_source(path: str | Path) -> Source:
 
         return GGUFSource(path)
     raise ValueError(f"{path}: expected a Hugging Face directory or a .gguf file, found neither")
-
-
-def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    """The JSON object in a file; empty when the file is optional and absent. ValueError naming the file otherwise."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if optional:
-            return {}
-        raise ValueError(f"{path}: file is missing") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def _open(path: Path) -> Any:

@@ -67,8 +67,7 @@ class Transformer:
         load = WeightLoader(source, dtype, activation)
         self.config = config
         self.dtype = dtype
-        # In the dtype it is stored in: it is only gathered from.
-        self.embedding = source.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        self.embedding = load.matrix("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self.layers = [_load_layer(load, config, index) for index in range(config.num_layers)]
         self.norm = load.vector("model.norm.weight", config.hidden_size)
         quantised_head = source.has("lm_head.qweight")
@@ -85,17 +84,13 @@ class Transformer:
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Run a step: write the tokens' keys and values into `cache`, return logits ``[R, vocab_size]``."""
         eps = self.config.rms_norm_eps
-        residual = self.embedding[batch.token_ids].to(self.dtype)
-        normed = rms_norm(residual, self.layers[0].input_norm, eps)
-        next_norms = [layer.input_norm for layer in self.layers[1:]] + [None]
-        for layer, layer_cache, next_norm in zip(self.layers, cache.layers, next_norms, strict=True):
+        update = self.embedding[batch.token_ids].to(self.dtype)
+        residual = torch.zeros_like(update)
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            normed, _ = fused_add_rms_norm(update, residual, layer.input_norm, eps, out=(update, residual))
             attended = layer.output(self._attention(layer, normed, batch, layer_cache))
-            normed, residual = fused_add_rms_norm(
-                attended, residual, layer.post_attention_norm, eps, out=(attended, residual)
-            )
+            normed, _ = fused_add_rms_norm(attended, residual, layer.post_attention_norm, eps, out=(attended, residual))
             update = layer.down(silu_and_mul(layer.gate_up(normed)))
-            if next_norm is not None:
-                normed, residual = fused_add_rms_norm(update, residual, next_norm, eps, out=(update, residual))
         if batch.logit_rows is not None:
             update, residual = update[batch.logit_rows], residual[batch.logit_rows]
         normed, _ = fused_add_rms_norm(update, residual, self.norm, eps)

@@ -3,42 +3,40 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from teco_kernels.decoder.answer import Answer
 from teco_kernels.decoder.sampling_params import Logprob, SamplingParams
-from teco_kernels.decoder.scheduler import Sequence
 from teco_kernels.decoder.tokenizer import Tokenizer
 from teco_kernels.ops import sample
 
 INVALID_TOKEN = -1
 
 
-def sample_tokens(
-    logits: Tensor, rows: list[tuple[Sequence, SamplingParams]], stop_token_ids: list[list[int]]
-) -> list[int]:
-    """Draw the next token of every sequence; changes `logits` ``[len(rows), vocab_size]``.
-
-    `stop_token_ids` are held back, per row, until ``min_tokens`` have been drawn.
+def sample_tokens(logits: Tensor, answers: Sequence[Answer]) -> list[int]:
+    """Draw the next token of every answer; changes `logits` ``[len(answers), vocab_size]``.
 
     Returns
     -------
     list of int
         `INVALID_TOKEN` for a row with NaN, +inf, or nothing left to draw from.
     """
-    for row, (sequence, params), stops in zip(logits, rows, stop_token_ids, strict=True):
-        _adjust(row, sequence, params, stops)
-    token_ids = torch.empty(len(rows), dtype=torch.int64)
+    for row, answer in enumerate(answers):
+        if _is_adjusted(answer.params):
+            _adjust(logits[row], answer)
+    token_ids = torch.zeros(len(answers), dtype=torch.int64)
     try:
         sample(
             logits,
-            temperature=[params.temperature for _, params in rows],
-            top_k=[max(params.top_k, 0) for _, params in rows],
-            top_p=[params.top_p for _, params in rows],
-            min_p=[params.min_p for _, params in rows],
-            seed=[sequence.seed for sequence, _ in rows],
-            offset=[sequence.num_generated for sequence, _ in rows],
+            temperature=[answer.params.temperature for answer in answers],
+            top_k=[max(answer.params.top_k, 0) for answer in answers],
+            top_p=[answer.params.top_p for answer in answers],
+            min_p=[answer.params.min_p for answer in answers],
+            seed=[answer.sequence.seed for answer in answers],
+            offset=[answer.sequence.num_generated for answer in answers],
             out=token_ids,
         )
     except ValueError:
@@ -48,21 +46,34 @@ def sample_tokens(
     return token_ids.tolist()
 
 
-def _adjust(row: Tensor, sequence: Sequence, params: SamplingParams, stops: list[int]) -> None:
-    """Penalties and biases, in place."""
-    answer = sequence.token_ids[sequence.num_prompt :]
+def _is_adjusted(params: SamplingParams) -> bool:
+    return bool(
+        params.repetition_penalty != 1.0
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.logit_bias
+        or params.min_tokens
+    )
+
+
+def _adjust(row: Tensor, answer: Answer) -> None:
+    """Penalties, biases and the tokens that `min_tokens` still holds back, in place."""
+    params, sequence = answer.params, answer.sequence
+    generated = sequence.token_ids[sequence.num_prompt :]
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.token_ids)))
+        seen = torch.tensor(list(set(sequence.token_ids)))
         values = row[seen]
         row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if (params.presence_penalty or params.frequency_penalty) and answer:
-        counts = Counter(answer)
+    if (params.presence_penalty or params.frequency_penalty) and generated:
+        counts = Counter(generated)
         penalty = torch.tensor([params.presence_penalty + params.frequency_penalty * n for n in counts.values()])
         row[torch.tensor(list(counts))] -= penalty
     if params.logit_bias:
-        row[torch.tensor(list(params.logit_bias))] += torch.tensor(list(params.logit_bias.values()))
-    if stops and len(answer) < params.min_tokens:
-        row[torch.tensor(stops)] = -torch.inf
+        row[torch.tensor(list(params.logit_bias))] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype)
+    if len(generated) < params.min_tokens:
+        # A configuration may name end-of-sequence tokens that the model cannot draw.
+        held_back = [token for token in answer.stop_token_ids if token < len(row)]
+        row[torch.tensor(held_back, dtype=torch.int64)] = -torch.inf
 
 
 def token_logprobs(row: Tensor, token_id: int, num_top: int, tokenizer: Tokenizer) -> dict[int, Logprob]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -31,7 +33,7 @@ class SamplingParams:
     stop_token_ids : list of int, optional
         Tokens that end the answer, beside the model's end-of-sequence tokens (which `ignore_eos` turns off).
     seed : int, optional
-        64 bits. With it the answer is the same in every run and any company; without, one is drawn on arrival.
+        With it the answer is the same in every run and any company; without, one is drawn on arrival.
     logprobs : int, optional
         Report each token's log-probability, and this many of the likeliest, by the model's unchanged logits.
     """
@@ -56,28 +58,59 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _require(_is_int(self.n) and self.n >= 1, "n", "a positive integer", self.n)
-        _require(self.temperature >= 0, "temperature", "a number >= 0", self.temperature)
-        _require(0 < self.top_p <= 1, "top_p", "a number in (0, 1]", self.top_p)
-        _require(_is_int(self.top_k) and self.top_k >= -1, "top_k", "a positive integer, or 0 or -1", self.top_k)
-        _require(0 <= self.min_p <= 1, "min_p", "a number in [0, 1]", self.min_p)
-        for name in ("presence_penalty", "frequency_penalty"):
-            _require(-2 <= getattr(self, name) <= 2, name, "a number in [-2, 2]", getattr(self, name))
-        _require(self.repetition_penalty > 0, "repetition_penalty", "a positive number", self.repetition_penalty)
-        _require(
-            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
-            "max_tokens",
-            "a positive integer or None",
-            self.max_tokens,
+        def require(condition: bool, name: str, expected: str) -> None:
+            if not condition:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+        def require_number(name: str, low: float, high: float, expected: str) -> None:
+            value = getattr(self, name)
+            require(_is_number(value) and low <= value <= high, name, expected)
+
+        require(_is_int(self.n) and self.n >= 1, "n", "a positive integer")
+        require_number("temperature", 0, math.inf, "a number >= 0")
+        require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number in (0, 1]")
+        require(_is_int(self.top_k) and self.top_k >= -1, "top_k", "a positive integer, or 0 or -1")
+        require_number("min_p", 0, 1, "a number in [0, 1]")
+        require_number("presence_penalty", -2, 2, "a number in [-2, 2]")
+        require_number("frequency_penalty", -2, 2, "a number in [-2, 2]")
+        require(
+            _is_number(self.repetition_penalty) and self.repetition_penalty > 0,
+            "repetition_penalty",
+            "a positive number",
         )
-        _require(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", "an integer >= 0", self.min_tokens)
-        _require(all(self.stop_strings), "stop", "texts that are not empty", self.stop)
-        _require(self.seed is None or _is_int(self.seed), "seed", "an integer or None", self.seed)
-        _require(
+        require(
+            self.logit_bias is None
+            or (
+                isinstance(self.logit_bias, Mapping)
+                and all(_is_int(token) and _is_number(bias) for token, bias in self.logit_bias.items())
+            ),
+            "logit_bias",
+            "a mapping of token ids to numbers",
+        )
+        require(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", "an integer >= 0")
+        require(
+            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= max(self.min_tokens, 1)),
+            "max_tokens",
+            "a positive integer that is not below min_tokens, or None",
+        )
+        require(
+            isinstance(self.stop, str | None)
+            or (isinstance(self.stop, list | tuple) and all(isinstance(stop, str) for stop in self.stop)),
+            "stop",
+            "a text or a list of texts",
+        )
+        require(all(self.stop_strings), "stop", "texts that are not empty")
+        require(
+            self.stop_token_ids is None
+            or (isinstance(self.stop_token_ids, list | tuple) and all(map(_is_int, self.stop_token_ids))),
+            "stop_token_ids",
+            "a list of token ids",
+        )
+        require(self.seed is None or _is_int(self.seed), "seed", "an integer or None")
+        require(
             self.logprobs is None or (_is_int(self.logprobs) and self.logprobs >= 0),
             "logprobs",
             "an integer >= 0 or None",
-            self.logprobs,
         )
 
     @property
@@ -167,6 +200,5 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _require(condition: bool, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -77,6 +77,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        # Of sequences that were admitted; the pool's own counters include those that then found no room.
+        self.num_queried_tokens = self.num_cached_tokens = 0
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
@@ -116,6 +118,8 @@ class Scheduler:
                 break
             sequence.num_computed = sequence.num_cached = len(sequence.blocks) * self.pool.block_size
             sequence.num_indexed = len(sequence.blocks)
+            self.num_queried_tokens += len(sequence.token_ids)
+            self.num_cached_tokens += sequence.num_cached
             num_tokens = min(len(sequence.token_ids) - sequence.num_computed, budget)
             self._reserve(sequence, num_tokens)
             self.running.append(self.waiting.popleft())

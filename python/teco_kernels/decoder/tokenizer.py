@@ -13,6 +13,8 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from teco_kernels.decoder.json_file import read_json
+
 # How GGUF's `tokenizer.ggml.pre` splits text before byte-pair encoding, as (digits one by one, regular expression);
 # no expression: GPT-2's own.
 _QWEN2_SPLIT = (
@@ -57,33 +59,35 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens or {})
 
     @classmethod
-    def from_directory(cls, path: Path, eos_token_id: int | list[int] | None = None) -> Tokenizer:
+    def from_directory(cls, path: Path, eos_token_ids: Sequence[int] = ()) -> Tokenizer:
         """Read ``tokenizer.json`` and, where present, ``tokenizer_config.json`` and ``chat_template.jinja``.
 
-        `eos_token_id` is the model configuration's; without it the tokenizer's own end-of-sequence token counts.
+        `eos_token_ids` are the model configuration's; without them the tokenizer's own end-of-sequence token counts.
         """
         file = path / "tokenizer.json"
         if not file.exists():
             raise ValueError(f"{file}: file is missing")
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
-            config_file = path / "tokenizer_config.json"
-            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
         except Exception as error:  # the `tokenizers` package raises plain Exception
             raise ValueError(f"{file}: truncated or damaged: {error}") from None
+        # Some files carry the settings of the training run, which would cut prompts.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        config = read_json(path / "tokenizer_config.json", optional=True)
         special = {
             key: value["content"] if isinstance(value, dict) else value
             for key, value in config.items()
             if key.endswith("_token") and isinstance(value, (str, dict))
         }
-        if eos_token_id is None:
-            eos_token_id = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
+        if not eos_token_ids and "eos_token" in special:
+            own = tokenizer.token_to_id(special["eos_token"])
+            eos_token_ids = () if own is None else (own,)
         template_file = path / "chat_template.jinja"
         template = template_file.read_text(encoding="utf-8") if template_file.exists() else config.get("chat_template")
         if isinstance(template, list):  # several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        eos = eos_token_id if isinstance(eos_token_id, list) else [] if eos_token_id is None else [eos_token_id]
-        return cls(tokenizer, eos_token_ids=tuple(eos), chat_template=template, special_tokens=special)
+        return cls(tokenizer, eos_token_ids=tuple(eos_token_ids), chat_template=template, special_tokens=special)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], path: Path) -> Tokenizer:
@@ -94,11 +98,11 @@ class Tokenizer:
                 f"{path}: expected a gpt2 tokenizer with pre-tokenizer {', '.join(_GGUF_SPLITS)}, got {kind!r} with "
                 f"{split!r}; use the model's Hugging Face directory instead"
             )
-        tokens = metadata.get("tokenizer.ggml.tokens", [])
-        merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
-        vocabulary = {token: index for index, token in enumerate(tokens)}
+        tokens, merges = (metadata.get(f"tokenizer.ggml.{key}") or [] for key in ("tokens", "merges"))
         try:
-            tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split == "llama-bpe"))
+            pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+            vocabulary = {token: index for index, token in enumerate(tokens)}
+            tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=split == "llama-bpe"))
         except Exception as error:  # the `tokenizers` package raises plain Exception
             raise ValueError(f"{path}: damaged tokenizer: {error}") from None
         digits, expression = _GGUF_SPLITS[split]
@@ -115,8 +119,12 @@ class Tokenizer:
             if kind in (_CONTROL, _USER_DEFINED):
                 tokenizer.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False)])
         ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+        for name, index in ids.items():
+            if index is not None and not (isinstance(index, int) and index < len(tokens)):
+                raise ValueError(f"{path}: damaged tokenizer: {name} token {index!r} of {len(tokens)}")
         special = {f"{name}_token": tokens[index] for name, index in ids.items() if index is not None}
-        if metadata.get("tokenizer.ggml.add_bos_token") and "bos_token" in special:
+        # Llama 3's files leave the key out; llama.cpp knows them by their pre-tokenizer.
+        if metadata.get("tokenizer.ggml.add_bos_token", split == "llama-bpe") and "bos_token" in special:
             bos = special["bos_token"]
             tokenizer.post_processor = processors.TemplateProcessing(
                 single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos"])]

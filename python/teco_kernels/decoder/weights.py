@@ -11,7 +11,7 @@ from torch import Tensor
 
 from teco_kernels.decoder.loader import Source
 from teco_kernels.ops import DenseWeight, GPTQWeight, dense_matmul, gptq_matmul
-from teco_kernels.ops.gptq import Activation
+from teco_kernels.ops.gptq import SUPPORTED_BITS, Activation
 
 
 class Linear:
@@ -73,9 +73,23 @@ class WeightLoader:
             )
         self._quantization: Mapping[str, Any] = quantization or {}
 
+    def matrix(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """A floating-point weight in the dtype it is stored in, but no wider than the compute dtype."""
+        weight = self._floating(name, shape)
+        return weight.to(self._dtype) if weight.dtype.itemsize > self._dtype.itemsize else weight
+
     def vector(self, name: str, size: int) -> Tensor:
         """A one-dimensional weight in the compute dtype."""
-        return self._source.tensor(name, (size,)).to(self._dtype)
+        return self._floating(name, (size,)).to(self._dtype)
+
+    def _floating(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        weight = self._source.tensor(name, shape)
+        if weight.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{self._source.path}: tensor {name!r}: expected a floating dtype of 16 to 64 bits, "
+                f"got {str(weight.dtype).removeprefix('torch.')}"
+            )
+        return weight
 
     def linear(self, names: Sequence[str], in_features: int, out_features: Sequence[int], *, bias: bool) -> Linear:
         """The projections `names` of one input, with `out_features` each."""
@@ -90,50 +104,51 @@ class WeightLoader:
         return Linear([self._dense(names, in_features, out_features, bias)], self._activation)
 
     def _dense(self, names: Sequence[str], in_features: int, out_features: Sequence[int], bias: bool) -> DenseWeight:
-        rows = [
-            self._source.tensor(f"{name}.weight", (size, in_features))
-            for name, size in zip(names, out_features, strict=True)
-        ]
-        if rows[0].dtype.itemsize > self._dtype.itemsize:
-            rows = [row.to(self._dtype) for row in rows]
-        biases = [self.vector(f"{name}.bias", size) for name, size in zip(names, out_features, strict=True) if bias]
+        sizes = list(zip(names, out_features, strict=True))
+        rows = [self.matrix(f"{name}.weight", (size, in_features)) for name, size in sizes]
+        biases = [self.vector(f"{name}.bias", size) for name, size in sizes if bias]
         return DenseWeight.from_tensor(torch.cat(rows), bias=torch.cat(biases) if bias else None)
 
     def _gptq(self, name: str, in_features: int, out_features: int, bias: bool) -> GPTQWeight:
         settings = self._settings(name)
-        bits, group_size = int(settings["bits"]), int(settings["group_size"])
+        bits, group_size = settings["bits"], settings["group_size"]
         groups = 1 if group_size == -1 else -(-in_features // group_size)
-        read = self._source.tensor
-        bias_name = f"{name}.bias"
+        read, has = self._source.tensor, self._source.has
+        qweight = read(f"{name}.qweight", (in_features * bits // 32, out_features))
+        qzeros = read(f"{name}.qzeros", (groups, out_features * bits // 32))
+        scales = read(f"{name}.scales", (groups, out_features))
+        g_idx = read(f"{name}.g_idx", (in_features,)) if has(f"{name}.g_idx") else None
         # Some quantizers write a bias of zeros where the model has none.
-        bias_tensor = read(bias_name, (out_features,)) if bias or self._source.has(bias_name) else None
+        bias_tensor = self._floating(f"{name}.bias", (out_features,)) if bias or has(f"{name}.bias") else None
         try:
             return GPTQWeight.from_checkpoint(
-                read(f"{name}.qweight", (in_features * bits // 32, out_features)),
-                read(f"{name}.qzeros", (groups, out_features * bits // 32)),
-                read(f"{name}.scales", (groups, out_features)),
-                read(f"{name}.g_idx", (in_features,)) if self._source.has(f"{name}.g_idx") else None,
+                qweight,
+                qzeros,
+                scales,
+                g_idx,
                 bits=bits,
                 zero_point_format="v2" if settings.get("checkpoint_format") == "gptq_v2" else "v1",
                 bias=bias_tensor,
             )
         except (ValueError, TypeError) as error:
-            message = str(error)
-            raise ValueError(
-                message if message.startswith(str(self._source.path)) else f"{self._source.path}: {name}: {message}"
-            ) from None
+            raise ValueError(f"{self._source.path}: layer {name!r}: {error}") from None
 
     def _settings(self, name: str) -> dict[str, Any]:
         """The quantisation of one layer: the first `dynamic` rule whose pattern matches its name overrides the rest."""
         settings = dict(self._quantization)
+        # A rule "-:pattern" exempts layers; those have no qweight and do not come here.
         for rule, override in (settings.pop("dynamic", None) or {}).items():
             if not rule.startswith("-:") and re.match(rule.removeprefix("+:"), name):
                 settings |= override
                 break
-        for key in ("bits", "group_size"):
-            if not isinstance(settings.get(key), int):
-                raise ValueError(
-                    f"{self._source.path}: expected an integer {key!r} in the quantization_config for {name!r}, "
-                    f"got {settings.get(key)!r}"
-                )
+        bits, group_size = settings.get("bits"), settings.get("group_size")
+        if bits not in SUPPORTED_BITS or type(group_size) is not int or (group_size != -1 and group_size < 1):
+            raise ValueError(
+                f"{self._source.path}: layer {name!r}: expected 'bits' {' or '.join(map(str, SUPPORTED_BITS))} and a "
+                f"'group_size' (-1: one group) in the quantization_config, got {bits!r} and {group_size!r}"
+            )
+        if (layout := settings.get("checkpoint_format", "gptq")) not in ("gptq", "gptq_v2"):
+            raise ValueError(
+                f"{self._source.path}: layer {name!r}: expected 'checkpoint_format' gptq or gptq_v2, got {layout!r}"
+            )
         return settings
