@@ -151,10 +151,12 @@ def _permute(weight: np.ndarray, num_heads: int) -> np.ndarray:
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
 
 
-def save_gguf(path: Path, model: Any, quantization: str = "F32", **metadata: Any) -> Path:
+def save_gguf(
+    path: Path, model: Any, quantization: str = "F32", *, rope_factors: Tensor | None = None, **metadata: Any
+) -> Path:
     """Write a model as a GGUF file, and round its own matrices to what the file holds.
 
-    `metadata` are further keys under the architecture, e.g. ``rope_scaling_type="linear"`` (dots as underscores).
+    `metadata` are further keys under the architecture, e.g. ``{"rope.scaling.type": "linear"}``.
     """
     config = model.config
     architecture = "llama" if config.model_type == "mistral" else config.model_type
@@ -173,6 +175,8 @@ def save_gguf(path: Path, model: Any, quantization: str = "F32", **metadata: Any
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
         add(f"{architecture}.{key}", value)
     _add_tokenizer(writer)
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors.numpy())
     kind = gguf.GGMLQuantizationType[quantization]
     for name, parameter in model.named_parameters():
         values = parameter.detach().numpy()

@@ -1,0 +1,165 @@
+"""GPTQ checkpoints made by hand from random codes, against the dequantised model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_decoder_families import PROMPT, load
+from tiny_models import logits_of, random_model, relative_error, save_model
+from torch import Tensor
+
+from teco_kernels import GPTQWeight
+
+SETTINGS = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def random_codes(
+    in_features: int, out_features: int, generator: torch.Generator, *, bits: int, group_size: int, act_order: bool
+) -> dict[str, Tensor]:
+    """The tensors of one layer, of about the size of a layer's weights."""
+    num_groups = 1 if group_size == -1 else in_features // group_size
+    word = torch.iinfo(torch.int32)
+
+    def words(*shape: int) -> Tensor:
+        return torch.randint(word.min, word.max, shape, generator=generator, dtype=torch.int64).to(torch.int32)
+
+    tensors = {
+        "qweight": words(in_features * bits // 32, out_features),
+        "qzeros": words(num_groups, out_features * bits // 32),
+        "scales": (torch.rand(num_groups, out_features, generator=generator) * 0.8 / 2**bits).half(),
+    }
+    groups = torch.arange(in_features) * num_groups // in_features
+    if act_order:
+        groups = groups[torch.randperm(in_features, generator=generator)]
+    return tensors | {"g_idx": groups.to(torch.int32)}
+
+
+def quantise(
+    directory: Path,
+    target: Path,
+    *,
+    settings: dict[str, Any] | None = None,
+    overrides: dict[str, dict[str, Any]] | None = None,
+    act_order: bool = False,
+    head: bool = False,
+    leave_out: tuple[str, ...] = (),
+) -> dict[str, Tensor]:
+    """Replace the projections of `directory` by random codes in `target`; return the plain model they stand for."""
+    settings = SETTINGS | (settings or {})
+    tensors = load_file(directory / "model.safetensors")
+    plain, generator = dict(tensors), torch.Generator().manual_seed(1)
+    for name in [name for name in tensors if name.endswith(".weight") and tensors[name].dim() == 2]:
+        layer = name.removesuffix(".weight")
+        if not (layer.endswith(PROJECTIONS) or (head and layer == "lm_head")) or layer.endswith(leave_out or ("-",)):
+            continue
+        of_layer = settings | next((v for key, v in (overrides or {}).items() if layer.endswith(key)), {})
+        out_features, in_features = tensors.pop(name).shape
+        packed = random_codes(
+            in_features,
+            out_features,
+            generator,
+            bits=of_layer["bits"],
+            group_size=of_layer["group_size"],
+            act_order=act_order,
+        )
+        tensors |= {f"{layer}.{part}": tensor for part, tensor in packed.items()}
+        weight = GPTQWeight.from_checkpoint(
+            **packed,
+            bits=of_layer["bits"],
+            zero_point_format="v2" if of_layer.get("checkpoint_format") == "gptq_v2" else "v1",
+        )
+        plain[name] = weight.dequantize().t().contiguous()
+    target.mkdir()
+    for file in directory.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    save_file(tensors, target / "model.safetensors")
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    save_file(plain, directory / "model.safetensors")
+    return plain
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "4 bits": {},
+    "8 bits": {"settings": {"bits": 8}},
+    "one group": {"settings": {"group_size": -1}},
+    "act-order": {"act_order": True, "settings": {"desc_act": True}},
+    "v2": {"settings": {"checkpoint_format": "gptq_v2"}},
+    "head": {"head": True, "settings": {"lm_head": True}},
+    "dynamic": {
+        "overrides": {"down_proj": {"bits": 8}, "k_proj": {"group_size": 64}},
+        "settings": {"dynamic": {"+:.*down_proj": {"bits": 8}, ".*k_proj": {"group_size": 64}, "-:.*absent": {}}},
+    },
+    "some dense": {"leave_out": ("v_proj", "o_proj"), "settings": {"dynamic": {"-:.*[vo]_proj": {}}}},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_exact_mode_is_the_dequantised_model(variant: str, family: str, tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "plain", random_model(family))
+    quantise(directory, tmp_path / "gptq", **VARIANTS[variant])
+    plain, exact = load(directory), load(tmp_path / "gptq", gptq_activation="exact")
+    assert relative_error(logits_of(exact, PROMPT), logits_of(plain, PROMPT)) < 1e-5
+    if variant != "act-order":  # which sums in another order
+        assert torch.equal(logits_of(exact, PROMPT), logits_of(plain, PROMPT))
+    assert exact.metrics()["weight_bytes"] < plain.metrics()["weight_bytes"]
+
+
+def test_int8_mode_is_close_and_does_not_depend_on_chunks(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "plain", random_model())
+    quantise(directory, tmp_path / "gptq", act_order=True)
+    plain, fast = load(directory), load(tmp_path / "gptq")
+    whole = logits_of(fast, PROMPT)
+    assert 0 < relative_error(whole, logits_of(plain, PROMPT)) < 0.1
+    assert torch.equal(logits_of(fast, PROMPT, [1, 13, 7]), whole)
+
+
+def test_settings_beside_the_configuration(tmp_path: Path) -> None:
+    """Older quantizers wrote quantize_config.json and left config.json as it was."""
+    directory = save_model(tmp_path / "plain", random_model())
+    quantise(directory, tmp_path / "gptq")
+    expected = logits_of(load(tmp_path / "gptq"), PROMPT)
+    config = json.loads((tmp_path / "gptq/config.json").read_text())
+    settings = config.pop("quantization_config")
+    del settings["quant_method"]
+    (tmp_path / "gptq/config.json").write_text(json.dumps(config))
+    (tmp_path / "gptq/quantize_config.json").write_text(json.dumps(settings))
+    assert torch.equal(logits_of(load(tmp_path / "gptq"), PROMPT), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "awq"}, "expected quant_method gptq in the quantization_config, got 'awq'"),
+        ({"bits": 3}, "expected 'bits' 4 or 8 .* got 3 and 32"),
+        ({"bits": None}, "expected 'bits' 4 or 8 .* got None and 32"),
+        ({"group_size": 0}, "expected 'bits' 4 or 8 and a 'group_size' .* got 4 and 0"),
+        ({"group_size": 16}, r"tensor 'model.layers.0.self_attn.q_proj.qzeros' has shape \[2, 8\], .* \[4, 8\]"),
+        ({"checkpoint_format": "marlin"}, "expected 'checkpoint_format' gptq or gptq_v2, got 'marlin'"),
+    ],
+)
+def test_contradictions_are_named(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    quantise(save_model(tmp_path / "plain", random_model()), tmp_path / "gptq")
+    file = tmp_path / "gptq/config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] |= settings
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"gptq: (layer .*: )?{message}"):
+        load(tmp_path / "gptq")
+
+
+def test_damaged_layer_is_named(tmp_path: Path) -> None:
+    quantise(save_model(tmp_path / "plain", random_model()), tmp_path / "gptq")
+    file = tmp_path / "gptq/model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.g_idx"][5] = 9
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"gptq: layer 'model.layers.1.mlp.up_proj': g_idx: expected groups 0 to 1, got"):
+        load(tmp_path / "gptq")
