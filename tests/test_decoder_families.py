@@ -12,6 +12,8 @@ from tiny_models import is_greedy, logits_of, random_model, reference_logits, re
 
 from teco_kernels import LLM, SamplingParams
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPT = [17, 250, 33, 33, 101, 7, 298, 64, 5, 180, 90, 12, 77, 201, 3, 45, 46, 47, 48, 111, 222]
 ROPE = {"rope_theta": 10000.0, "factor": 4.0}
 LLAMA3 = ROPE | {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}

@@ -27,6 +27,8 @@ from teco_kernels.decoder.gguf import GGUFSource
 from teco_kernels.decoder.loader import load_source
 from teco_kernels.decoder.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = [
     "The capital of France is Paris.",
     "  two spaces,\n\nlines\tand tabs  ",
@@ -57,7 +59,10 @@ def test_logits_have_the_bits_of_the_directory(family: str, quantization: str, t
         ({"tie_word_embeddings": True}, {}),
         ({"attention_bias": True}, {}),
         ({"num_key_value_heads": 4}, {}),
-        ({"rope_parameters": ROPE | {"rope_type": "linear"}}, {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}),
+        (
+            {"rope_parameters": ROPE | {"rope_type": "linear"}},
+            {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+        ),
         (
             {"rope_parameters": ROPE | {"rope_type": "yarn", "original_max_position_embeddings": 64}},
             {

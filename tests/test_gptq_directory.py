@@ -15,6 +15,8 @@ from torch import Tensor
 
 from teco_kernels import GPTQWeight
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETTINGS = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -161,5 +163,7 @@ def test_damaged_layer_is_named(tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors["model.layers.1.mlp.up_proj.g_idx"][5] = 9
     save_file(tensors, file)
-    with pytest.raises(ValueError, match=r"gptq: layer 'model.layers.1.mlp.up_proj': g_idx: expected groups 0 to 1, got"):
+    with pytest.raises(
+        ValueError, match=r"gptq: layer 'model.layers.1.mlp.up_proj': g_idx: expected groups 0 to 1, got"
+    ):
         load(tmp_path / "gptq")

@@ -92,13 +92,8 @@ def save_model(path: Path, model: Any, **options: Any) -> Path:
 def reference_logits(model: Any, token_ids: list[int]) -> Tensor:
     """transformers' logits ``[T, vocab_size]``, eager attention."""
     model.set_attn_implementation("eager")
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a team of threads costs more than it does here
-    try:
-        with torch.inference_mode():
-            return model(torch.tensor([token_ids])).logits[0].float()
-    finally:
-        torch.set_num_threads(num_threads)
+    with torch.no_grad():
+        return model(torch.tensor([token_ids])).logits[0].float()
 
 
 def is_greedy(model: Any, prompt: list[int], answer: list[int]) -> bool:

@@ -46,23 +46,24 @@ class Answer:
         if output.logprobs is not None and logprobs is not None:
             output.logprobs.append(logprobs)
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + logprobs[token_id].logprob
-        if token_id in self.stop_token_ids:
-            if token_id not in self._eos_token_ids:
-                output.stop_reason = token_id
-            if self.params.include_stop_str_in_output:
-                self._pending += self._detokenizer.push([token_id])
-            self.finish("stop")
-            return
-        self._pending += self._detokenizer.push([token_id])
+        is_stop_token = token_id in self.stop_token_ids
+        if not is_stop_token or self.params.include_stop_str_in_output:
+            self._pending += self._detokenizer.push([token_id])
+        is_last = is_stop_token or len(output.token_ids) >= self.sequence.max_tokens
+        if is_last:
+            self._pending += self._detokenizer.pending()
         if self._cut_at_stop_string():
             self.finish("stop")
-        elif len(output.token_ids) >= self.sequence.max_tokens:
+        elif is_stop_token:
+            output.stop_reason = None if token_id in self._eos_token_ids else token_id
+            self.finish("stop")
+        elif is_last:
             self.finish("length")
         else:
             self._emit(len(self._pending) - self._held_back())
 
     def finish(self, reason: str, error: str | None = None) -> None:
-        """End the answer; text that was held back comes out."""
+        """End the answer; text that may have become a stop string comes out."""
         self._emit(len(self._pending))
         self.output.finish_reason, self.output.error = reason, error
 

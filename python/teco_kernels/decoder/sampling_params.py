@@ -136,7 +136,8 @@ class CompletionOutput:
     text, token_ids
         The answer so far; `token_ids` includes a stop token, `text` does not.
     new_text : str
-        What `text` grew by since the request's last output; never half a character, never part of a stop string.
+        What `text` grew by since the request's last output; never part of a stop string, nor, before the end, of a
+        character.
     cumulative_logprob : float or None
         Sum over `token_ids`, when log-probabilities were asked for.
     logprobs : list of dict or None

@@ -144,12 +144,15 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:
+            raise ValueError(f"text: expected valid Unicode, got {text!r:.100}") from None
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no valid UTF-8 become U+FFFD."""
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
     def apply_chat_template(
@@ -196,12 +199,16 @@ class Detokenizer:
     def push(self, token_ids: Iterable[int]) -> str:
         """Add tokens and return the text that is certain now; it never ends within a character."""
         self._token_ids += token_ids
-        before = self._decode(self._window_start, self._emitted_end)
-        text = self._decode(self._window_start, len(self._token_ids))
-        if len(text) <= len(before) or text.endswith("\ufffd"):
+        text = self.pending()
+        if not text or text.endswith("\ufffd"):
             return ""
         self._window_start, self._emitted_end = self._emitted_end, len(self._token_ids)
-        return text[len(before) :]
+        return text
+
+    def pending(self) -> str:
+        """The text that is held back; when no more tokens come, it is the rest."""
+        before = self._decode(self._window_start, self._emitted_end)
+        return self._decode(self._window_start, len(self._token_ids))[len(before) :]
 
     def _decode(self, start: int, end: int) -> str:
         return self._tokenizer.decode(self._token_ids[start:end], skip_special_tokens=self._skip)
