@@ -140,7 +140,9 @@ class GGUFSource(Source):
             elements, _ = GGML_QUANT_SIZES[info.kind]
         except (ValueError, KeyError):
             raise ValueError(f"{reader.path}: tensor {name!r} has an unknown storage type {kind}") from None
-        if not shape or shape[-1] % elements:
+        if not name or not shape:
+            raise reader.truncated()
+        if shape[-1] % elements:
             raise ValueError(
                 f"{reader.path}: tensor {name!r} has shape {list(shape)}, {info.kind.name} asks for rows of whole "
                 f"blocks of {elements}"
