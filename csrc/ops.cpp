@@ -20,11 +20,27 @@ std::string cpu_isa_choices() {
   return cpu::isa_choices();
 }
 
+std::string cpu_isa_compiled() {
+  return cpu::isa_compiled();
+}
+
+std::string compiler() {
+#if defined(__clang__)
+  return __VERSION__;
+#elif defined(__GNUC__)
+  return "GCC " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(teco_kernels, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_choices() -> str");
+  m.def("cpu_isa_compiled() -> str");
+  m.def("compiler() -> str");
 
   m.def("rms_norm(Tensor(a!) out, Tensor input, Tensor weight, float eps) -> ()");
   m.def(
@@ -53,11 +69,19 @@ STABLE_TORCH_LIBRARY(teco_kernels, m) {
   m.def(
       "merge_attention_states(Tensor(a!) out, Tensor(b!) lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
       "-> ()");
+
+  m.def("_read_probe(Tensor data, int num_streams) -> ()");
+  m.def("_fma_probe(int iterations) -> int");
+  m.def("_int8_probe(int iterations) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("cpu_isa_choices", TORCH_BOX(&cpu_isa_choices));
+  m.impl("cpu_isa_compiled", TORCH_BOX(&cpu_isa_compiled));
+  m.impl("compiler", TORCH_BOX(&compiler));
+  m.impl("_fma_probe", TORCH_BOX(&fma_probe));
+  m.impl("_int8_probe", TORCH_BOX(&int8_probe));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CPU, m) {
@@ -73,6 +97,7 @@ STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CPU, m) {
   m.impl("swap_blocks", TORCH_BOX(&swap_blocks));
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("merge_attention_states", TORCH_BOX(&merge_attention_states));
+  m.impl("_read_probe", TORCH_BOX(&read_probe));
 }
 
 }  // namespace teco::ops

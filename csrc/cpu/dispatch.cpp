@@ -56,7 +56,7 @@ const Isa kIsas[] = {
 
 struct Choice {
   const Isa* isa = nullptr;
-  std::string available;
+  std::string available, compiled;
   std::string problem;
 };
 
@@ -64,6 +64,7 @@ Choice choose() {
   Choice choice;
   const char* wanted = std::getenv("TECO_CPU_ISA");
   for (const Isa& isa : kIsas) {
+    choice.compiled += (choice.compiled.empty() ? "" : " ") + std::string(isa.name);
     if (!isa.present()) continue;
     choice.available += (choice.available.empty() ? "" : " ") + std::string(isa.name);
     const bool allowed = !wanted || !*wanted || std::strcmp(wanted, isa.name) == 0;
@@ -92,6 +93,9 @@ const char* isa_problem() {
 }
 const char* isa_choices() {
   return choice().available.c_str();
+}
+const char* isa_compiled() {
+  return choice().compiled.c_str();
 }
 
 }  // namespace teco::cpu

@@ -12,5 +12,7 @@ const char* isa_name();
 const char* isa_problem();
 // The instruction sets that were compiled and that this processor has, widest first, separated by spaces.
 const char* isa_choices();
+// All that were compiled, also those that this processor lacks.
+const char* isa_compiled();
 
 }  // namespace teco::cpu

@@ -16,6 +16,11 @@ struct KernelTable {
   void (*copy_blocks)(const CopyBlocksParams&, int num_threads);
   void (*paged_attention)(const PagedAttentionParams&, int num_threads);
   void (*merge_attention_states)(const MergeAttentionStatesParams&, int num_threads);
+
+  // Probes, which are no operators of a model: see ceilings.cpp. The last two return the operations they have done.
+  void (*read_probe)(const ReadProbeParams&, int num_threads);
+  int64_t (*fma_probe)(int64_t iterations, int num_threads);
+  int64_t (*int8_probe)(int64_t iterations, int num_threads);
 };
 
 }  // namespace teco::cpu

@@ -13,6 +13,9 @@ void reshape_and_cache(const ReshapeAndCacheParams& p, int num_threads);
 void copy_blocks(const CopyBlocksParams& p, int num_threads);
 void paged_attention(const PagedAttentionParams& p, int num_threads);
 void merge_attention_states(const MergeAttentionStatesParams& p, int num_threads);
+void read_probe(const ReadProbeParams& p, int num_threads);
+int64_t fma_probe(int64_t iterations, int num_threads);
+int64_t int8_probe(int64_t iterations, int num_threads);
 
 extern const KernelTable table;
 const KernelTable table = {
@@ -26,6 +29,9 @@ const KernelTable table = {
     .copy_blocks = copy_blocks,
     .paged_attention = paged_attention,
     .merge_attention_states = merge_attention_states,
+    .read_probe = read_probe,
+    .fma_probe = fma_probe,
+    .int8_probe = int8_probe,
 };
 
 }  // namespace teco::cpu::TECO_ISA

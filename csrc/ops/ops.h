@@ -32,4 +32,9 @@ void paged_attention(Tensor out, std::optional<Tensor> lse, Tensor query, Tensor
                      bool causal);
 void merge_attention_states(Tensor out, Tensor lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b);
 
+// Probes of the machine, for `bench`.
+void read_probe(Tensor data, int64_t num_streams);
+int64_t fma_probe(int64_t iterations);
+int64_t int8_probe(int64_t iterations);
+
 }  // namespace teco::ops

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from teco_kernels.ops import (
     DenseWeight,
     GPTQWeight,
+    Support,
     copy_blocks,
     dense_matmul,
     fused_add_rms_norm,
@@ -20,6 +21,7 @@ from teco_kernels.ops import (
     sample,
     silu_and_mul,
     swap_blocks,
+    supports,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ __all__ = [
     "GPTQWeight",
     "RequestOutput",
     "SamplingParams",
+    "Support",
     "copy_blocks",
     "dense_matmul",
     "fused_add_rms_norm",
@@ -55,6 +58,7 @@ __all__ = [
     "sample",
     "silu_and_mul",
     "swap_blocks",
+    "supports",
 ]
 
 

@@ -10,10 +10,12 @@ from teco_kernels.ops.gptq import GPTQWeight, gptq_matmul
 from teco_kernels.ops.norm import fused_add_rms_norm, rms_norm
 from teco_kernels.ops.rotary import rotary_embedding
 from teco_kernels.ops.sampling import sample
+from teco_kernels.ops.support import Support, supports
 
 __all__ = [
     "DenseWeight",
     "GPTQWeight",
+    "Support",
     "copy_blocks",
     "dense_matmul",
     "fused_add_rms_norm",
@@ -26,4 +28,5 @@ __all__ = [
     "sample",
     "silu_and_mul",
     "swap_blocks",
+    "supports",
 ]

@@ -80,8 +80,15 @@ def record_calls(recorder: Callable[[Any, tuple[Any, ...]], None] | None) -> Non
     _recorder = recorder
 
 
+def has_kernel(name: str, backend: str) -> bool:
+    """Whether a kernel of `name` for this dispatch key ("cpu", "cuda") is compiled into the library."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"teco_kernels::{name}", backend.upper())
+
+
 _cpu_isa = operator("cpu_isa")
 _cpu_isa_choices = operator("cpu_isa_choices")
+_cpu_isa_compiled = operator("cpu_isa_compiled")
+_compiler = operator("compiler")
 
 
 def cpu_isa() -> str:
@@ -92,6 +99,16 @@ def cpu_isa() -> str:
 def cpu_isa_choices() -> list[str]:
     """The CPU instruction sets that were compiled and that this processor has, widest first."""
     return str(_cpu_isa_choices()).split()
+
+
+def cpu_isa_compiled() -> list[str]:
+    """The CPU instruction sets that were compiled, widest first."""
+    return str(_cpu_isa_compiled()).split()
+
+
+def compiler() -> str:
+    """Name and version of the compiler that built the library."""
+    return str(_compiler())
 
 
 cpu_isa()

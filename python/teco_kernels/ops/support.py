@@ -1,0 +1,173 @@
+"""Which operator runs where, on what; asked before the call, so that an engine can choose without catching errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from teco_kernels.ops import _library
+from teco_kernels.ops.gptq import SUPPORTED_BITS
+
+#: Every backend of the package's design, compiled into this build or not.
+BACKENDS = ("cpu", "cuda", "triton")
+
+_FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a call would work, and why not; true in a condition when it would.
+
+    Attributes
+    ----------
+    ok : bool
+    reason : str
+        Names what stands in the way and what is expected instead; empty when `ok`.
+    """
+
+    ok: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def supports(
+    op: str, *, backend: str, device: str | torch.device, dtype: torch.dtype, **case: Any
+) -> Support:
+    """Tell whether an operator has a kernel for this case.
+
+    Parameters
+    ----------
+    op : str
+        Name of the operator, as it is exported.
+    backend : {"cpu", "cuda", "triton"}
+        Whose kernel is meant.
+    device : str or torch.device
+        Where the tensors are.
+    dtype : torch.dtype
+        Of the activations.
+    **case
+        Sizes and options by the names of the case table (``bits=4``, ``rotary_dim=64``, ...). Those that are not given
+        are taken to be fine, those that do not matter to the operator are ignored.
+
+    Returns
+    -------
+    Support
+
+    Examples
+    --------
+    >>> supports("gptq_matmul", backend="cpu", device="cpu", dtype=torch.float32, bits=4)
+    Support(ok=True, reason='')
+    >>> supports("gptq_matmul", backend="cpu", device="cpu", dtype=torch.float64).reason
+    'dtype: expected float32, float16, bfloat16, got float64'
+    """
+    reason = (
+        _operator_problem(op)
+        or _backend_problem(op, backend)
+        or _device_problem(backend, torch.device(device))
+        or _OPERATORS[op](dtype, case)
+    )
+    return Support(not reason, reason)
+
+
+def operators() -> tuple[str, ...]:
+    """Names of the operators of this version."""
+    return tuple(_OPERATORS)
+
+
+def _operator_problem(op: str) -> str:
+    return "" if op in _OPERATORS else f"op: this version has no operator {op!r}; it has {', '.join(_OPERATORS)}"
+
+
+def _backend_problem(op: str, backend: str) -> str:
+    if backend not in BACKENDS:
+        return f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}"
+    if backend == "triton":
+        present = find_spec("teco_kernels.triton_kernels") is not None
+        return "" if present else "backend: the Triton kernels are not part of this build"
+    if _library.has_kernel(op, backend):
+        return ""
+    return f"backend: no {backend} kernel of {op} is compiled into this build"
+
+
+def _device_problem(backend: str, device: torch.device) -> str:
+    expected = "cpu" if backend == "cpu" else "cuda"
+    if device.type != expected:
+        return f"device: backend {backend} works on {expected} tensors, got {device}"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "device: torch finds no CUDA device"
+    return ""
+
+
+# One function per operator: "" when there is a kernel for the dtype and the case, else why not.
+_Problem = Callable[[torch.dtype, Mapping[str, Any]], str]
+
+
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype_problem(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
+    if dtype in _FLOATING:
+        return ""
+    return f"dtype: expected {', '.join(map(_name, _FLOATING))}, got {_name(dtype)}"
+
+
+def _choice_problem(case: Mapping[str, Any], name: str, choices: tuple[Any, ...]) -> str:
+    if name not in case or case[name] in choices:
+        return ""
+    return f"{name}: expected one of {', '.join(map(_name, choices))}, got {_name(case[name])}"
+
+
+def _gptq_matmul(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
+    if reason := (
+        _dtype_problem(dtype, case)
+        or _choice_problem(case, "bits", SUPPORTED_BITS)
+        or _choice_problem(case, "activation", ("exact", "int8"))
+    ):
+        return reason
+    bits = case.get("bits", 8)
+    for size in ("in_features", "out_features"):  # codes along the inputs, zero points along the outputs
+        if case.get(size, 0) * bits % 32:
+            return f"{size}: expected a multiple of {32 // bits}, as {bits}-bit checkpoints pack them, got {case[size]}"
+    if case.get("group_size", 1) < 1:
+        return f"group_size: expected a positive number, got {case['group_size']}"
+    return ""
+
+
+def _dense_matmul(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
+    return _dtype_problem(dtype, case) or _choice_problem(case, "weight_dtype", _FLOATING)
+
+
+def _rotary_embedding(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
+    if reason := _dtype_problem(dtype, case):
+        return reason
+    rotary_dim = case.get("rotary_dim", 0)
+    if rotary_dim % 2 or rotary_dim > case.get("D", rotary_dim):
+        return f"rotary_dim: expected an even number of at most D = {case.get('D', 'head_dim')}, got {rotary_dim}"
+    return ""
+
+
+def _sample(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
+    if reason := _dtype_problem(dtype, case):
+        return reason
+    vocab_size = case.get("vocab_size", 1)
+    if not 1 <= vocab_size <= 1 << 22:
+        return f"vocab_size: expected 1 to {1 << 22}, got {vocab_size}"
+    return ""
+
+
+_OPERATORS: dict[str, _Problem] = {
+    "rms_norm": _dtype_problem,
+    "fused_add_rms_norm": _dtype_problem,
+    "silu_and_mul": _dtype_problem,
+    "dense_matmul": _dense_matmul,
+    "gptq_matmul": _gptq_matmul,
+    "rotary_embedding": _rotary_embedding,
+    "sample": _sample,
+}
