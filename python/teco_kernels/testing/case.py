@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -41,6 +41,8 @@ class Case:
         What the call must read and write at the least, and the arithmetic it does.
     benchmark : bool
         Whether the case is large enough to be worth timing.
+    arithmetic : {"fp32", "int8"}
+        The kind of multiply-add that most of `flops` are, whose peak limits the call.
     """
 
     operator: str
@@ -54,6 +56,7 @@ class Case:
     flops: int
     mutates: tuple[str, ...] = ()
     benchmark: bool = False
+    arithmetic: Literal["fp32", "int8"] = "fp32"
 
     @property
     def name(self) -> str:
@@ -76,15 +79,21 @@ class Case:
 
 @dataclass
 class CaseResult:
-    """Relative error of each output of a case."""
+    """Relative error of each output of a case, or what the call raised."""
 
     case: Case
     errors: dict[str, float] = field(default_factory=dict)
+    exception: str | None = None
 
     @property
     def ok(self) -> bool:
         """Whether every output is within the case's tolerance."""
-        return all(error <= self.case.max_error for error in self.errors.values())
+        return self.exception is None and self.worst <= self.case.max_error
+
+    @property
+    def worst(self) -> float:
+        """Largest error of any output."""
+        return max(self.errors.values(), default=0.0)
 
 
 def run_case(case: Case, seed: int = 0) -> CaseResult:

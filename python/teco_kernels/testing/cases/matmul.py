@@ -98,6 +98,7 @@ def _gptq_case(rows: int, dtype: torch.dtype, activation: str, benchmark: bool =
         bytes_moved=weight_bytes + rows * (in_features + out_features) * dtype.itemsize,
         flops=2 * rows * in_features * out_features,
         benchmark=benchmark,
+        arithmetic="int8" if activation == "int8" else "fp32",
     )
 
 
