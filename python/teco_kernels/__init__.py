@@ -20,8 +20,8 @@ from teco_kernels.ops import (
     rotary_embedding,
     sample,
     silu_and_mul,
-    swap_blocks,
     supports,
+    swap_blocks,
 )
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ __all__ = [
     "rotary_embedding",
     "sample",
     "silu_and_mul",
-    "swap_blocks",
     "supports",
+    "swap_blocks",
 ]
 
 

@@ -27,6 +27,6 @@ __all__ = [
     "rotary_embedding",
     "sample",
     "silu_and_mul",
-    "swap_blocks",
     "supports",
+    "swap_blocks",
 ]

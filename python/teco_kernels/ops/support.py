@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from teco_kernels.ops import _library
+from teco_kernels.ops.cache import ELEMENT_MAX
 from teco_kernels.ops.gptq import SUPPORTED_BITS
 
 #: Every backend of the package's design, compiled into this build or not.
@@ -36,9 +37,7 @@ class Support:
         return self.ok
 
 
-def supports(
-    op: str, *, backend: str, device: str | torch.device, dtype: torch.dtype, **case: Any
-) -> Support:
+def supports(op: str, *, backend: str, device: str | torch.device, dtype: torch.dtype, **case: Any) -> Support:
     """Tell whether an operator has a kernel for this case.
 
     Parameters
@@ -162,6 +161,23 @@ def _sample(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
     return ""
 
 
+def _cache_problem(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
+    """Of operators that take a paged cache; `scale` is "none", "one" or "per_slot"."""
+    if reason := _dtype_problem(dtype, case):
+        return reason
+    scaled = tuple(map(_name, ELEMENT_MAX))
+    cache_dtype = _name(case.get("cache_dtype", dtype))
+    if cache_dtype not in (*map(_name, _FLOATING), *scaled):
+        return f"cache_dtype: expected {', '.join((*map(_name, _FLOATING), *scaled))}, got {cache_dtype}"
+    if "scale" in case and (case["scale"] != "none") != (cache_dtype in scaled):
+        return f"scale: a cache of {cache_dtype} {'needs one' if cache_dtype in scaled else 'has none'}"
+    return ""
+
+
+def _any_dtype(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
+    return ""
+
+
 _OPERATORS: dict[str, _Problem] = {
     "rms_norm": _dtype_problem,
     "fused_add_rms_norm": _dtype_problem,
@@ -170,4 +186,7 @@ _OPERATORS: dict[str, _Problem] = {
     "gptq_matmul": _gptq_matmul,
     "rotary_embedding": _rotary_embedding,
     "sample": _sample,
+    "reshape_and_cache": _cache_problem,
+    "copy_blocks": _any_dtype,
+    "swap_blocks": _any_dtype,
 }

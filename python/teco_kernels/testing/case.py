@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -64,6 +64,11 @@ class Case:
         params = "-".join(f"{key}={value}" for key, value in self.params.items())
         return f"{self.operator}-{str(self.dtype).removeprefix('torch.')}-{params}"
 
+    @property
+    def summary(self) -> str:
+        """Dtype and parameters in a line for people."""
+        return ", ".join((short_dtype(self.dtype), *_short_params(self.params)))
+
     def inputs(self, seed: int = 0) -> Inputs:
         """The keyword arguments of the call; the same for the same seed."""
         return self.make_inputs(torch.Generator().manual_seed(seed))
@@ -75,6 +80,27 @@ class Case:
         returned = () if result is None else result if isinstance(result, tuple) else (result,)
         named = {f"output {index}": tensor for index, tensor in enumerate(returned)}
         return named | {name: inputs[name] for name in self.mutates}
+
+
+def short_dtype(dtype: object) -> str:
+    """Such as "fp32" for `torch.float32`."""
+    name = str(dtype).removeprefix("torch.")
+    return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float8_e4m3fn": "fp8"}.get(name, name)
+
+
+def _short_params(params: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in params.items():
+        if key == "in_features":
+            yield f"{value} to {params['out_features']}"
+        elif isinstance(value, bool) or value is None:
+            if value:
+                yield key
+        elif key == "activation":
+            yield str(value)
+        elif key == "cache_dtype":
+            yield f"{short_dtype(value)} cache"
+        elif key != "out_features":
+            yield f"{key} {value}"
 
 
 @dataclass

@@ -52,7 +52,9 @@ class Prober:
         # Several times what the caches hold, so that next to nothing of it is found there.
         size = min(max(4 * l3_bytes(), 64 << 20), 1 << 30, max(available_bytes() // 4, 16 << 20))
         self._data = torch.ones(size // 4)
-        self._iterations = {probe: _iterations(probe) for probe in (fma_probe, int8_probe)}
+        self._iterations: dict[Callable[[int], int], int] = {
+            probe: _iterations(probe) for probe in (fma_probe, int8_probe)
+        }
 
     def measure(self, seconds: float = 0.3) -> Ceilings:
         """Measure all three, each as the best of the runs that fit into so many seconds."""

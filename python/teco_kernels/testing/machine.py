@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,17 @@ def memory_bytes() -> int:
 def available_bytes() -> int:
     """Memory that can be taken without swapping."""
     return _meminfo("MemAvailable")
+
+
+def process_memory() -> tuple[int, int]:
+    """Resident bytes of this process: now, and at the most."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        return peak, peak
+    sizes = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.startswith(("VmRSS", "VmHWM"))}
+    return sizes["VmRSS"], sizes["VmHWM"]
 
 
 def _meminfo(name: str) -> int:

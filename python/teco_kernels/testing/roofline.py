@@ -10,7 +10,18 @@ import numpy as np
 from teco_kernels.testing.bench import Timing
 from teco_kernels.testing.ceilings import Ceilings
 
-_COLOURS = ("#2563c9", "#d9480f", "#2b8a3e", "#9c36b5", "#c92a2a", "#0c8599", "#a05a00", "#5f3dc4", "#495057", "#66800b")
+_COLOURS = (
+    "#2563c9",
+    "#d9480f",
+    "#2b8a3e",
+    "#9c36b5",
+    "#c92a2a",
+    "#0c8599",
+    "#a05a00",
+    "#5f3dc4",
+    "#495057",
+    "#66800b",
+)
 _MARKERS = {"float32": "o", "float16": "s", "bfloat16": "^"}
 _GIGA = 1e9
 _LABEL = 15.0  # diameter of a numbered label, in points
@@ -20,25 +31,28 @@ def draw(timings: list[Timing], ceilings: Ceilings, title: str, path: Path) -> N
     """Write a PNG: operations per second over operations per byte, both logarithmic, ceilings as lines.
 
     Every case is a numbered point, coloured by operator; the numbers are told on the right, with the share of the
-    ceiling that the case reaches.
+    ceiling that the case reaches. Cases that do no arithmetic have no place in the plane and stand on the right only.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     operators = list(dict.fromkeys(timing.case.operator for timing in timings))
+    timings = sorted(timings, key=lambda timing: operators.index(timing.case.operator))
+    drawn = [timing for timing in timings if timing.case.flops]
     colours = {operator: _COLOURS[i % len(_COLOURS)] for i, operator in enumerate(operators)}
     with mpl.rc_context({"font.size": 9, "font.family": "DejaVu Sans", "axes.edgecolor": "#868e96"}):
         figure = Figure(figsize=(15, max(7.5, 1.5 + 0.185 * (len(timings) + 2 * len(operators)))), layout=None)
         axes = figure.add_axes((0.05, 0.08, 0.55, 0.83))
-        _axes(axes, timings, ceilings)
+        _axes(axes, drawn, ceilings)
         figure.text(0.05, 0.955, "Operators under the measured roofline", fontsize=15, weight="bold", va="center")
         figure.text(0.05, 0.927, title, fontsize=9, color="#495057", va="center")
         _ceilings(axes, ceilings)
-        points = [_place(timing) for timing in timings]
-        for timing, (x, y) in zip(timings, points, strict=True):
+        points = [_place(timing) for timing in drawn]
+        for timing, (x, y) in zip(drawn, points, strict=True):
             marker = _MARKERS.get(str(timing.case.dtype).removeprefix("torch."), "o")
             axes.plot(x, y, marker, color=colours[timing.case.operator], ms=5, mec="white", mew=0.6, zorder=3)
-        _numbers(figure, axes, points, [colours[timing.case.operator] for timing in timings])
+        numbers = [timings.index(timing) + 1 for timing in drawn]
+        _numbers(figure, axes, points, numbers, [colours[timing.case.operator] for timing in drawn])
         _legend(figure, timings, ceilings, colours)
         figure.savefig(path, format="png", dpi=130)
 
@@ -48,8 +62,8 @@ def _place(timing: Timing) -> tuple[float, float]:
 
 
 def _axes(axes: Any, timings: list[Timing], ceilings: Ceilings) -> None:
-    x, y = np.array([_place(timing) for timing in timings]).T
     ridge = ceilings.int8 / ceilings.read_bandwidth
+    x, y = np.array([_place(timing) for timing in timings] or [(ridge, ceilings.fp32 / _GIGA / 100)]).T
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(min(x.min() / 2, 0.2), max(x.max() * 2, 4 * ridge))
@@ -97,8 +111,10 @@ def _ceilings(axes: Any, ceilings: Ceilings) -> None:
     )
 
 
-def _numbers(figure: Any, axes: Any, points: list[tuple[float, float]], colours: list[str]) -> None:
+def _numbers(figure: Any, axes: Any, points: list[tuple[float, float]], numbers: list[int], colours: list[str]) -> None:
     """Number the points; labels push each other, and keep off the points, until none overlap."""
+    if not points:
+        return
     scale = 72 / figure.dpi  # pixels to points
     anchors = axes.transData.transform(points) * scale
     # Start upwards, fanned out, so that labels of points that coincide part in different directions.
@@ -112,7 +128,7 @@ def _numbers(figure: Any, axes: Any, points: list[tuple[float, float]], colours:
             overlap = np.clip(distance - gap, 0, None) * (gap > 1e-9)
             push += (apart / np.maximum(gap, 1e-9)[..., None] * overlap[..., None] * 0.5).sum(axis=1)
         labels += push
-    for number, (anchor, label, colour) in enumerate(zip(anchors, labels, colours, strict=True), start=1):
+    for number, anchor, label, colour in zip(numbers, anchors, labels, colours, strict=True):
         line, text = axes.transData.inverted().transform(np.array([anchor, label]) / scale)
         axes.plot(*zip(line, text, strict=True), color=colour, lw=0.6, alpha=0.6, zorder=3)
         axes.annotate(
@@ -142,15 +158,7 @@ def _legend(figure: Any, timings: list[Timing], ceilings: Ceilings, colours: dic
                 continue
             share = timing.share(ceilings)
             figure.text(0.64, y, str(number), color=colour, weight="bold", fontsize=7.5, ha="right", va="center")
-            figure.text(0.648, y, describe(timing), fontsize=7.5, va="center")
+            figure.text(0.648, y, timing.case.summary, fontsize=7.5, va="center")
             figure.text(0.985, y, f"{share:.0%}", fontsize=7.5, ha="right", va="center")
             y -= step
         y -= 0.6 * step
-
-
-def describe(timing: Timing) -> str:
-    """The case in a line: dtype and parameters."""
-    short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-    dtype = str(timing.case.dtype).removeprefix("torch.")
-    params = ", ".join(f"{key} {value}" for key, value in timing.case.params.items())
-    return f"{short.get(dtype, dtype)}, {params}"

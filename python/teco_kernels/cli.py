@@ -1,0 +1,462 @@
+"""The command `teco-kernels`: thin functions over the library, which is imported when a command needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from teco_kernels.decoder.llm import LLM
+    from teco_kernels.decoder.sampling_params import RequestOutput, SamplingParams
+    from teco_kernels.testing import Case
+
+_INTERRUPTED = 130  # as the shell counts it: 128 + SIGINT
+
+
+class _UsageError(ValueError):
+    """A wrong command line, found after the parser has passed it."""
+
+
+class _Commands(TyperGroup):
+    """Turns what a user can put right into one line on stderr, and anything else into a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("", err=True)
+            raise typer.Exit(_INTERRUPTED) from None
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError, RuntimeError) as error:
+            if not _is_users(error):
+                raise
+            typer.echo(f"teco-kernels: {_one_line(error)}", err=True)
+            raise typer.Exit(2 if isinstance(error, _UsageError) else 1) from None
+
+
+def _is_users(error: Exception) -> bool:
+    """RuntimeErrors are bugs, but for those with which the registry of packages refuses a file."""
+    return not isinstance(error, RuntimeError) or type(error).__name__ == "AssetError"
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Kernels for large-language-model inference: check them, time them, and run a model on them.",
+)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app(prog_name="teco-kernels")
+
+
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads to use; as many as torch would by default.")]
+Operator = Annotated[
+    list[str] | None, typer.Option("--operator", help="Only this operator; may be given several times.")
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write a report to this file.")]
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Tell what was compiled, what this machine has, and which operator runs where."""
+    from teco_kernels import _tables as tables
+    from teco_kernels.testing import machine
+
+    facts, states, rows = machine.facts(), machine.instruction_sets(), list(tables.support_rows())
+    if as_json:
+        typer.echo(json.dumps({"machine": facts, "instruction_sets": states, "operators": rows}, indent=2))
+        return
+    console = Console()
+    for table in (tables.facts_table(facts), tables.instruction_set_table(states), tables.support_table(rows)):
+        console.print(table, "")
+
+
+@app.command()
+def verify(
+    operator: Operator = None,
+    device: Annotated[str, typer.Option(help="Whose kernels to check.")] = "cpu",
+    json_file: JsonFile = None,
+    threads: Threads = None,
+) -> None:
+    """Hold every operator against its float64 reference; exit code 1 when one is wrong."""
+    from teco_kernels import _tables as tables
+    from teco_kernels.testing import verify as verification
+
+    if device not in verification.DEVICES:
+        raise ValueError(f"device: this build has kernels for {', '.join(verification.DEVICES)} only, got {device!r}")
+    cases = _chosen_cases(operator)
+    _set_threads(threads)
+    results = []
+    with _progress() as progress:
+        task = progress.add_task("", total=len(cases))
+        for case, result in zip(cases, verification.verify(cases), strict=True):
+            results.append(result)
+            failed = sum(not result.ok for result in results)
+            text = f"{case.operator}" + (f"  [red]{failed} failed" if failed else "")
+            progress.update(task, advance=1, description=text)
+    console = Console()
+    console.print(tables.verify_table(results))
+    failures = [result for result in results if not result.ok]
+    for result in failures:
+        problem = result.exception or f"errors {result.errors} exceed {result.case.max_error:g}"
+        console.print(f"[bold red]failed[/] {result.case.name}: {problem}", highlight=False, soft_wrap=True)
+    console.print(f"{len(results) - len(failures)} of {len(results)} cases passed")
+    if json_file:
+        json_file.write_text(json.dumps(verification.report(results, device), indent=2) + "\n")
+        console.print(f"report: {json_file}", highlight=False)
+    if failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    operator: Operator = None,
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Time per case.")] = 0.5,
+    quick: Annotated[bool, typer.Option("--quick", help="One case per operator, for a short time.")] = False,
+    json_file: JsonFile = None,
+    png_file: Annotated[Path | None, typer.Option("--png", help="Also draw the roofline; needs matplotlib.")] = None,
+) -> None:
+    """Time the operators from cold caches, beside the machine's measured ceilings."""
+    from importlib.util import find_spec
+
+    from teco_kernels import _tables as tables
+    from teco_kernels.testing import bench as benchmark
+    from teco_kernels.testing import machine
+
+    if png_file and find_spec("matplotlib") is None:
+        raise ValueError("--png: matplotlib is not installed: pip install 'teco_kernels[bench]'")
+    for file in (json_file, png_file):  # before minutes of work, not after
+        if file and not file.parent.is_dir():
+            raise FileNotFoundError(2, "No such directory", str(file.parent))
+    cases = [case for case in _chosen_cases(operator) if case.benchmark]
+    if quick:
+        cases = list({case.operator: case for case in reversed(cases)}.values())[::-1]
+        seconds = min(seconds, 0.05)
+    if not cases:
+        raise ValueError("operator: none of these has a case that is large enough to be timed")
+    _set_threads(threads)
+    timings = []
+    with _progress() as progress:
+        task = progress.add_task("measuring the ceilings", total=len(cases))
+        for timing, best in benchmark.bench(cases, seconds=seconds):
+            timings.append(timing)
+            ceilings = best
+            progress.update(task, advance=1, description=timing.case.operator)
+    facts = machine.facts()
+    console = Console()
+    console.print(tables.bench_table(timings, ceilings))
+    machine_line = f"{facts['processor']}, {facts['instruction_set']}, {facts['threads']} threads"
+    console.print(machine_line, highlight=False)
+    if json_file:
+        json_file.write_text(json.dumps(benchmark.report(timings, ceilings), indent=2) + "\n")
+        console.print(f"report: {json_file}", highlight=False)
+    if png_file:
+        from teco_kernels.testing import roofline
+
+        roofline.draw(timings, ceilings, machine_line, png_file)
+        console.print(f"picture: {png_file}", highlight=False)
+
+
+Model = Annotated[Path, typer.Argument(help="A Hugging Face folder (plain or GPTQ) or a .gguf file.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
+Temperature = Annotated[float, typer.Option(help="0: always the likeliest token.")]
+TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens that hold this share.")]
+TopK = Annotated[int, typer.Option(help="Draw among this many of the likeliest tokens; 0: all.")]
+MinP = Annotated[float, typer.Option(help="Draw among tokens at least this times as likely as the likeliest.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: tokens that have occurred become less likely.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed draws the same tokens.")]
+Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be given several times.")]
+Dtype = Annotated[str, typer.Option(help="Of activations: auto, float32, float16, bfloat16.")]
+MaxModelLen = Annotated[int | None, typer.Option(min=1, help="Most tokens of prompt and answer.")]
+CacheDtype = Annotated[str, typer.Option("--kv-cache-dtype", help="auto, fp32, fp16, bf16, int8, fp8.")]
+CacheMemory = Annotated[int | None, typer.Option("--kv-cache-memory", min=1, help="Bytes for the KV cache.")]
+Activation = Annotated[Literal["int8", "exact"], typer.Option(help="How GPTQ layers treat their input.")]
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads it from stdin.")],
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's end of text.")] = False,
+    dtype: Dtype = "auto",
+    max_model_len: MaxModelLen = None,
+    kv_cache_dtype: CacheDtype = "auto",
+    kv_cache_memory: CacheMemory = None,
+    gptq_activation: Activation = "int8",
+    threads: Threads = None,
+) -> None:
+    """Go on from a prompt, printing text as it comes."""
+    from teco_kernels.decoder.sampling_params import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+        ignore_eos=ignore_eos,
+    )
+    llm = _load(
+        model,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=1,
+        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_memory=kv_cache_memory,
+        gptq_activation=gptq_activation,
+        num_threads=threads,
+    )
+    _stream(llm, sys.stdin.read() if prompt == "-" else prompt, params)
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+    max_model_len: MaxModelLen = None,
+    kv_cache_dtype: CacheDtype = "auto",
+    kv_cache_memory: CacheMemory = None,
+    gptq_activation: Activation = "int8",
+    threads: Threads = None,
+) -> None:
+    """Talk with a model. Ctrl-C stops an answer, Ctrl-D ends; /new forgets what was said."""
+    from teco_kernels.decoder.sampling_params import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    llm = _load(
+        model,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=1,
+        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_memory=kv_cache_memory,
+        gptq_activation=gptq_activation,
+        num_threads=threads,
+    )
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    while (line := _read_line()) is not None:
+        if line == "/new":
+            messages = list(opening)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            answer = _stream(llm, llm.chat_prompt(messages), params, interruptible=True)
+            messages.append({"role": "assistant", "content": answer.outputs[0].text if answer else ""})
+
+
+@app.command()
+def score(
+    model: Model,
+    file: Annotated[Path, typer.Argument(help="A text file; - reads stdin.")],
+    window: Annotated[int | None, typer.Option(min=2, help="Most tokens of context and text at a time.")] = None,
+    max_chars: Annotated[int | None, typer.Option(min=1, help="Only the beginning of the text.")] = None,
+    dtype: Dtype = "auto",
+    max_model_len: MaxModelLen = None,
+    kv_cache_dtype: CacheDtype = "auto",
+    gptq_activation: Activation = "int8",
+    threads: Threads = None,
+) -> None:
+    """Measure the perplexity of a text."""
+    import math
+    import time
+
+    from teco_kernels import _tables as tables
+
+    text = (sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8"))[:max_chars]
+    llm = _load(
+        model,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=1,
+        kv_cache_dtype=kv_cache_dtype,
+        gptq_activation=gptq_activation,
+        num_threads=threads,
+    )
+    start = time.monotonic()
+    scores = llm.score(text, window=window)
+    seconds = time.monotonic() - start
+    if not scores:
+        raise ValueError(f"{file}: expected at least two tokens of text")
+    mean = sum(scores) / len(scores)
+    rows = [
+        ("perplexity", f"{math.exp(-mean):.4f}", f"mean log-probability {mean:.4f}"),
+        ("tokens", str(len(scores)), f"{len(scores) / seconds:.0f} per second"),
+    ]
+    Console().print(tables.run_table(rows))
+
+
+@app.command()
+def demo(
+    prompt: Annotated[str, typer.Argument()] = "The capital of France is Paris, and the capital of Germany is",
+    max_tokens: MaxTokens = 64,
+    threads: Threads = None,
+) -> None:
+    """Fetch a small model, quantise it to 4 bits (both once), generate, and tell what it took."""
+    from teco_kernels import _tables as tables
+    from teco_kernels.decoder.sampling_params import SamplingParams
+
+    path = _four_bit_model()
+    llm = _load(path, max_num_seqs=1, num_threads=threads)
+    typer.secho(prompt, nl=False, bold=True)
+    output = _stream(llm, prompt, SamplingParams(temperature=0.0, max_tokens=max_tokens))
+    if output:
+        Console().print("", tables.run_table([*_speed_rows(output), *_memory_rows(llm)]))
+
+
+def _chosen_cases(operators: list[str] | None) -> list[Case]:
+    """The case table, or the part of it that --operator asks for."""
+    from teco_kernels.testing import all_cases
+
+    cases = list(all_cases())
+    known = list(dict.fromkeys(case.operator for case in cases))
+    for name in operators or ():
+        if name not in known:
+            raise _UsageError(f"--operator: expected one of {', '.join(known)}; got {name!r}")
+    return [case for case in cases if not operators or case.operator in operators]
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _progress() -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    return Progress(
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def _load(path: Path, **options: Any) -> LLM:
+    """The model, with a word on stderr while a person waits for it."""
+    from teco_kernels.decoder.llm import LLM
+
+    if not path.exists():
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+    with Console(stderr=True).status(f"loading {path.name}"):
+        return LLM(path, **options)
+
+
+def _stream(
+    llm: LLM, prompt: str | list[int], params: SamplingParams, *, interruptible: bool = False
+) -> RequestOutput | None:
+    """Print an answer as it comes, and return it; Ctrl-C may end it early."""
+    output = None
+    stream = llm.stream(prompt, params)
+    try:
+        for output in stream:
+            typer.echo(output.outputs[0].new_text, nl=False)
+    except KeyboardInterrupt:
+        if not interruptible:
+            raise
+    finally:
+        typer.echo("")
+        stream.close()  # type: ignore[attr-defined]
+    return output
+
+
+def _read_line() -> str | None:
+    """What the user types next; None at the end, by Ctrl-D or Ctrl-C."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives `input` a history and keys to edit with)
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        typer.echo("")
+        return None
+
+
+def _four_bit_model() -> Path:
+    raise NotImplementedError
+
+
+def _speed_rows(output: RequestOutput) -> list[tuple[str, str, str]]:
+    metrics, answer = output.metrics, output.outputs[0]
+    assert metrics.first_token_time is not None
+    assert metrics.finished_time is not None
+    computed = len(output.prompt_token_ids) - metrics.num_cached_tokens
+    prefill = metrics.first_token_time - metrics.arrival_time
+    decode, steps = metrics.finished_time - metrics.first_token_time, len(answer.token_ids) - 1
+    rows = [("prompt", f"{computed / prefill:.0f} tokens/s", f"{computed} tokens in {prefill * 1e3:.0f} ms")]
+    if steps:
+        rows.append(("answer", f"{steps / decode:.0f} tokens/s", f"{steps} tokens in {decode * 1e3:.0f} ms"))
+    return rows
+
+
+def _memory_rows(llm: LLM) -> list[tuple[str, str, str]]:
+    """The process's memory and what it went into."""
+    from teco_kernels._tables import size
+    from teco_kernels.testing import machine
+
+    metrics = llm.metrics()
+    block_bytes = metrics["kv_cache_bytes"] / metrics["kv_blocks"]
+    cache = metrics["kv_blocks_peak"] * block_bytes
+    tokens = metrics["kv_blocks_peak"] * metrics["kv_block_size"]
+    resident, peak = machine.process_memory()
+    return [
+        ("KV cache", size(cache), f"{tokens} slots at the most, {metrics['kv_waste_share']:.1%} of them empty"),
+        ("weights", size(metrics["weight_bytes"]), ""),
+        (
+            "process",
+            size(resident),
+            f"of which {size(resident - cache - metrics['weight_bytes'])} Python, torch and tables; peak {size(peak)}",
+        ),
+    ]
