@@ -387,10 +387,10 @@ def _progress() -> Any:
 
 def _load(path: Path, **options: Any) -> LLM:
     """The model, with a word on stderr while a person waits for it."""
-    from teco_kernels.decoder.llm import LLM
-
     if not path.exists():
         raise FileNotFoundError(2, "No such file or directory", str(path))
+    from teco_kernels.decoder.llm import LLM
+
     with Console(stderr=True).status(f"loading {path.name}"):
         return LLM(path, **options)
 

@@ -1,0 +1,220 @@
+"""The command: what it prints, what it writes, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import teco_kernels
+from teco_kernels import cli
+from teco_kernels.decoder.sampling_params import CompletionOutput, RequestError, RequestMetrics, RequestOutput
+from teco_kernels.ops.support import operators
+from teco_kernels.testing import Case, all_cases
+
+
+def run(*args: str, code: int = 0, stdin: str | None = None) -> Any:
+    result = CliRunner().invoke(cli.app, list(args), input=stdin, env={"COLUMNS": "200"})
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+@pytest.fixture(autouse=True)
+def keep_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_info() -> None:
+    output = run("info").stdout
+    assert teco_kernels.__version__ in output
+    assert "in use" in output
+    for op in operators():
+        assert op in output
+    assert "no cuda kernel is compiled into this build" in output
+
+
+def test_info_json() -> None:
+    report = json.loads(run("info", "--json").stdout)
+    assert report["machine"]["torch"] == torch.__version__
+    assert report["instruction_sets"][report["machine"]["instruction_set"]].startswith("in use")
+    rows = {(row["operator"], row["backend"]): row for row in report["operators"]}
+    assert rows["rms_norm", "cpu"]["dtypes"] == ["float32", "float16", "bfloat16"]
+    assert rows["rms_norm", "cuda"]["reason"]
+
+
+def test_info_tells_why_an_instruction_set_is_not_used() -> None:
+    command = [sys.executable, "-m", "teco_kernels", "info", "--json"]
+    environment = os.environ | {"TECO_CPU_ISA": "baseline"}
+    states = json.loads(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
+    assert states["instruction_sets"]["baseline"] == "in use, as TECO_CPU_ISA=baseline asks"
+
+
+def test_verify_one_operator(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    output = run("verify", "--operator", "rms_norm", "--threads", "1", "--json", str(file)).stdout
+    assert "rms_norm" in output
+    assert "silu_and_mul" not in output
+    report = json.loads(file.read_text())
+    assert report["failed"] == 0
+    assert report["passed"] == len(report["cases"]) == sum(case.operator == "rms_norm" for case in all_cases())
+    assert report["machine"]["threads"] == 1
+    assert all(case["ok"] and case["errors"]["output 0"] <= case["max_error"] for case in report["cases"])
+
+
+def _broken_case(fails: bool) -> Case:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        if fails:
+            raise RuntimeError("out of luck")
+        return x * torch.nan
+
+    return Case(
+        operator="broken",
+        params={"fails": fails},
+        dtype=torch.float32,
+        make_inputs=lambda generator: {"x": torch.ones(3)},
+        function=function,
+        reference=lambda x: x.double(),
+        max_error=1e-5,
+        bytes_moved=24,
+        flops=3,
+    )
+
+
+def test_verify_reports_failures_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teco_kernels.testing.all_cases", lambda: [_broken_case(True), _broken_case(False)])
+    file = tmp_path / "report.json"
+    output = run("verify", "--json", str(file), code=1).stdout
+    assert "RuntimeError: out of luck" in output
+    assert "exceed 1e-05" in output
+    assert "0 of 2 cases passed" in output
+    report = json.loads(file.read_text())
+    assert [case["ok"] for case in report["cases"]] == [False, False]
+    assert report["cases"][1]["errors"] == {"output 0": None}
+
+
+def test_bench_quick(tmp_path: Path) -> None:
+    json_file, png_file = tmp_path / "bench.json", tmp_path / "bench.png"
+    arguments = [
+        "--operator",
+        "rms_norm",
+        "--operator",
+        "copy_blocks",
+        "--json",
+        str(json_file),
+        "--png",
+        str(png_file),
+    ]
+    output = run("bench", "--quick", "--seconds", "0.01", *arguments).stdout
+    assert "Ceilings measured in between" in output
+    report = json.loads(json_file.read_text())
+    assert [case["operator"] for case in report["cases"]] == ["rms_norm", "copy_blocks"]
+    assert min(report["ceilings"].values()) > 1e8
+    for case in report["cases"]:
+        assert 0 < case["best"] <= case["quartiles"][0] <= case["seconds"] <= case["quartiles"][1]
+        assert case["cold"]
+        assert 0 < case["share_of_ceiling"] < 10
+    assert png_file.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["verify", "--device", "cuda"], 1, "teco-kernels: device: this build has kernels for cpu only, got 'cuda'"),
+        (["verify", "--operator", "rms_morn"], 2, "teco-kernels: --operator: expected one of rms_norm, "),
+        (["bench", "--json", "/nowhere/report.json"], 1, "teco-kernels: /nowhere: No such directory"),
+        (["generate", "/nowhere/model", "Hello"], 1, "teco-kernels: /nowhere/model: No such file or directory"),
+        (["score", "/nowhere/model", "/nowhere/text"], 1, "teco-kernels: /nowhere/text: No such file or directory"),
+        (
+            ["generate", "/nowhere", "Hello", "--top-p", "2"],
+            1,
+            "teco-kernels: top_p: expected a number in (0, 1], got 2",
+        ),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], code: int, message: str) -> None:
+    result = run(*arguments, code=code)
+    assert result.stderr.startswith(message)
+    assert result.stderr.count("\n") == 1
+
+
+def test_usage_errors() -> None:
+    assert "prompt" in run("generate", "model", code=2).stderr.lower()
+    run("bench", "--seconds", "0", code=2)
+    run("frobnicate", code=2)
+
+
+def test_interrupt_ends_cleanly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> list[Case]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("teco_kernels.testing.all_cases", interrupt)
+    assert run("verify", code=130).stderr.strip() == ""
+
+
+class FakeLLM:
+    """Answers with the last word of the prompt, letter by letter."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.prompts: list[Any] = []
+        self.fails = fails
+
+    def stream(self, prompt: Any, params: Any) -> Iterator[RequestOutput]:
+        self.prompts.append(prompt)
+        if self.fails:
+            raise RequestError("request '0': its logits are not finite numbers", [])
+        word = str(prompt).split()[-1]
+        for index, letter in enumerate(word, start=1):
+            answer = CompletionOutput(0, word[:index], list(range(index)), letter)
+            metrics = RequestMetrics(1.0, 1.5, 3.5)
+            yield RequestOutput("0", None, [1, 2, 3], [answer], index == len(word), metrics)
+
+    def chat_prompt(self, messages: list[dict[str, str]]) -> str:
+        return " ".join(f"<{message['role']}> {message['content']}" for message in messages)
+
+    def score(self, text: str, window: int | None = None) -> list[float]:
+        return [-1.0] * (len(text) - 1)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeLLM:
+    llm = FakeLLM()
+    monkeypatch.setattr(cli, "_load", lambda path, **options: llm)
+    return llm
+
+
+def test_generate_streams(fake: FakeLLM) -> None:
+    assert run("generate", "model", "Hello [bold]world").stdout == "[bold]world\n"
+    assert run("generate", "model", "-", stdin="from there").stdout == "there\n"
+
+
+def test_generate_reports_a_failed_request(fake: FakeLLM) -> None:
+    fake.fails = True
+    assert "its logits are not finite numbers" in run("generate", "model", "Hello", code=1).stderr
+
+
+def test_chat_keeps_the_conversation(fake: FakeLLM) -> None:
+    run("chat", "model", "--system", "Be brief.", stdin="one\n\ntwo\n/new\nthree\n")
+    assert fake.prompts == [
+        "<system> Be brief. <user> one",
+        "<system> Be brief. <user> one <assistant> one <user> two",
+        "<system> Be brief. <user> three",
+    ]
+
+
+def test_score(fake: FakeLLM, tmp_path: Path) -> None:
+    file = tmp_path / "text"
+    file.write_text("eleven chars")
+    output = run("score", "model", str(file), "--max-chars", "11").stdout
+    assert "2.7183" in output
+    assert "10" in output
+    assert "expected at least two tokens" in run("score", "model", str(file), "--max-chars", "1", code=1).stderr
