@@ -6,7 +6,9 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from teco_kernels.ops.support import BACKENDS, operators, supports
@@ -14,6 +16,7 @@ from teco_kernels.testing.bench import Timing
 from teco_kernels.testing.case import TOLERANCE, CaseResult, short_dtype
 from teco_kernels.testing.ceilings import Ceilings
 
+_STYLE: dict[str, Any] = {"box": SIMPLE_HEAD, "title_justify": "left", "title_style": "bold", "caption_justify": "left"}
 _LABELS = {"teco_kernels": "teco_kernels", "l3_bytes": "last-level cache", "memory_bytes": "memory"}
 
 
@@ -31,7 +34,7 @@ def facts_table(facts: Mapping[str, Any]) -> Table:
 
 def instruction_set_table(states: Mapping[str, str]) -> Table:
     """Which instruction set was picked and why not another."""
-    table = Table("instruction set", "", title="CPU kernels", title_justify="left", title_style="bold")
+    table = Table("instruction set", "", title="CPU kernels", **_STYLE)
     for name, state in states.items():
         table.add_row(name, f"[green]{state}" if state.startswith("in use") else f"[dim]{state}")
     return table
@@ -51,19 +54,18 @@ def support_rows() -> Iterator[dict[str, Any]]:
 def support_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     """Which operator runs on which backend; reasons that all operators share stand below."""
     rows = list(rows)
-    table = Table("operator", *BACKENDS, title="Operators", title_justify="left", title_style="bold")
+    table = Table("operator", *BACKENDS, title="Operators", **_STYLE)
     for op, cells in itertools.groupby(rows, key=lambda row: row["operator"]):
         texts = [f"[green]{' '.join(map(short_dtype, row['dtypes']))}" if row["dtypes"] else "[dim]no" for row in cells]
         table.add_row(op, *texts)
     reasons = {row["backend"]: row["reason"].replace(f" of {row['operator']}", "") for row in rows if row["reason"]}
     table.caption = "\n".join(f"{backend}: {reason.removeprefix('backend: ')}" for backend, reason in reasons.items())
-    table.caption_justify = "left"
     return table
 
 
 def verify_table(results: Iterable[CaseResult]) -> Table:
     """Per operator, dtype and tolerance: cases, how many passed, the worst error."""
-    table = Table(title="Conformance against float64", title_justify="left", title_style="bold")
+    table = Table(title="Conformance against float64", **_STYLE)
     table.add_column("operator")
     table.add_column("dtype")
     for name in ("passed", "worst error", "tolerance"):
@@ -90,33 +92,35 @@ def verify_table(results: Iterable[CaseResult]) -> Table:
 
 
 def bench_table(timings: Iterable[Timing], ceilings: Ceilings) -> Table:
-    """Time, rates, and the share of what memory and arithmetic would allow."""
-    table = Table(title="Timings from cold caches", title_justify="left", title_style="bold")
+    """Time, rates (the one that limits is bold), and the share of what memory and arithmetic would allow."""
+    table = Table(title="Timings from cold caches", **_STYLE)
     table.add_column("case", overflow="fold")
-    for name in ("median", "quartiles", "GB/s", "Gop/s", "limit", "share"):
+    for name in ("median", "quartiles", "GB/s", "Gop/s", "of ceiling"):
         table.add_column(name, justify="right", no_wrap=True)
-    for operator, members in itertools.groupby(timings, key=lambda timing: timing.case.operator):
+    groups: dict[str, list[Timing]] = {}
+    for timing in timings:
+        groups.setdefault(timing.case.operator, []).append(timing)
+    for operator, members in groups.items():
         table.add_section()
         table.add_row(f"[bold]{operator}")
         for timing in members:
             low, high = (quartile / timing.seconds - 1 for quartile in (timing.quartile_low, timing.quartile_high))
-            share = timing.share(ceilings)
-            colour = "green" if share >= 0.7 else "yellow" if share >= 0.35 else "red"
+            share, by_memory = timing.share(ceilings), timing.bound(ceilings) == "memory"
+            bandwidth = f"{timing.bandwidth / 1e9:.1f}"
+            rate = f"{timing.rate / 1e9:.1f}" if timing.case.flops else ""
             table.add_row(
-                "  " + timing.case.summary + ("" if timing.cold else " (warm)"),
+                Padding(timing.case.summary + ("" if timing.cold else " (warm)"), (0, 0, 0, 2)),
                 duration(timing.seconds),
                 f"{low:+.0%} {high:+.0%}",
-                f"{timing.bandwidth / 1e9:.1f}",
-                f"{timing.rate / 1e9:.1f}" if timing.case.flops else "",
-                timing.bound(ceilings),
-                f"[{colour}]{share:.0%}",
+                f"[bold]{bandwidth}" if by_memory else bandwidth,
+                rate if by_memory else f"[bold]{rate}",
+                f"[{'green' if share >= 0.7 else 'yellow' if share >= 0.35 else 'red'}]{share:.0%}",
             )
     table.caption = (
-        f"Ceilings measured in between: reading memory {ceilings.read_bandwidth / 1e9:.1f} GB/s, "
-        f"fp32 {ceilings.fp32 / 1e9:.0f} Gop/s, 8-bit {ceilings.int8 / 1e9:.0f} Gop/s; a multiply-add is two.\n"
+        f"Ceilings, measured in between: reading memory {ceilings.read_bandwidth / 1e9:.1f} GB/s, "
+        f"fp32 {ceilings.fp32 / 1e9:.0f} Gop/s, 8-bit {ceilings.int8 / 1e9:.0f} Gop/s; a multiply-add is two. "
         "GB/s count what must move at the least. Memory is read before it is written: who writes much stays below 100%."
     )
-    table.caption_justify = "left"
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -156,6 +157,7 @@ def bench(
     if not cases:
         raise ValueError("operator: none of these has a case that is large enough to be timed")
     _set_threads(threads)
+    _warn_if_busy()
     timings = []
     with _progress() as progress:
         task = progress.add_task("measuring the ceilings", total=len(cases))
@@ -334,6 +336,52 @@ def score(
 
 
 @app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(help="An unquantised Hugging Face folder, or a .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    bits: Annotated[int, typer.Option(help="Bits of a weight: 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Inputs that share a scale.")] = 128,
+    symmetric: Annotated[bool, typer.Option(help="One zero point for all.")] = True,
+    act_order: Annotated[bool, typer.Option("--act-order", help="Quantise the largest activations first.")] = False,
+    head_bits: Annotated[int, typer.Option(help="Bits of the language-model head; 0 leaves it as it is.")] = 8,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A text like that which the model will see; Wikipedia articles otherwise.")
+    ] = None,
+    num_sequences: Annotated[int, typer.Option(min=1, help="Windows of that text to look at.")] = 64,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 512,
+    threads: Threads = None,
+) -> None:
+    """Quantise a model with GPTQ."""
+    from teco_kernels import _tables as tables
+    from teco_kernels.quantization import QuantizationSettings, quantize_model
+
+    if not source.exists():
+        raise FileNotFoundError(2, "No such file or directory", str(source))
+    text = None if calibration is None else calibration.read_text(encoding="utf-8")
+    _set_threads(threads)
+    settings = QuantizationSettings(
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        act_order=act_order,
+        head_bits=head_bits or None,
+        num_sequences=num_sequences,
+        sequence_length=sequence_length,
+    )
+    layers = quantize_model(source, out, settings, calibration=text)
+    worst = max(layers, key=lambda layer: layer.error)
+    mean, rounding = (sum(getattr(layer, n) for layer in layers) / len(layers) for n in ("error", "rounding_error"))
+    before, after = (sum(f.stat().st_size for f in _files(path)) for path in (source, out))
+    rows = [
+        ("size", tables.size(after), f"was {tables.size(before)}"),
+        ("matrices", str(len(layers)), f"mean error of their outputs {mean:.2%}, by rounding alone {rounding:.2%}"),
+        ("worst", f"{worst.error:.2%}", worst.name),
+        ("written to", str(out), ""),
+    ]
+    Console().print(tables.run_table(rows))
+
+
+@app.command()
 def demo(
     prompt: Annotated[str, typer.Argument()] = "The capital of France is Paris, and the capital of Germany is",
     max_tokens: MaxTokens = 64,
@@ -368,6 +416,13 @@ def _set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def _warn_if_busy() -> None:
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+    if load > 0.5 * cores:
+        text = f"the load of this machine is {load:.1f} on {cores} cores: times will be long and shares too low"
+        typer.echo(f"teco-kernels: {text}", err=True)
 
 
 def _progress() -> Any:
@@ -422,6 +477,10 @@ def _read_line() -> str | None:
     except (EOFError, KeyboardInterrupt):
         typer.echo("")
         return None
+
+
+def _files(path: Path) -> list[Path]:
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
 
 
 def _four_bit_model() -> Path:

@@ -88,19 +88,23 @@ def short_dtype(dtype: object) -> str:
     return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float8_e4m3fn": "fp8"}.get(name, name)
 
 
+_SHORT_NAMES = {"hidden_size": "hidden", "vocab_size": "vocab", "num_blocks": "blocks", "rotary_dim": "rotary"}
+
+
 def _short_params(params: Mapping[str, Any]) -> Iterator[str]:
     for key, value in params.items():
         if key == "in_features":
             yield f"{value} to {params['out_features']}"
-        elif isinstance(value, bool) or value is None:
-            if value:
-                yield key
-        elif key == "activation":
-            yield str(value)
+        elif key == "bits":
+            yield f"{value}-bit"
         elif key == "cache_dtype":
             yield f"{short_dtype(value)} cache"
-        elif key != "out_features":
-            yield f"{key} {value}"
+        elif key in ("activation", "filters", "layout"):
+            yield str(value)
+        elif value is True:
+            yield key
+        elif key != "out_features" and value not in (False, None, "none"):
+            yield f"{_SHORT_NAMES.get(key, key.removesuffix('_size'))} {value}"
 
 
 @dataclass

@@ -35,6 +35,7 @@ def facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "l3_bytes": l3_bytes(),
         "memory_bytes": memory_bytes(),
+        "load": round(os.getloadavg()[0], 2),
     }
 
 

@@ -147,8 +147,9 @@ def _numbers(figure: Any, axes: Any, points: list[tuple[float, float]], numbers:
 def _legend(figure: Any, timings: list[Timing], ceilings: Ceilings, colours: dict[str, str]) -> None:
     """Lines on the right: per operator a heading, per case its number, dtype, sizes and share of the ceiling."""
     lines = len(timings) + 1.6 * len(colours)
-    step = min(0.86 / max(lines, 1), 0.026)
-    y = 0.93
+    step = min(0.86 / lines, 0.026)
+    y = 0.925
+    figure.text(0.625, 0.955, "● fp32   ■ fp16   ▲ bf16", va="center", fontsize=8, color="#495057")
     figure.text(0.985, 0.955, "share of ceiling", ha="right", va="center", fontsize=8, color="#495057")
     for operator, colour in colours.items():
         figure.text(0.625, y, operator, color=colour, weight="bold", fontsize=9.5, va="center")
