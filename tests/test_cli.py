@@ -43,6 +43,10 @@ def test_info() -> None:
     assert "no cuda kernel is compiled into this build" in output
 
 
+def test_version() -> None:
+    assert run("--version").stdout == f"teco_kernels {teco_kernels.__version__}\n"
+
+
 def test_info_json() -> None:
     report = json.loads(run("info", "--json").stdout)
     assert report["machine"]["torch"] == torch.__version__
@@ -115,7 +119,7 @@ def test_bench_quick(tmp_path: Path) -> None:
         str(png_file),
     ]
     output = run("bench", "--quick", "--seconds", "0.01", *arguments).stdout
-    assert "Ceilings measured in between" in output
+    assert "Ceilings, measured in between" in output
     report = json.loads(json_file.read_text())
     assert [case["operator"] for case in report["cases"]] == ["rms_norm", "copy_blocks"]
     assert min(report["ceilings"].values()) > 1e8
@@ -181,6 +185,16 @@ class FakeLLM:
     def chat_prompt(self, messages: list[dict[str, str]]) -> str:
         return " ".join(f"<{message['role']}> {message['content']}" for message in messages)
 
+    def metrics(self) -> dict[str, Any]:
+        return {
+            "kv_cache_bytes": 64 << 20,
+            "kv_blocks": 64,
+            "kv_blocks_peak": 2,
+            "kv_block_size": 16,
+            "kv_waste_share": 0.125,
+            "weight_bytes": 3 << 20,
+        }
+
     def score(self, text: str, window: int | None = None) -> list[float]:
         return [-1.0] * (len(text) - 1)
 
@@ -218,3 +232,35 @@ def test_score(fake: FakeLLM, tmp_path: Path) -> None:
     assert "2.7183" in output
     assert "10" in output
     assert "expected at least two tokens" in run("score", "model", str(file), "--max-chars", "1", code=1).stderr
+
+
+def test_demo_tells_what_it_took(fake: FakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teco_kernels.quantization.default_quantized_model", lambda: Path("model"))
+    output = run("demo", "Say hello").stdout
+    assert output.startswith("Say hellohello\n")
+    for text in ("6 tokens/s", "2 tokens/s", "4 tokens in 2000 ms", "2 MiB", "32 slots at the most, 12.5%", "3 MiB"):
+        assert text in output
+
+
+def test_quantize_sums_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from teco_kernels.quantization import LayerReport, QuantizationSettings
+
+    calls: list[tuple[QuantizationSettings, str | None]] = []
+
+    def quantize_model(
+        source: Path, out: Path, settings: QuantizationSettings, *, calibration: str | None
+    ) -> list[LayerReport]:
+        calls.append((settings, calibration))
+        out.mkdir()
+        (out / "model.safetensors").write_bytes(bytes(1024))
+        return [LayerReport("a", 0.01, 0.02, 0.01), LayerReport("b", 0.03, 0.06, 0.01)]
+
+    monkeypatch.setattr("teco_kernels.quantization.quantize_model", quantize_model)
+    source, text = tmp_path / "model.gguf", tmp_path / "text"
+    source.write_bytes(bytes(4096))
+    text.write_text("Some text.")
+    arguments = ["--group-size", "64", "--head-bits", "0", "--no-symmetric", "--calibration", str(text)]
+    output = run("quantize", str(source), str(tmp_path / "out"), *arguments).stdout
+    assert calls == [(QuantizationSettings(group_size=64, head_bits=None, symmetric=False), "Some text.")]
+    for text_part in ("1 KiB", "was 4 KiB", "mean error of their outputs 2.00%, by rounding alone 4.00%", "3.00%"):
+        assert text_part in output

@@ -74,8 +74,10 @@ def verify_table(results: Iterable[CaseResult]) -> Table:
     for result in results:
         case = result.case
         groups.setdefault((case.operator, short_dtype(case.dtype), case.max_error), []).append(result)
+    operators = list(dict.fromkeys(operator for operator, _, _ in groups))
     shown = ""
-    for (operator, dtype, tolerance), members in groups.items():
+    for operator, dtype, tolerance in sorted(groups, key=lambda group: operators.index(group[0])):
+        members = groups[operator, dtype, tolerance]
         if shown and operator != shown:
             table.add_section()
         passed = sum(member.ok for member in members)

@@ -63,6 +63,23 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from teco_kernels import __version__
+
+        typer.echo(f"teco_kernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
 def main() -> None:
     """Entry point of the command."""
     app(prog_name="teco-kernels")
@@ -390,9 +407,9 @@ def demo(
     """Fetch a small model, quantise it to 4 bits (both once), generate, and tell what it took."""
     from teco_kernels import _tables as tables
     from teco_kernels.decoder.sampling_params import SamplingParams
+    from teco_kernels.quantization import default_quantized_model
 
-    path = _four_bit_model()
-    llm = _load(path, max_num_seqs=1, num_threads=threads)
+    llm = _load(default_quantized_model(), max_num_seqs=1, num_threads=threads)
     typer.secho(prompt, nl=False, bold=True)
     output = _stream(llm, prompt, SamplingParams(temperature=0.0, max_tokens=max_tokens))
     if output:
@@ -481,10 +498,6 @@ def _read_line() -> str | None:
 
 def _files(path: Path) -> list[Path]:
     return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-
-
-def _four_bit_model() -> Path:
-    raise NotImplementedError
 
 
 def _speed_rows(output: RequestOutput) -> list[tuple[str, str, str]]:
