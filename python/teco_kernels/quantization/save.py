@@ -1,0 +1,91 @@
+"""Writes a quantised model as a Hugging Face directory in the GPTQ format."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from teco_kernels import __version__
+from teco_kernels.assets import temporary_folder_beside
+from teco_kernels.decoder.loader import Source
+
+
+def save_model(path: Path, source: Source, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """Write a directory with the quantised `tensors` and everything else of `source`.
+
+    Parameters
+    ----------
+    path : Path
+        Appears at once, by a rename, when everything is written.
+    source : Source
+        The model that was quantised: configuration, tokenizer, embedding, norms, biases.
+    tensors : mapping
+        Quantised tensors by full name; ``lm_head.qweight`` and so on when the head is quantised.
+    settings : mapping
+        Fields of `QuantizationSettings`.
+    """
+    quantised = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
+    dtype = _dense_dtype(source)
+    dense = {
+        name: source.tensor(name).to(dtype)
+        for name in source.names()
+        if not (name.endswith(".weight") and name.removesuffix(".weight") in quantised)
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder_beside(path) as folder:
+        out = folder / "model"
+        out.mkdir()
+        save_file({**dense, **tensors}, out / "model.safetensors", metadata={"format": "pt"})
+        _write_json(out / "config.json", _config(source, dtype, quantised, settings))
+        source.tokenizer.save(out)
+        os.rename(out, path)
+
+
+def _dense_dtype(source: Source) -> torch.dtype:
+    """What unquantised tensors are stored in: as they are, but fp16 for fp32.
+
+    fp16 rather than bf16: three more bits, and weights are far from where its range ends.
+    """
+    stored: torch.dtype = source.tensor("model.embed_tokens.weight").dtype
+    return torch.float16 if stored == torch.float32 else stored
+
+
+def _config(source: Source, dtype: torch.dtype, quantised: set[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    config = dict(source.raw_config)
+    config.pop("dtype", None)
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    quantization: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": settings["bits"],
+        "group_size": settings["group_size"],
+        "sym": settings["symmetric"],
+        "desc_act": settings["act_order"],
+        "damp_percent": settings["dampening"],
+        "checkpoint_format": "gptq",
+        "meta": {"quantizer": [f"teco_kernels:{__version__}"]},
+    }
+    if "lm_head" in quantised:
+        # Tools that do not know of a quantised head beside a tied embedding take the embedding, and are right too; the
+        # mark would have them look for a head of their own.
+        quantization["lm_head"] = not source.config.tie_word_embeddings
+        quantization["dynamic"] = {
+            "lm_head": {
+                "bits": settings["head_bits"],
+                "group_size": settings["head_group_size"],
+                "sym": True,
+                "desc_act": False,
+            }
+        }
+    config["quantization_config"] = quantization
+    return config
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
