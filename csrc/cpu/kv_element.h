@@ -24,7 +24,11 @@ template <>
 constexpr float kElementMax<Float8E4M3> = 448;
 
 inline F32x8 load(const Int8* p) {
+#if defined(TECO_ISA_AVX2)  // the compiler would convert one byte after the other
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
   return __builtin_convertvector(load_bits<I8x8>(p), F32x8);
+#endif
 }
 // NaN becomes 0.
 inline void store(Int8* p, F32x8 v) {

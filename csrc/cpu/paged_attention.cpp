@@ -10,86 +10,15 @@
 // the next elements are prefetched, as a head's slots lie far apart. Many rows (prefill): bound by fma throughput; a
 // block of keys and values is unpacked to fp32 into scratch memory once and used by all rows of the unit.
 #include "cpu/kv_element.h"
+#include "cpu/paged_attention_plan.h"
 #include "cpu/paged_attention_softmax.h"
 #include "cpu/paged_attention_tiles.h"
 
 namespace teco::cpu::TECO_ISA {
 namespace {
 
-constexpr int64_t kChunkKeys = 256;
 constexpr int64_t kBlockKeys = 64;
-constexpr int64_t kGroupKeys = 16;          // keys and values of a group stay in L1 while the rows pass by
-constexpr int64_t kUnitFloats = 12 * 1024;  // of query rows walked together: with sums and scores, half of L2
-constexpr int64_t kMinUnitRows = 12;        // a unit is not cut below this to make more of them
-constexpr int64_t kMaxSplitRows = 16;       // chunks of a unit with more rows are not dealt out
-constexpr int64_t kItemsPerThread = 4;
-
-// Rows of one sequence that are walked together, numbered token by token, the heads of a group side by side.
-struct Unit {
-  int64_t seq, first_row, num_rows;
-  int64_t key_begin, key_end;  // positions that any of the rows sees
-  int64_t first_item;          // work items of a kv head that come before
-  int64_t partial;             // where its states per kv head and chunk begin; -1: not split
-
-  int64_t first_chunk() const { return key_begin / kChunkKeys; }
-  int64_t num_chunks() const { return key_end > key_begin ? ceil_div(key_end, kChunkKeys) - first_chunk() : 0; }
-};
-
-struct Positions {
-  int64_t begin, end;
-};
-
-struct Sequence {
-  int64_t first_token, query_len, seq_len;
-};
-
-// What all functions below share.
-struct Problem {
-  const PagedAttentionParams& p;
-  int64_t group;   // query heads per kv head
-  int64_t padded;  // head_dim, rounded up to whole vectors
-
-  Sequence sequence(int64_t s) const {
-    const int64_t first = p.query_start_loc ? p.query_start_loc[s] : s;
-    const int64_t end = p.query_start_loc ? p.query_start_loc[s + 1] : s + 1;
-    return {first, end - first, p.seq_lens[s]};
-  }
-  int64_t position(const Sequence& seq, int64_t row) const { return seq.seq_len - seq.query_len + row / group; }
-  // Keys that a row sees.
-  Positions visible(const Sequence& seq, int64_t row) const {
-    const int64_t own = position(seq, row);
-    int64_t begin = 0, end = p.causal ? min(own + 1, seq.seq_len) : seq.seq_len;
-    if (p.sliding_window) {
-      begin = max<int64_t>(begin, own - p.sliding_window + 1);
-      end = min(end, own + p.sliding_window);
-    }
-    return {begin, max(begin, end)};
-  }
-  int64_t state_floats(const Unit& unit) const { return unit.num_rows * (padded + 2); }
-};
-
-// Cuts every sequence into units of at most `limit` rows; returns how many. units may be null.
-int64_t make_units(const Problem& problem, int64_t limit, Unit* units) {
-  int64_t count = 0;
-  for (int64_t s = 0; s < problem.p.num_seqs; ++s) {
-    const Sequence seq = problem.sequence(s);
-    const int64_t num_rows = seq.query_len * problem.group;
-    if (!units) {
-      count += ceil_div(num_rows, limit);
-      continue;
-    }
-    for (int64_t row = 0; row < num_rows; row += limit) {
-      const int64_t rows = min(limit, num_rows - row);
-      units[count++] = {s, row, rows, problem.visible(seq, row).begin, problem.visible(seq, row + rows - 1).end, 0, -1};
-    }
-  }
-  return count;
-}
-
-// Bytes read, roughly, with arithmetic counted as the bytes that could be read meanwhile.
-int64_t cost(const Problem& problem, const Unit& unit) {
-  return (unit.key_end - unit.key_begin + kGroupKeys) * problem.padded * (4 + unit.num_rows);
-}
+constexpr int64_t kGroupKeys = 16;  // keys and values of a group stay in L1 while the rows pass by
 
 // Where the work memory of a task lies.
 struct Workspace {
@@ -231,31 +160,20 @@ void unpack_rows(const C* const* rows, int32_t begin, int32_t end, int64_t head_
   }
 }
 
-template <class E>
-void score_block(const Problem& problem, const Unit& unit, const E* const* keys, int32_t begin, int32_t end,
-                 const Workspace& w) {
-  score_rows(w.query, unit.num_rows, problem.padded, keys + begin, end - begin, w.scores + begin, kBlockKeys);
-}
-template <class E>
-void value_block(const Problem& problem, const Unit& unit, const E* const* values, int32_t begin, int32_t end,
-                 float* acc, const Workspace& w) {
-  value_rows(w.scores, kBlockKeys, w.ranges, unit.num_rows, values, begin, end, acc, problem.padded);
-}
-
 // Weights of the block's keys for every row, from the dot products; rescales what the rows have accumulated.
 template <class C>
-void softmax_block(const Problem& problem, const Unit& unit, int64_t kv_head, const KeyBlock<C>& block, float* acc,
-                   const Workspace& w) {
+void softmax_block(const Problem& problem, const Unit& unit, int64_t kv_head, const KeyBlock<C>& block,
+                   RunningSoftmax* running, float* acc, const Workspace& w) {
   const PagedAttentionParams& p = problem.p;
   const Sequence seq = problem.sequence(unit.seq);
   const float inverse_cap = p.soft_cap != 0.f ? 1.f / p.soft_cap : 0.f;
   for (int64_t r = 0; r < unit.num_rows; ++r) {
-    const Positions seen = problem.visible(seq, unit.first_row + r);
+    const int64_t row = unit.first_row + r;
+    const Positions seen = problem.visible(seq, row);
     const auto begin = static_cast<int32_t>(min(max<int64_t>(seen.begin - block.first, 0), kBlockKeys));
     const auto end = static_cast<int32_t>(max<int64_t>(min(seen.end - block.first, kBlockKeys), begin));
     w.ranges[r] = {begin, end};
     if (begin == end) continue;
-    const int64_t row = unit.first_row + r;
     const RowScores scores = {
         .scale = p.scale,
         .soft_cap = p.soft_cap,
@@ -267,7 +185,7 @@ void softmax_block(const Problem& problem, const Unit& unit, int64_t kv_head, co
     };
     const float correction =
         softmax_row(scores, w.scores + r * kBlockKeys, p.key_cache.scale ? block.key_scales : nullptr,
-                    p.value_cache.scale ? block.value_scales : nullptr, w.running[r]);
+                    p.value_cache.scale ? block.value_scales : nullptr, running[r]);
     if (correction != 1.f) {
       float* row_acc = acc + r * problem.padded;
       for (int64_t d = 0; d < problem.padded; d += kLanes) store(row_acc + d, load(row_acc + d) * splat(correction));
@@ -275,195 +193,157 @@ void softmax_block(const Problem& problem, const Unit& unit, int64_t kv_head, co
   }
 }
 
-// Attention of the unit's rows over one chunk of keys, into states[row].
+// Attention of the unit's rows over one block of keys, used in place; prefetches the values, then the keys of `next`.
 template <class C>
-void attend_chunk(const Problem& problem, const Unit& unit, int64_t kv_head, int64_t chunk, AttentionState* states,
-                  float* acc, const Workspace& w) {
-  const int64_t head_dim = problem.p.head_dim, padded = problem.padded;
-  const bool unpack = unit.num_rows > kMaxTileRows || head_dim != padded;
-  const int64_t end = min(unit.key_end, (chunk + 1) * kChunkKeys);
-  int64_t first = max(unit.key_begin, chunk * kChunkKeys) / kBlockKeys * kBlockKeys;
-  clear_states(states, acc, unit.num_rows, padded);
-  for (int64_t r = 0; r < unit.num_rows; ++r) w.running[r] = {-kInfinity, splat(0.f)};
-
-  KeyBlock<C> blocks[2];
-  KeyBlock<C>*block = &blocks[0], *next = &blocks[1];
-  find_block(problem, unit, kv_head, first, *block);
-  for (; first < end; first += kBlockKeys) {
-    const int32_t padded_begin = block->padded_begin(), padded_end = block->padded_end();
-    const bool last = first + kBlockKeys >= end;
-    if (!last) find_block(problem, unit, kv_head, first + kBlockKeys, *next);
-    const float *keys[kBlockKeys], *values[kBlockKeys];
-    if (unpack) {
-      unpack_rows(block->keys, padded_begin, padded_end, head_dim, padded, w.keys, keys);
-      unpack_rows(block->values, block->begin, block->end, head_dim, padded, w.values, values);
-    }
-    for (int32_t j = padded_begin; j < padded_end; j += kGroupKeys) {
-      const int32_t group_end = min<int32_t>(j + kGroupKeys, padded_end);
-      if (unpack) {
-        score_block(problem, unit, keys, j, group_end, w);
-      } else {
-        prefetch_rows(block->values, max(j, block->begin), min(group_end, block->end), head_dim);
-        score_block(problem, unit, block->keys, j, group_end, w);
-      }
-    }
-    softmax_block(problem, unit, kv_head, *block, acc, w);
-    for (int32_t j = block->begin; j < block->end; j += kGroupKeys) {
-      const int32_t group_end = min<int32_t>(j + kGroupKeys, block->end);
-      if (unpack) {
-        value_block(problem, unit, values, j, group_end, acc, w);
-      } else {
-        if (!last) prefetch_rows(next->keys, max(j, next->begin), min(group_end, next->end), head_dim);
-        value_block(problem, unit, block->values, j, group_end, acc, w);
-      }
-    }
-    KeyBlock<C>* done = block;
-    block = next;
-    next = done;
+void attend_in_place(const Problem& problem, const Unit& unit, int64_t kv_head, const KeyBlock<C>& block,
+                     const KeyBlock<C>* next, const float* query, RunningSoftmax* running, float* acc,
+                     const Workspace& w) {
+  const int64_t size = problem.padded;
+  for (int32_t j = block.padded_begin(); j < block.padded_end(); j += kGroupKeys) {
+    const int32_t end = min<int32_t>(j + kGroupKeys, block.padded_end());
+    prefetch_rows(block.values, max(j, block.begin), min(end, block.end), size);
+    score_rows(query, unit.num_rows, size, block.keys + j, end - j, w.scores + j, kBlockKeys);
   }
-  for (int64_t r = 0; r < unit.num_rows; ++r) {
+  softmax_block(problem, unit, kv_head, block, running, acc, w);
+  for (int32_t j = block.begin; j < block.end; j += kGroupKeys) {
+    const int32_t end = min<int32_t>(j + kGroupKeys, block.end);
+    if (next) prefetch_rows(next->keys, max(j, next->begin), min(end, next->end), size);
+    value_rows(w.scores, kBlockKeys, w.ranges, unit.num_rows, block.values, j, end, acc, size);
+  }
+}
+
+// The same over keys and values that are unpacked to fp32 first.
+template <class C>
+void attend_unpacked(const Problem& problem, const Unit& unit, int64_t kv_head, const KeyBlock<C>& block,
+                     const float* query, RunningSoftmax* running, float* acc, const Workspace& w) {
+  const int64_t head_dim = problem.p.head_dim, size = problem.padded;
+  const float *keys[kBlockKeys], *values[kBlockKeys];
+  unpack_rows(block.keys, block.padded_begin(), block.padded_end(), head_dim, size, w.keys, keys);
+  unpack_rows(block.values, block.begin, block.end, head_dim, size, w.values, values);
+  for (int32_t j = block.padded_begin(); j < block.padded_end(); j += kGroupKeys) {
+    const int32_t end = min<int32_t>(j + kGroupKeys, block.padded_end());
+    score_rows(query, unit.num_rows, size, keys + j, end - j, w.scores + j, kBlockKeys);
+  }
+  softmax_block(problem, unit, kv_head, block, running, acc, w);
+  for (int32_t j = block.begin; j < block.end; j += kGroupKeys) {
+    const int32_t end = min<int32_t>(j + kGroupKeys, block.end);
+    value_rows(w.scores, kBlockKeys, w.ranges, unit.num_rows, values, j, end, acc, size);
+  }
+}
+
+// Attention of the unit's rows over one chunk of keys, into states[head * rows + row].
+template <class C>
+void attend_chunk(const Problem& problem, const Unit& unit, const Heads& heads, int64_t chunk, AttentionState* states,
+                  float* acc, const Workspace& w) {
+  const int64_t rows = unit.num_rows, size = problem.padded;
+  const bool in_place = rows <= kMaxTileRows && problem.p.head_dim == size;
+  const int64_t first = max(unit.key_begin, chunk * kChunkKeys) / kBlockKeys;
+  const int64_t end = ceil_div(min(unit.key_end, (chunk + 1) * kChunkKeys), kBlockKeys);
+  clear_states(states, acc, heads.count * rows, size);
+  for (int64_t r = 0; r < heads.count * rows; ++r) w.running[r] = {-kInfinity, splat(0.f)};
+
+  const int64_t num_steps = (end - first) * heads.count;  // block by block, each with all heads
+  const auto find_step = [&](int64_t step, KeyBlock<C>& block) {
+    find_block(problem, unit, heads.begin + step % heads.count, (first + step / heads.count) * kBlockKeys, block);
+  };
+  KeyBlock<C> blocks[2];
+  if (num_steps > 0) find_step(0, blocks[0]);
+  for (int64_t step = 0; step < num_steps; ++step) {
+    const KeyBlock<C>& block = blocks[step % 2];
+    KeyBlock<C>* next = step + 1 < num_steps ? &blocks[(step + 1) % 2] : nullptr;
+    if (next) find_step(step + 1, *next);
+    const int64_t h = step % heads.count, kv_head = heads.begin + h;
+    const float* query = w.query + h * rows * size;
+    float* head_acc = acc + h * rows * size;
+    if (in_place) {
+      attend_in_place(problem, unit, kv_head, block, next, query, w.running + h * rows, head_acc, w);
+    } else {
+      attend_unpacked(problem, unit, kv_head, block, query, w.running + h * rows, head_acc, w);
+    }
+  }
+  for (int64_t r = 0; r < heads.count * rows; ++r) {
     states[r].max = w.running[r].max;
     states[r].sum = reduce_add(w.running[r].sum);
   }
 }
 
 // Merges the states of one chunk into the sums, for the rows that see a key of it.
-void merge_chunk(const Problem& problem, const Unit& unit, int64_t chunk, const AttentionState* states,
-                 AttentionState* sums) {
+void merge_chunk(const Problem& problem, const Unit& unit, int64_t num_heads, int64_t chunk,
+                 const AttentionState* states, AttentionState* sums) {
   const Sequence seq = problem.sequence(unit.seq);
   for (int64_t r = 0; r < unit.num_rows; ++r) {
     const Positions seen = problem.visible(seq, unit.first_row + r);
-    if (max(seen.begin, chunk * kChunkKeys) < min(seen.end, (chunk + 1) * kChunkKeys))
-      merge_state(sums[r], states[r], problem.padded);
+    if (max(seen.begin, chunk * kChunkKeys) >= min(seen.end, (chunk + 1) * kChunkKeys)) continue;
+    for (int64_t i = r; i < num_heads * unit.num_rows; i += unit.num_rows)
+      merge_state(sums[i], states[i], problem.padded);
   }
 }
 
-void write_rows(const Problem& problem, const Unit& unit, int64_t kv_head, const AttentionState* sums) {
-  for (int64_t r = 0; r < unit.num_rows; ++r) write_row(problem, unit, kv_head, r, sums[r]);
-}
-
-// The units of a call, cut into work items: (kv head, unit), or (kv head, unit, chunk) where few items would otherwise
-// leave threads idle. That choice changes no bits: chunks are merged in order either way.
-struct Plan {
-  Unit* units;
-  float* partials;  // states of split units
-  int64_t num_units, max_rows;
-  int64_t items_per_head, cost_per_head, partial_floats;
-
-  const Unit& unit_of(int64_t item) const {
-    int64_t begin = 0, end = num_units;
-    while (end - begin > 1) {
-      const int64_t middle = (begin + end) / 2;
-      (units[middle].first_item <= item ? begin : end) = middle;
-    }
-    return units[begin];
-  }
-};
-
-void split_units(const Problem& problem, int num_threads, Plan& plan) {
-  const int64_t num_kv_heads = problem.p.num_kv_heads;
-  plan.items_per_head = plan.cost_per_head = plan.partial_floats = plan.max_rows = 0;
-  for (int64_t u = 0; u < plan.num_units; ++u) plan.cost_per_head += cost(problem, plan.units[u]);
-  for (int64_t u = 0; u < plan.num_units; ++u) {
-    Unit& unit = plan.units[u];
-    unit.first_item = plan.items_per_head;
-    const bool large = cost(problem, unit) * kItemsPerThread * num_threads > plan.cost_per_head * num_kv_heads;
-    if (num_threads > 1 && large && unit.num_rows <= kMaxSplitRows && unit.num_chunks() > 1) {
-      unit.partial = plan.partial_floats;
-      plan.partial_floats += num_kv_heads * unit.num_chunks() * problem.state_floats(unit);
-      plan.items_per_head += unit.num_chunks();
-    } else {
-      plan.items_per_head += 1;
-    }
-    plan.max_rows = max(plan.max_rows, unit.num_rows);
-  }
-}
-
-Plan make_plan(const Problem& problem, int num_threads) {
-  const int64_t wanted = kItemsPerThread * num_threads;
-  int64_t limit = max(kUnitFloats / problem.padded / kMinUnitRows, int64_t{1}) * kMinUnitRows;
-  while (limit / 2 >= kMinUnitRows && make_units(problem, limit, nullptr) * problem.p.num_kv_heads < wanted) limit /= 2;
-
-  Plan plan = {};
-  plan.num_units = make_units(problem, limit, nullptr);
-  const int64_t unit_bytes = ceil_div<int64_t>(plan.num_units * sizeof(Unit), 64) * 64;
-  for (int64_t partial_floats = 0;;) {  // a second time when there turns out to be something to split
-    char* memory = static_cast<char*>(thread_scratch(Scratch::kShared, unit_bytes + partial_floats * sizeof(float)));
-    plan.units = reinterpret_cast<Unit*>(memory);
-    plan.partials = reinterpret_cast<float*>(memory + unit_bytes);
-    make_units(problem, limit, plan.units);
-    split_units(problem, num_threads, plan);
-    if (plan.partial_floats <= partial_floats) return plan;
-    partial_floats = plan.partial_floats;
-  }
-}
-
-// The states of a split unit over one of its chunks; where they are kept.
-void partial_states(const Problem& problem, const Plan& plan, const Unit& unit, int64_t kv_head, int64_t index,
-                    float** max_and_sum, float** acc) {
-  float* memory = plan.partials + unit.partial + (kv_head * unit.num_chunks() + index) * problem.state_floats(unit);
-  *max_and_sum = memory;
-  *acc = memory + 2 * unit.num_rows;
+void write_rows(const Problem& problem, const Unit& unit, const Heads& heads, const AttentionState* sums) {
+  for (int64_t h = 0; h < heads.count; ++h)
+    for (int64_t r = 0; r < unit.num_rows; ++r)
+      write_row(problem, unit, heads.begin + h, r, sums[h * unit.num_rows + r]);
 }
 
 template <class C>
-void attend_item(const Problem& problem, const Plan& plan, int64_t item, const Workspace& w) {
-  const int64_t kv_head = item / plan.items_per_head, index = item % plan.items_per_head;
-  const Unit& unit = plan.unit_of(index);
-  load_query(problem, unit, kv_head, w.query);
-  if (unit.partial >= 0) {
-    const int64_t c = index - unit.first_item;
-    float *max_and_sum, *acc;
-    partial_states(problem, plan, unit, kv_head, c, &max_and_sum, &acc);
-    attend_chunk<C>(problem, unit, kv_head, unit.first_chunk() + c, w.chunk, acc, w);
-    for (int64_t r = 0; r < unit.num_rows; ++r) {
-      max_and_sum[2 * r] = w.chunk[r].max;
-      max_and_sum[2 * r + 1] = w.chunk[r].sum;
+void attend_item(const Problem& problem, const Plan& plan, const Item& item, const Workspace& w) {
+  const Unit& unit = item.unit;
+  const int64_t rows = item.heads.count * unit.num_rows;
+  for (int64_t h = 0; h < item.heads.count; ++h)
+    load_query(problem, unit, item.heads.begin + h, w.query + h * unit.num_rows * problem.padded);
+  if (item.chunk >= 0) {
+    const PartialStates partial = plan.partial_states(unit, item.chunk);
+    const int64_t first = item.heads.begin * unit.num_rows;
+    attend_chunk<C>(problem, unit, item.heads, item.chunk, w.chunk, partial.acc + first * problem.padded, w);
+    for (int64_t r = 0; r < rows; ++r) {
+      partial.max_and_sum[2 * (first + r)] = w.chunk[r].max;
+      partial.max_and_sum[2 * (first + r) + 1] = w.chunk[r].sum;
     }
     return;
   }
-  clear_states(w.sum, w.total, unit.num_rows, problem.padded);
+  clear_states(w.sum, w.total, rows, problem.padded);
   for (int64_t c = unit.first_chunk(); c < unit.first_chunk() + unit.num_chunks(); ++c) {
-    attend_chunk<C>(problem, unit, kv_head, c, w.chunk, w.acc, w);
-    merge_chunk(problem, unit, c, w.chunk, w.sum);
+    attend_chunk<C>(problem, unit, item.heads, c, w.chunk, w.acc, w);
+    merge_chunk(problem, unit, item.heads.count, c, w.chunk, w.sum);
   }
-  write_rows(problem, unit, kv_head, w.sum);
+  write_rows(problem, unit, item.heads, w.sum);
 }
 
 void merge_split_unit(const Problem& problem, const Plan& plan, const Unit& unit, int64_t kv_head, const Workspace& w) {
   clear_states(w.sum, w.total, unit.num_rows, problem.padded);
-  for (int64_t c = 0; c < unit.num_chunks(); ++c) {
-    float *max_and_sum, *acc;
-    partial_states(problem, plan, unit, kv_head, c, &max_and_sum, &acc);
-    for (int64_t r = 0; r < unit.num_rows; ++r)
-      w.chunk[r] = {max_and_sum[2 * r], max_and_sum[2 * r + 1], acc + r * problem.padded};
-    merge_chunk(problem, unit, unit.first_chunk() + c, w.chunk, w.sum);
+  for (int64_t c = unit.first_chunk(); c < unit.first_chunk() + unit.num_chunks(); ++c) {
+    const PartialStates partial = plan.partial_states(unit, c);
+    for (int64_t r = 0; r < unit.num_rows; ++r) {
+      const int64_t i = kv_head * unit.num_rows + r;
+      w.chunk[r] = {partial.max_and_sum[2 * i], partial.max_and_sum[2 * i + 1], partial.acc + i * problem.padded};
+    }
+    merge_chunk(problem, unit, 1, c, w.chunk, w.sum);
   }
-  write_rows(problem, unit, kv_head, w.sum);
+  write_rows(problem, unit, {kv_head, 1}, w.sum);
 }
 
 }  // namespace
 
 void paged_attention(const PagedAttentionParams& p, int num_threads) {
   const Problem problem = {p, p.num_heads / p.num_kv_heads, ceil_div<int64_t>(p.head_dim, kLanes) * kLanes};
-  const Plan plan = make_plan(problem, num_threads);
-  if (plan.num_units == 0) return;
-  const int64_t num_items = plan.items_per_head * p.num_kv_heads;
-  const int64_t grain = ceil_div(kMinTaskBytes * plan.items_per_head, plan.cost_per_head);
+  const Plan plan(problem, num_threads);
+  if (plan.num_items() == 0) return;
+  const int64_t grain = ceil_div(kMinTaskBytes * plan.num_items(), plan.cost());
   with_cache_type(p.cache_dtype, [&]<class C>(Type<C>) {
-    parallel_for(num_items, grain, num_threads, [&](int64_t begin, int64_t end) {
-      const Workspace w = make_workspace(plan.max_rows, problem.padded);
-      for (int64_t item = begin; item < end; ++item) attend_item<C>(problem, plan, item, w);
+    parallel_for(plan.num_items(), grain, num_threads, [&](int64_t begin, int64_t end) {
+      const Workspace w = make_workspace(plan.max_rows(), problem.padded);
+      for (int64_t i = begin; i < end; ++i) attend_item<C>(problem, plan, plan.item(i), w);
     });
   });
-  if (plan.partial_floats == 0) return;
+  if (plan.partial_floats() == 0) return;
+  const int64_t num_merges = plan.num_units() * p.num_kv_heads;
   const int64_t merge_grain =
-      ceil_div<int64_t>(kMinTaskBytes * plan.num_units * p.num_kv_heads, plan.partial_floats * sizeof(float));
-  parallel_for(plan.num_units * p.num_kv_heads, merge_grain, num_threads, [&](int64_t begin, int64_t end) {
-    const Workspace w = make_workspace(plan.max_rows, problem.padded);
+      ceil_div<int64_t>(kMinTaskBytes * num_merges, plan.partial_floats() * static_cast<int64_t>(sizeof(float)));
+  parallel_for(num_merges, merge_grain, num_threads, [&](int64_t begin, int64_t end) {
+    const Workspace w = make_workspace(plan.max_rows(), problem.padded);
     for (int64_t i = begin; i < end; ++i)
-      if (const Unit& unit = plan.units[i % plan.num_units]; unit.partial >= 0)
-        merge_split_unit(problem, plan, unit, i / plan.num_units, w);
+      if (const Unit& unit = plan.unit(i / p.num_kv_heads); unit.partial >= 0)
+        merge_split_unit(problem, plan, unit, i % p.num_kv_heads, w);
   });
 }
 
