@@ -7,6 +7,7 @@
 namespace teco::cpu::TECO_ISA {
 
 typedef uint8_t U8x8 __attribute__((vector_size(8)));
+typedef int16_t I16x8 __attribute__((vector_size(16)));
 
 struct Int8 {
   int8_t bits;
@@ -36,12 +37,17 @@ inline void store(Int8* p, F32x8 v) {
   store_bits(p, __builtin_convertvector(round_to_int(v != v ? splat(0.f) : min(max(v, -limit), limit)), I8x8));
 }
 
-// Exponent and mantissa as those of a half, whose bias is greater by 8.
+// Exponent and mantissa as those of a half, whose bias is greater by 8. The byte is widened with its sign: bits 7 to 15
+// of it are equal, and only the lowest and the highest of these are not in the half's way.
 inline F32x8 load(const Float8E4M3* p) {
-  const U16x8 bits = __builtin_convertvector(load_bits<U8x8>(p), U16x8);
-  const U16x8 magnitude = bits & uint16_t{0x7f};
-  const U16x8 half = magnitude == uint16_t{0x7f} ? U16x8{} + uint16_t{0x7e00} : magnitude << 7;
-  return half_to_float(half | (bits & uint16_t{0x80}) << 8) * splat(0x1p8f);
+#if defined(TECO_ISA_AVX2)
+  const U16x8 wide = reinterpret_cast<U16x8>(_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  const U16x8 wide = reinterpret_cast<U16x8>(__builtin_convertvector(load_bits<I8x8>(p), I16x8));
+#endif
+  const U16x8 half = wide << 7 & uint16_t{0xbfff};
+  const U16x8 is_nan = reinterpret_cast<U16x8>((half & uint16_t{0x3f80}) == uint16_t{0x3f80});
+  return half_to_float(half | (is_nan & uint16_t{0x7e00})) * splat(0x1p8f);
 }
 // NaN stays NaN.
 inline void store(Float8E4M3* p, F32x8 v) {

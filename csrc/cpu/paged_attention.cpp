@@ -95,8 +95,8 @@ void write_row(const Problem& problem, const Unit& unit, int64_t kv_head, int64_
   });
 }
 
-// The block of keys at positions [first, first + 64), of which [begin, end) are used: where they lie. The places up to
-// the next multiple of 8 repeat a used key, so that whole vectors of scores can be computed.
+// The block of keys at positions [first, first + 64), of which [begin, end) are used: where they lie. All other
+// places repeat a used key, so that whole vectors of scores can be computed and any place can be prefetched.
 template <class C>
 struct KeyBlock {
   const C* keys[kBlockKeys];
@@ -135,18 +135,15 @@ void find_block(const Problem& problem, const Unit& unit, int64_t kv_head, int64
     find_slots(p.value_cache, id, slot, kv_head, j, end, block.values, block.value_scales);
     j = end;
   }
-  for (int32_t j = block.padded_begin(); j < block.padded_end(); ++j) {
-    if (j >= block.begin && j < block.end) continue;
-    block.keys[j] = block.keys[j < block.begin ? block.begin : block.end - 1];
-    block.key_scales[j] = block.value_scales[j] = 1.f;
-  }
-}
-
-template <class C>
-inline void prefetch_rows(const C* const* rows, int32_t begin, int32_t end, int64_t head_dim) {
-  constexpr int64_t line = 64 / sizeof(C);
-  for (int32_t j = begin; j < end; ++j)
-    for (int64_t d = 0; d < head_dim; d += line) __builtin_prefetch(rows[j] + d, 0, 2);
+  const auto repeat = [&](int32_t used, int32_t begin, int32_t end) {
+    for (int32_t j = begin; j < end; ++j) {
+      block.keys[j] = block.keys[used];
+      block.values[j] = block.values[used];
+      block.key_scales[j] = block.value_scales[j] = 1.f;
+    }
+  };
+  repeat(block.begin, 0, block.begin);
+  repeat(block.end - 1, block.end, kBlockKeys);
 }
 
 // Rows as fp32, padded with zeros; fills in where they lie.
@@ -201,14 +198,13 @@ void attend_in_place(const Problem& problem, const Unit& unit, int64_t kv_head, 
   const int64_t size = problem.padded;
   for (int32_t j = block.padded_begin(); j < block.padded_end(); j += kGroupKeys) {
     const int32_t end = min<int32_t>(j + kGroupKeys, block.padded_end());
-    prefetch_rows(block.values, max(j, block.begin), min(end, block.end), size);
-    score_rows(query, unit.num_rows, size, block.keys + j, end - j, w.scores + j, kBlockKeys);
+    score_rows(query, unit.num_rows, size, block.keys + j, end - j, w.scores + j, kBlockKeys, block.values + j);
   }
   softmax_block(problem, unit, kv_head, block, running, acc, w);
   for (int32_t j = block.begin; j < block.end; j += kGroupKeys) {
     const int32_t end = min<int32_t>(j + kGroupKeys, block.end);
-    if (next) prefetch_rows(next->keys, max(j, next->begin), min(end, next->end), size);
-    value_rows(w.scores, kBlockKeys, w.ranges, unit.num_rows, block.values, j, end, acc, size);
+    value_rows(w.scores, kBlockKeys, w.ranges, unit.num_rows, block.values, j, end, acc, size,
+               next ? next->keys : nullptr);
   }
 }
 
@@ -222,12 +218,12 @@ void attend_unpacked(const Problem& problem, const Unit& unit, int64_t kv_head, 
   unpack_rows(block.values, block.begin, block.end, head_dim, size, w.values, values);
   for (int32_t j = block.padded_begin(); j < block.padded_end(); j += kGroupKeys) {
     const int32_t end = min<int32_t>(j + kGroupKeys, block.padded_end());
-    score_rows(query, unit.num_rows, size, keys + j, end - j, w.scores + j, kBlockKeys);
+    score_rows<float>(query, unit.num_rows, size, keys + j, end - j, w.scores + j, kBlockKeys, nullptr);
   }
   softmax_block(problem, unit, kv_head, block, running, acc, w);
   for (int32_t j = block.begin; j < block.end; j += kGroupKeys) {
     const int32_t end = min<int32_t>(j + kGroupKeys, block.end);
-    value_rows(w.scores, kBlockKeys, w.ranges, unit.num_rows, values, j, end, acc, size);
+    value_rows<float>(w.scores, kBlockKeys, w.ranges, unit.num_rows, values, j, end, acc, size, nullptr);
   }
 }
 

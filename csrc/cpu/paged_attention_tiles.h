@@ -60,10 +60,19 @@ inline void store_scores(const F32x8* sums, float* scores, int64_t stride) {
   }
 }
 
-// scores[r][j] = query[r] . keys[j] for R rows and `count` keys (a multiple of 8); head_dim a multiple of 8.
+// Prefetches go to L2: slots of a head often lie a multiple of 4 KB apart, where they would crowd a few sets of L1.
+// They are strewn among the arithmetic, for a burst of them holds up the loads behind it.
+template <class T>
+inline void prefetch_line(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+constexpr int64_t kLineBytes = 64;
+
+// scores[r][j] = query[r] . keys[j] for R rows and `count` keys (a multiple of 8); head_dim a multiple of 8. Prefetches
+// ahead[j], as many rows of as many elements, unless it is null.
 template <class K, int R>
 [[gnu::noinline]] void score_tile(const float* query, int64_t head_dim, const K* const* keys, int64_t count,
-                                  float* scores, int64_t score_stride) {
+                                  float* scores, int64_t score_stride, const K* const* ahead) {
   constexpr int C = kTileWidth<R>;
   for (int64_t j = 0; j < count; j += C) {
     F32x8 sum[R * C];
@@ -81,13 +90,18 @@ template <class K, int R>
       }
     }
     store_scores<R>(sum, scores + j, score_stride);
+    if (ahead)
+      for (int c = 0; c < C; ++c)
+        for (int64_t d = 0; d < head_dim; d += kLineBytes / sizeof(K)) prefetch_line(ahead[j + c] + d);
   }
 }
 
-// acc[r][d] += sum_j weights[r][j] * values[j][d], for N vectors of d.
+// acc[r][d] += sum_j weights[r][j] * values[j][d], for N vectors of d. Prefetches the same part of ahead[j].
 template <class V, int R, int N>
 inline void value_strip(const float* weights, int64_t weight_stride, const V* const* values, int64_t count, float* acc,
-                        int64_t head_dim, int64_t d) {
+                        int64_t head_dim, int64_t d, const V* const* ahead) {
+  constexpr int64_t line = kLineBytes / sizeof(V);
+  if (d % line >= N * kLanes) ahead = nullptr;  // a line that an earlier strip has prefetched
   F32x8 sum[R * N];
 #pragma GCC unroll 16
   for (int i = 0; i < R * N; ++i) sum[i] = load(acc + i / N * head_dim + d + i % N * kLanes);
@@ -102,6 +116,8 @@ inline void value_strip(const float* weights, int64_t weight_stride, const V* co
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sum[r * N + n] = fma(w[r], v, sum[r * N + n]);
     }
+    if (ahead)
+      for (int64_t i = 0; i < N * kLanes; i += line) prefetch_line(ahead[j] + d + i);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < R * N; ++i) store(acc + i / N * head_dim + d + i % N * kLanes, sum[i]);
@@ -109,12 +125,13 @@ inline void value_strip(const float* weights, int64_t weight_stride, const V* co
 
 template <class V, int R>
 [[gnu::noinline]] void value_tile(const float* weights, int64_t weight_stride, const V* const* values, int64_t count,
-                                  float* acc, int64_t head_dim) {
+                                  float* acc, int64_t head_dim, const V* const* ahead) {
   constexpr int N = kTileWidth<R>;
   int64_t d = 0;
   for (; d + N * kLanes <= head_dim; d += N * kLanes)
-    value_strip<V, R, N>(weights, weight_stride, values, count, acc, head_dim, d);
-  for (; d < head_dim; d += kLanes) value_strip<V, R, 1>(weights, weight_stride, values, count, acc, head_dim, d);
+    value_strip<V, R, N>(weights, weight_stride, values, count, acc, head_dim, d, ahead);
+  for (; d < head_dim; d += kLanes)
+    value_strip<V, R, 1>(weights, weight_stride, values, count, acc, head_dim, d, ahead);
 }
 
 // Rows of the next tile when `left` rows are left: threes are the fastest shape, a group of four heads is one tile.
@@ -124,12 +141,12 @@ inline int64_t tile_rows(int64_t left) {
 
 template <class K>
 inline void score_rows(const float* query, int64_t num_rows, int64_t head_dim, const K* const* keys, int64_t count,
-                       float* scores, int64_t score_stride) {
+                       float* scores, int64_t score_stride, const K* const* ahead) {
   static constexpr decltype(&score_tile<K, 1>) kTiles[] = {score_tile<K, 1>, score_tile<K, 2>, score_tile<K, 3>,
                                                            score_tile<K, 4>};
   for (int64_t r = 0; r < num_rows;) {
     const int64_t rows = tile_rows(num_rows - r);
-    kTiles[rows - 1](query + r * head_dim, head_dim, keys, count, scores + r * score_stride, score_stride);
+    kTiles[rows - 1](query + r * head_dim, head_dim, keys, count, scores + r * score_stride, score_stride, ahead);
     r += rows;
   }
 }
@@ -142,13 +159,14 @@ struct KeyRange {
 // row must not see may hold anything, and is skipped rather than multiplied by zero.
 template <class V>
 inline void value_rows(const float* weights, int64_t weight_stride, const KeyRange* ranges, int64_t num_rows,
-                       const V* const* values, int32_t first, int32_t last, float* acc, int64_t head_dim) {
+                       const V* const* values, int32_t first, int32_t last, float* acc, int64_t head_dim,
+                       const V* const* ahead) {
   static constexpr decltype(&value_tile<V, 1>) kTiles[] = {value_tile<V, 1>, value_tile<V, 2>, value_tile<V, 3>,
                                                            value_tile<V, 4>};
   const auto run = [&](int64_t rows, int64_t r, int32_t begin, int32_t end) {
     if (begin < end)
       kTiles[rows - 1](weights + r * weight_stride + begin, weight_stride, values + begin, end - begin,
-                       acc + r * head_dim, head_dim);
+                       acc + r * head_dim, head_dim, ahead ? ahead + begin : nullptr);
   };
   for (int64_t r = 0; r < num_rows;) {
     const int64_t rows = tile_rows(num_rows - r);

@@ -84,11 +84,13 @@ std::string Argument::shape_string() const {
 }
 
 const Argument& Argument::shape(std::initializer_list<Size*> sizes) const {
-  std::string expected = "[";
-  for (const Size* size : sizes) expected += (expected.size() > 1 ? ", " : "") + std::string(size->name);
-  expected += "]";
-  require(tensor_.dim() == static_cast<int64_t>(sizes.size()), name_, ": expected shape ", expected, ", got ",
-          shape_string());
+  const auto expected = [&] {  // only made when it is needed: a check is on the path of every call
+    std::string text = "[";
+    for (const Size* size : sizes) text += (text.size() > 1 ? ", " : "") + std::string(size->name);
+    return text + "]";
+  };
+  if (tensor_.dim() != static_cast<int64_t>(sizes.size()))
+    fail("ValueError", name_, ": expected shape ", expected(), ", got ", shape_string());
   int64_t i = 0;
   for (Size* size : sizes) {
     const int64_t actual = tensor_.size(i++);
@@ -96,9 +98,10 @@ const Argument& Argument::shape(std::initializer_list<Size*> sizes) const {
       size->value = actual;
       size->bound_by = name_;
     }
-    require(size->value == actual, name_, ": expected shape ", expected, " with ", size->name, " = ", size->value,
-            size->bound_by ? " (from " : "", size->bound_by ? size->bound_by : "", size->bound_by ? ")" : "", ", got ",
-            shape_string());
+    if (size->value != actual)
+      fail("ValueError", name_, ": expected shape ", expected(), " with ", size->name, " = ", size->value,
+           size->bound_by ? " (from " : "", size->bound_by ? size->bound_by : "", size->bound_by ? ")" : "", ", got ",
+           shape_string());
   }
   return *this;
 }
@@ -112,8 +115,9 @@ const Argument& Argument::unit_last_stride() const {
 }
 
 const Argument& Argument::contiguous() const {
-  require(tensor_.is_contiguous(), name_, ": expected a contiguous tensor, got shape ", shape_string(),
-          " with other strides; call .contiguous()");
+  if (!tensor_.is_contiguous())
+    fail("ValueError", name_, ": expected a contiguous tensor, got shape ", shape_string(),
+         " with other strides; call .contiguous()");
   return *this;
 }
 
