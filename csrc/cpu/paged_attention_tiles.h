@@ -20,6 +20,16 @@ constexpr int kTileWidth = R == 1   ? 8
                            : R == 4 ? 2
                                     : 4;
 
+// Keeps a loaded vector in its register: as an operand in memory it would be loaded once per use, and loads are as
+// scarce as fmas here.
+inline void hold(F32x8& v) {
+#if defined(TECO_ISA_AVX2)
+  asm("" : "+x"(v));
+#else
+  static_cast<void>(v);
+#endif
+}
+
 // Each step adds lanes of two vectors at once; both halves of the result belong to one of them each.
 inline F32x8 add_halves(F32x8 a, F32x8 b) {  // i with i + 4: [a a a a b b b b]
   return F32x8(__builtin_shufflevector(a, b, 0, 1, 2, 3, 12, 13, 14, 15)) +
@@ -81,7 +91,10 @@ template <class K, int R>
     for (int64_t d = 0; d < head_dim; d += kLanes) {
       F32x8 q[R];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) q[r] = load(query + r * head_dim + d);
+      for (int r = 0; r < R; ++r) {
+        q[r] = load(query + r * head_dim + d);
+        hold(q[r]);
+      }
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
         const F32x8 k = load(keys[j + c] + d);
