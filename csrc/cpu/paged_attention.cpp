@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kBlockKeys = 64;
 constexpr int64_t kGroupKeys = 16;  // keys and values of a group stay in L1 while the rows pass by
+constexpr int64_t kSliceRows = 12;  // rows that pass by between two prefetches
 
 // Where the work memory of a task lies.
 struct Workspace {
@@ -208,17 +209,27 @@ void attend_in_place(const Problem& problem, const Unit& unit, int64_t kv_head, 
   }
 }
 
-// The same over keys and values that are unpacked to fp32 first.
+// The same over keys and values that are unpacked to fp32 first. Those of `next` are prefetched a few at a time.
 template <class C>
 void attend_unpacked(const Problem& problem, const Unit& unit, int64_t kv_head, const KeyBlock<C>& block,
-                     const float* query, RunningSoftmax* running, float* acc, const Workspace& w) {
+                     const KeyBlock<C>* next, const float* query, RunningSoftmax* running, float* acc,
+                     const Workspace& w) {
   const int64_t head_dim = problem.p.head_dim, size = problem.padded;
   const float *keys[kBlockKeys], *values[kBlockKeys];
   unpack_rows(block.keys, block.padded_begin(), block.padded_end(), head_dim, size, w.keys, keys);
   unpack_rows(block.values, block.begin, block.end, head_dim, size, w.values, values);
+  int64_t prefetched = 0;
+  const int64_t step = ceil_div(kBlockKeys, (kBlockKeys / kGroupKeys) * ceil_div(unit.num_rows, kSliceRows));
   for (int32_t j = block.padded_begin(); j < block.padded_end(); j += kGroupKeys) {
     const int32_t end = min<int32_t>(j + kGroupKeys, block.padded_end());
-    score_rows<float>(query, unit.num_rows, size, keys + j, end - j, w.scores + j, kBlockKeys, nullptr);
+    for (int64_t r = 0; r < unit.num_rows; r += kSliceRows) {
+      for (const int64_t stop = min(prefetched + step, kBlockKeys); next && prefetched < stop; ++prefetched) {
+        prefetch_row(next->keys[prefetched], head_dim);
+        prefetch_row(next->values[prefetched], head_dim);
+      }
+      score_rows<float>(query + r * size, min(unit.num_rows - r, kSliceRows), size, keys + j, end - j,
+                        w.scores + r * kBlockKeys + j, kBlockKeys, nullptr);
+    }
   }
   softmax_block(problem, unit, kv_head, block, running, acc, w);
   for (int32_t j = block.begin; j < block.end; j += kGroupKeys) {
@@ -254,7 +265,7 @@ void attend_chunk(const Problem& problem, const Unit& unit, const Heads& heads, 
     if (in_place) {
       attend_in_place(problem, unit, kv_head, block, next, query, w.running + h * rows, head_acc, w);
     } else {
-      attend_unpacked(problem, unit, kv_head, block, query, w.running + h * rows, head_acc, w);
+      attend_unpacked(problem, unit, kv_head, block, next, query, w.running + h * rows, head_acc, w);
     }
   }
   for (int64_t r = 0; r < heads.count * rows; ++r) {

@@ -14,9 +14,29 @@ constexpr float kInfinity = __builtin_inff();
 inline float finite_or_zero(float max) {
   return max == -kInfinity ? 0.f : max;
 }
+
+// exp(x) for x <= 0, relative error below 2e-7; exactly 1 at 0, 0 below -87.7 (also for -inf), NaN for NaN. As exp() in
+// vec.h, without what only positive arguments need.
+inline F32x8 exp_nonpositive(F32x8 x) {
+  const F32x8 shift = splat(0x1.8p23f);
+  x = max(splat(-88.f), x);  // the order of operands keeps a NaN
+  const F32x8 n_shifted = fma(x, splat(0x1.715476p0f), shift);
+  const F32x8 n = n_shifted - shift;
+  F32x8 r = fma(n, splat(-0x1.62e4p-1f), x);
+  r = fma(n, splat(-0x1.7f7d1cp-20f), r);
+  F32x8 p = splat(0x1.6a2434p-10f);
+  p = fma(p, r, splat(0x1.1239e2p-7f));
+  p = fma(p, r, splat(0x1.5558f2p-5f));
+  p = fma(p, r, splat(0x1.555492p-3f));
+  p = fma(p, r, splat(0x1.fffffcp-2f));
+  p = fma(p, r, splat(1.f));
+  p = fma(p, r, splat(1.f));
+  // 2^n, n >= -127: the shift drops all of n_shifted but n. -127 gives 0.
+  return p * reinterpret_cast<F32x8>((reinterpret_cast<I32x8>(n_shifted) << 23) + (127 << 23));
+}
 // Lane 0 of the vector function: one way to round everywhere.
 inline float exp_one(float x) {
-  return exp(splat(x))[0];
+  return exp_nonpositive(splat(x))[0];
 }
 inline float log_one(float x) {
   return x == 0.f ? -kInfinity : __builtin_logf(x);
@@ -93,7 +113,7 @@ inline float softmax_row(const RowScores& row, float* scores, const float* key_s
   const float correction = new_max == state.max ? 1.f : exp_one(state.max - shift);
   F32x8 sum = state.sum * splat(correction);
   for (int32_t j = first; j < last; j += kLanes) {
-    const F32x8 weight = exp(load(scores + j) - splat(shift));
+    const F32x8 weight = exp_nonpositive(load(scores + j) - splat(shift));
     sum += weight;
     store(scores + j, value_scales ? weight * load(value_scales + j) : weight);
   }

@@ -72,11 +72,15 @@ inline void store_scores(const F32x8* sums, float* scores, int64_t stride) {
 
 // Prefetches go to L2: slots of a head often lie a multiple of 4 KB apart, where they would crowd a few sets of L1.
 // They are strewn among the arithmetic, for a burst of them holds up the loads behind it.
+constexpr int64_t kLineBytes = 64;
 template <class T>
 inline void prefetch_line(const T* p) {
   __builtin_prefetch(p, 0, 2);
 }
-constexpr int64_t kLineBytes = 64;
+template <class T>
+inline void prefetch_row(const T* row, int64_t size) {
+  for (int64_t d = 0; d < size; d += kLineBytes / sizeof(T)) prefetch_line(row + d);
+}
 
 // scores[r][j] = query[r] . keys[j] for R rows and `count` keys (a multiple of 8); head_dim a multiple of 8. Prefetches
 // ahead[j], as many rows of as many elements, unless it is null.
@@ -104,8 +108,7 @@ template <class K, int R>
     }
     store_scores<R>(sum, scores + j, score_stride);
     if (ahead)
-      for (int c = 0; c < C; ++c)
-        for (int64_t d = 0; d < head_dim; d += kLineBytes / sizeof(K)) prefetch_line(ahead[j + c] + d);
+      for (int c = 0; c < C; ++c) prefetch_row(ahead[j + c], head_dim);
   }
 }
 
