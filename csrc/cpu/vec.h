@@ -127,7 +127,11 @@ inline U16x8 float_to_half(F32x8 x) {
 }
 
 inline F32x8 bfloat16_to_float(U16x8 b) {
+#if defined(TECO_ISA_AVX2)  // the compiler would widen one half after the other
+  return reinterpret_cast<F32x8>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(b)), 16));
+#else
   return reinterpret_cast<F32x8>(__builtin_convertvector(b, U32x8) << 16);
+#endif
 }
 
 inline U16x8 float_to_bfloat16(F32x8 x) {

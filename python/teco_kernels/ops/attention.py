@@ -147,7 +147,7 @@ def paged_attention(
     2408.00118. Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453.
     """
     if out is None:
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if return_lse else None
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"paged_attention: sliding_window: expected a number >= 1 or None, got {sliding_window}")
@@ -201,10 +201,7 @@ def merge_attention_states(
     Ye et al., "FlashInfer: Efficient and Customizable Attention Engine for LLM Inference Serving", arXiv 2501.01005.
     """
     if out is None:
-        out = (
-            torch.empty(out_a.shape, dtype=out_a.dtype, device=out_a.device),
-            torch.empty(lse_a.shape, dtype=lse_a.dtype, device=lse_a.device),
-        )
+        out = torch.empty_like(out_a), torch.empty_like(lse_a)
     _merge_attention_states(*out, out_a, lse_a, out_b, lse_b)
     return out
 
