@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,3 +16,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="session")
+def default_gguf() -> Path:
+    """The real model as a GGUF file; fetched once, then from the cache."""
+    from teco_kernels.assets import default_model
+
+    return default_model()
+
+
+@pytest.fixture(scope="session")
+def model_4bit() -> Path:
+    """The real model quantised to 4 bits, as `make demo` uses it; made once, then from the cache."""
+    from teco_kernels.quantization import default_quantized_model
+
+    return default_quantized_model()

@@ -26,6 +26,7 @@ from teco_kernels.ops import (
 
 if TYPE_CHECKING:
     from teco_kernels.decoder import LLM, CompletionOutput, RequestOutput, SamplingParams
+    from teco_kernels.quantization import gptq_quantize
 
 __version__ = "0.1.0"
 
@@ -50,6 +51,7 @@ __all__ = [
     "dense_matmul",
     "fused_add_rms_norm",
     "gptq_matmul",
+    "gptq_quantize",
     "merge_attention_states",
     "paged_attention",
     "reshape_and_cache",

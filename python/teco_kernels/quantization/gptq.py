@@ -239,9 +239,7 @@ def _quantize_outputs(
 
     def fit(weights: Tensor, start: int) -> Grid:
         group = slice(start, start + group_size)
-        return fit_grid(
-            weights[group], bits, symmetric=symmetric, clip_search=clip_search, importance=energy[group]
-        )
+        return fit_grid(weights[group], bits, symmetric=symmetric, clip_search=clip_search, importance=energy[group])
 
     rounded = _Quantised.empty_like(target, group_size)
     for start in range(0, len(target), group_size):
@@ -286,7 +284,9 @@ class _Quantised:
 
     @classmethod
     def concatenate(cls, parts: list[_Quantised]) -> _Quantised:
-        codes, scales, zeros = (torch.cat([getattr(p, name) for p in parts], 1) for name in ("codes", "scales", "zeros"))
+        codes, scales, zeros = (
+            torch.cat([getattr(p, name) for p in parts], 1) for name in ("codes", "scales", "zeros")
+        )
         return cls(codes, scales, zeros, parts[0].group_size)
 
     def set_grid(self, row: int, grid: Grid) -> None:

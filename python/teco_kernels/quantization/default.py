@@ -1,0 +1,34 @@
+"""The 4-bit model of the demo, the tests and the benchmarks: made once and kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from teco_kernels.assets import SMOLLM2, WIKIPEDIA, cache_folder, default_model, exclusive
+from teco_kernels.quantization.model import QuantizationSettings, quantize_model
+
+#: To be raised when the quantizer gives other tensors for the same settings: cached models are then made anew.
+QUANTIZER_VERSION = 1
+
+#: A hidden size of 576 has no groups of 128.
+DEFAULT_SETTINGS = QuantizationSettings(group_size=64)
+
+
+def default_quantized_model(*, use_tqdm: bool = True) -> Path:
+    """Directory of SmolLM2-135M-Instruct quantised with `DEFAULT_SETTINGS`; made in a minute or two the first time.
+
+    Raises
+    ------
+    AssetError
+        When the model or the calibration text cannot be fetched.
+    """
+    origin = [QUANTIZER_VERSION, SMOLLM2.sha256, WIKIPEDIA.sha256, asdict(DEFAULT_SETTINGS)]
+    key = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
+    path = cache_folder() / f"SmolLM2-135M-Instruct-GPTQ-{DEFAULT_SETTINGS.bits}bit-{key}"
+    with exclusive(path):
+        if not path.is_dir():
+            quantize_model(default_model(), path, DEFAULT_SETTINGS, use_tqdm=use_tqdm)
+    return path

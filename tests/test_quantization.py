@@ -1,0 +1,508 @@
+"""The quantizer: packing, the algorithm's properties, and whole models through to the decoder's loader."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tokenizers import models, pre_tokenizers
+
+from teco_kernels.decoder.loader import load_source
+from teco_kernels.decoder.tokenizer import Tokenizer
+from teco_kernels.decoder.weights import WeightLoader
+from teco_kernels.ops import GPTQWeight
+from teco_kernels.quantization import (
+    HessianFactor,
+    QuantizationSettings,
+    gptq_quantize,
+    quantize_model,
+    round_to_nearest,
+)
+from teco_kernels.quantization.calibration import Hessian, token_windows
+from teco_kernels.quantization.grid import fit_grid
+from teco_kernels.quantization.packing import BITS, pack_rows, pack_zeros, unpack_rows, unpack_zeros
+from teco_kernels.quantization.perplexity import perplexity
+
+
+def random_problem(
+    out_features: int = 64, in_features: int = 96, tokens: int = 400, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight and the Hessian of correlated inputs with a few strong channels, as a language model has them."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    mixing = torch.randn(in_features, in_features, generator=generator) / in_features**0.5
+    x = torch.randn(tokens, in_features, generator=generator) @ mixing
+    x[:, :3] *= 10
+    hessian = Hessian(in_features)
+    hessian.add(x)
+    return weight, hessian.matrix()
+
+
+def squared_error(weight: torch.Tensor, quantised: torch.Tensor, hessian: torch.Tensor) -> float:
+    difference = quantised.double() - weight.double()
+    return ((difference @ hessian) * difference).sum().item()
+
+
+# Packing
+
+
+@settings(max_examples=60, deadline=None)
+@given(bits=st.sampled_from(BITS), words=st.integers(0, 4), columns=st.integers(0, 5), seed=st.integers(0, 2**31))
+def test_packing_round_trip(bits: int, words: int, columns: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (words * 32, columns), generator=generator).to(torch.uint8)
+    packed = pack_rows(codes, bits)
+    assert packed.dtype == torch.int32
+    assert packed.shape == (words * bits, columns)
+    assert torch.equal(unpack_rows(packed, bits), codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_packing_is_one_little_endian_string_of_bits(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (32, 1), generator=torch.Generator().manual_seed(1))
+    string = sum(int(code) << place * bits for place, code in enumerate(codes))
+    packed = pack_rows(codes, bits).flatten().numpy().tobytes()
+    assert int.from_bytes(packed, "little") == string
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("zero_point_format", ["v1", "v2"])
+def test_zero_points_round_trip(bits: int, zero_point_format: Any) -> None:
+    offset = zero_point_format == "v1"
+    zeros = torch.arange(64).view(2, 32) % 2**bits + offset
+    packed = pack_zeros(zeros, bits, zero_point_format)
+    assert packed.shape == (2, bits)
+    assert torch.equal(unpack_zeros(packed, bits, zero_point_format), zeros)
+
+
+def test_v1_stores_zero_points_minus_one() -> None:
+    assert pack_zeros(torch.full((1, 8), 8), 4).item() == 0x77777777
+    assert pack_zeros(torch.full((1, 8), 8), 4, "v2").item() & 0xFFFFFFFF == 0x88888888
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: pack_rows(torch.full((8, 1), 16), 4), r"codes: expected values from 0 to 15, got 16 to 16"),
+        (lambda: pack_rows(torch.full((8, 1), -1), 4), r"codes: expected values from 0 to 15, got -1"),
+        (lambda: pack_rows(torch.zeros(7, 1), 4), r"codes: expected shape \[n, m\] with n \* 4"),
+        (lambda: pack_rows(torch.zeros(32, 1), 5), r"bits: expected one of \(2, 3, 4, 8\), got 5"),
+        (lambda: unpack_rows(torch.zeros(2, 1, dtype=torch.int32), 3), r"words: expected int32 .* multiple of 3"),
+        (lambda: pack_zeros(torch.zeros(1, 8), 4), r"zeros: expected values from 1 to 16, which v1 can hold"),
+        (lambda: pack_zeros(torch.full((1, 8), 16), 4, "v2"), r"zeros: expected values from 0 to 15"),
+        (lambda: pack_zeros(torch.ones(1, 8), 4, "v3"), r"zero_point_format"),  # type: ignore[arg-type]
+    ],
+)
+def test_packing_refuses(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# Grids
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from(BITS), symmetric=st.booleans(), seed=st.integers(0, 2**31), shift=st.sampled_from([-9, 0, 9])
+)
+def test_grid_covers_its_weights(bits: int, symmetric: bool, seed: int, shift: int) -> None:
+    weight = torch.randn(16, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + shift
+    grid = fit_grid(weight, bits, symmetric=symmetric)
+    assert torch.equal(grid.scale, grid.scale.half().double())
+    assert (grid.zero >= 1).all()
+    assert (grid.zero <= 2**bits - 1).all()
+    # Half a step, or a whole one at the ends: of a symmetric grid the top lacks half a step, of another the zero point
+    # was rounded.
+    assert ((grid.values(grid.codes(weight)) - weight).abs() <= 1.01 * grid.scale).all()
+
+
+def test_clip_search_lowers_the_error() -> None:
+    weight = torch.randn(64, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    errors = []
+    for clip_search in (False, True):
+        grid = fit_grid(weight, 3, symmetric=True, clip_search=clip_search)
+        errors.append((grid.values(grid.codes(weight)) - weight).square().sum(0))
+    assert (errors[1] <= errors[0]).all()
+    assert errors[1].sum() < 0.9 * errors[0].sum()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_of_zero_and_near_it(symmetric: bool) -> None:
+    weight = torch.zeros(8, 32)
+    weight[0] = 1e-9
+    weight[1] = -1e-9
+    assert torch.equal(round_to_nearest(weight, group_size=32, symmetric=symmetric).dequantize(), torch.zeros(8, 32))
+
+
+# The algorithm
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    bits=st.sampled_from(BITS),
+    group_size=st.sampled_from([8, 32, 96, -1]),
+    symmetric=st.booleans(),
+    act_order=st.booleans(),
+    clip_search=st.booleans(),
+    tokens=st.sampled_from([3, 60, 400]),
+)
+def test_error_is_never_above_rounding(
+    seed: int, bits: int, group_size: int, symmetric: bool, act_order: bool, clip_search: bool, tokens: int
+) -> None:
+    weight, hessian = random_problem(32, 96, tokens, seed)
+    options: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    quantised = gptq_quantize(weight, hessian, act_order=act_order, clip_search=clip_search, **options)
+    error, norm = squared_error(weight, quantised.dequantize(), hessian), squared_error(weight * 0, weight, hessian)
+    assert quantised.error <= quantised.rounding_error
+    assert math.isclose(quantised.error, (error / norm) ** 0.5, rel_tol=1e-4, abs_tol=1e-6)
+    if not act_order and not clip_search:  # the grids are then those of plain rounding
+        rounded = round_to_nearest(weight, **options)
+        rounding_error = squared_error(weight, rounded.dequantize(), hessian)
+        assert error <= rounding_error * (1 + 1e-4)
+        assert math.isclose(quantised.rounding_error, (rounding_error / norm) ** 0.5, rel_tol=1e-4, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+def test_error_is_well_below_rounding(bits: int, symmetric: bool, act_order: bool) -> None:
+    weight, hessian = random_problem()
+    quantised = gptq_quantize(weight, hessian, bits=bits, group_size=32, symmetric=symmetric, act_order=act_order)
+    assert quantised.error < 0.9 * quantised.rounding_error
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    block_size=st.sampled_from([1, 5, 16, 33, 96, 1000]),
+    group_size=st.sampled_from([16, 24, 96]),
+    act_order=st.booleans(),
+)
+def test_block_size_does_not_matter(seed: int, block_size: int, group_size: int, act_order: bool) -> None:
+    weight, hessian = random_problem(seed=seed)
+    options: dict[str, Any] = {"group_size": group_size, "act_order": act_order, "symmetric": False}
+    one, other = (gptq_quantize(weight, hessian, block_size=size, **options) for size in (64, block_size))
+    # Sums are taken in another order, but in float64: no weight is so close to the middle between two codes.
+    for name, tensor in one.tensors().items():
+        assert torch.equal(tensor, other.tensors()[name]), name
+
+
+@pytest.mark.parametrize("clip_search", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+def test_identity_hessian_is_rounding(bits: int, symmetric: bool, clip_search: bool) -> None:
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(3))
+    options: dict[str, Any] = {"bits": bits, "group_size": 32, "symmetric": symmetric, "clip_search": clip_search}
+    quantised, rounded = gptq_quantize(weight, torch.eye(96), **options), round_to_nearest(weight, **options)
+    for name, tensor in rounded.tensors().items():
+        assert torch.equal(quantised.tensors()[name], tensor), name
+
+
+def plain_gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
+    """The paper's algorithm as it is written down, column by column, with H^-1 updated by Gaussian elimination."""
+    weight, inverse = (
+        weight.double().clone(),
+        torch.linalg.inv(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))),
+    )
+    quantised = torch.empty_like(weight)
+    for column in range(weight.shape[1]):
+        if column % group_size == 0:
+            grid = fit_grid(weight[:, column : column + group_size].t(), bits, symmetric=True)
+        quantised[:, column] = grid.values(grid.codes(weight[:, column]))
+        error = (weight[:, column] - quantised[:, column]) / inverse[column, column]
+        weight -= torch.outer(error, inverse[column])
+        inverse = inverse - torch.outer(inverse[:, column], inverse[column]) / inverse[column, column]
+    return quantised
+
+
+def test_agrees_with_the_plain_algorithm() -> None:
+    weight, hessian = random_problem()
+    expected = plain_gptq(weight, hessian, 4, 32)
+    found = gptq_quantize(weight, hessian, group_size=32).dequantize().double()
+    rows = (expected - found).abs().amax(1) < 1e-4
+    assert rows.float().mean() > 0.9  # the others keep their rounded codes, which serve them better
+    difference = squared_error(weight, found, hessian) - squared_error(weight, expected, hessian)
+    assert difference <= 0
+
+
+def test_many_outputs_are_cut_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = random_problem(out_features=200)
+    whole = gptq_quantize(weight, hessian, group_size=32)
+    monkeypatch.setattr("teco_kernels.quantization.gptq._OUTPUTS_AT_ONCE", 64)
+    cut = gptq_quantize(weight, hessian, group_size=32)
+    assert math.isclose(cut.error, whole.error, rel_tol=1e-9)
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(cut.tensors()[name], tensor), name
+
+
+def test_act_order_groups_by_energy() -> None:
+    weight, hessian = random_problem()
+    quantised = gptq_quantize(weight, hessian, group_size=32, act_order=True)
+    energy = hessian.diagonal()
+    assert torch.bincount(quantised.g_idx).tolist() == [32, 32, 32]
+    assert energy[quantised.g_idx == 0].min() >= energy[quantised.g_idx == 1].max()
+
+
+def test_dead_inputs() -> None:
+    weight, hessian = random_problem()
+    hessian[5] = hessian[:, 5] = 0
+    quantised = gptq_quantize(weight, hessian, group_size=32)
+    assert (quantised.dequantize()[:, 5] == 0).all()
+    assert gptq_quantize(weight, torch.zeros_like(hessian), group_size=32).error == 0
+
+
+def test_dampening_grows_until_the_factorisation_succeeds() -> None:
+    weight, hessian = random_problem(tokens=3)
+    assert gptq_quantize(weight, hessian, group_size=32, dampening=0.0).dampening > 0
+    with pytest.raises(ValueError, match="hessian: expected a positive semidefinite matrix"):
+        HessianFactor.from_hessian(torch.tensor([[1.0, 9.0], [9.0, 1.0]]))
+
+
+def test_scale_of_the_hessian_does_not_matter() -> None:
+    weight, hessian = random_problem()
+    one, other = (gptq_quantize(weight, hessian * factor, group_size=32) for factor in (1, 2.0**20))
+    assert torch.equal(one.qweight, other.qweight)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("zero_point_format", ["v1", "v2"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_operators_read_the_result(bits: int, zero_point_format: Any, symmetric: bool, act_order: bool) -> None:
+    weight, hessian = random_problem()
+    quantised = gptq_quantize(
+        weight,
+        hessian,
+        bits=bits,
+        group_size=32,
+        symmetric=symmetric,
+        act_order=act_order,
+        zero_point_format=zero_point_format,
+    )
+    packed = GPTQWeight.from_checkpoint(**quantised.tensors(), bits=bits, zero_point_format=zero_point_format)
+    assert torch.equal(packed.dequantize().t(), quantised.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": torch.zeros(8, 96, dtype=torch.int32)}, "weight: expected a floating dtype, got int32"),
+        ({"weight": torch.zeros(96)}, r"weight: expected shape \[out_features, in_features\], got \[96\]"),
+        ({"weight": torch.zeros(7, 96)}, "expected out_features"),
+        ({"weight": torch.full((8, 96), float("nan"))}, "weight: expected finite values"),
+        ({"weight": torch.full((8, 96), 1e7)}, "scale fp16 can hold"),
+        ({"bits": 5}, r"bits: expected one of \(2, 3, 4, 8\), got 5"),
+        ({"group_size": 36}, "group_size: expected -1 or a divisor of 96 input features, got 36"),
+        ({"group_size": 0}, "group_size"),
+        ({"hessian": torch.eye(95)}, r"hessian: expected shape \[96, 96\], got \[95, 95\]"),
+        ({"hessian": torch.eye(96) * float("nan")}, "hessian: expected finite values"),
+        ({"hessian": -torch.eye(96)}, "hessian: expected a positive semidefinite matrix"),
+        ({"dampening": -1.0}, "dampening: expected 0 to 1, got -1"),
+        ({"block_size": 0}, "block_size: expected a positive number, got 0"),
+        ({"zero_point_format": "v3"}, "zero_point_format"),
+    ],
+)
+def test_refuses(changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"weight": torch.ones(8, 96), "hessian": torch.eye(96), "group_size": 32, **changes}
+    with pytest.raises((ValueError, TypeError), match=message):
+        gptq_quantize(**arguments)
+
+
+# Calibration
+
+
+def test_windows_are_spread_over_the_text() -> None:
+    windows = token_windows(list(range(100)), 4, 10)
+    assert windows[:, 0].tolist() == [0, 30, 60, 90]
+    assert windows[3].tolist() == list(range(90, 100))
+    assert token_windows(list(range(10)), 1, 10).tolist() == [list(range(10))]
+    with pytest.raises(ValueError, match="expected at least 10 tokens, got 9"):
+        token_windows(list(range(9)), 1, 10)
+
+
+def test_hessian_is_a_mean() -> None:
+    x = torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(0))
+    hessian = Hessian(8)
+    for part in x:
+        hessian.add(part)
+    rows = x.view(-1, 8).double()
+    assert torch.allclose(hessian.matrix(), 2 / 150 * rows.t() @ rows, rtol=1e-5)
+
+
+# Whole models
+
+VOCABULARY = 96
+
+
+def tiny_model(path: Path, family: str = "llama", **changes: Any) -> Path:
+    """A random model of two layers with a tokenizer of single bytes."""
+    config: dict[str, Any] = {
+        "model_type": family,
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": True,
+        "eos_token_id": 0,
+        "torch_dtype": "float32",
+        **changes,
+    }
+    generator = torch.Generator().manual_seed(7)
+
+    def linear(out_features: int, in_features: int) -> torch.Tensor:
+        return torch.randn(out_features, in_features, generator=generator) / in_features**0.5
+
+    tensors = {"model.embed_tokens.weight": linear(VOCABULARY, 64), "model.norm.weight": torch.ones(64)}
+    if not config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = linear(VOCABULARY, 64)
+    for layer in ("model.layers.0.", "model.layers.1."):
+        sizes = {"q": (64, 64), "k": (32, 64), "v": (32, 64), "o": (64, 64)}
+        for name, shape in sizes.items():
+            tensors[f"{layer}self_attn.{name}_proj.weight"] = linear(*shape)
+            if family == "qwen2" and name != "o":
+                tensors[f"{layer}self_attn.{name}_proj.bias"] = linear(shape[0], 1).flatten()
+        for name, shape in {"gate": (96, 64), "up": (96, 64), "down": (64, 96)}.items():
+            tensors[f"{layer}mlp.{name}_proj.weight"] = linear(*shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{layer}{name}.weight"] = 1 + 0.1 * linear(64, 1).flatten()
+        if family == "qwen3":
+            for name in ("q_norm", "k_norm"):
+                tensors[f"{layer}self_attn.{name}.weight"] = 1 + 0.1 * linear(16, 1).flatten()
+    path.mkdir(parents=True)
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
+    words = tokenizers.Tokenizer(models.WordLevel({chr(32 + i): i for i in range(VOCABULARY)}, unk_token=" "))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    Tokenizer(words, special_tokens={"eos_token": " "}).save(path)
+    return path
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+TINY = QuantizationSettings(group_size=32, head_group_size=32, num_sequences=8, sequence_length=32)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_forward_pass_is_that_of_transformers(tmp_path: Path, family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    changes = {"sliding_window": 8} if family == "mistral" else {}
+    path = tiny_model(tmp_path / "model", family, **changes)
+    ids = tokens(64)
+    with torch.inference_mode():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager"
+        )
+        batch = torch.tensor(ids).view(2, 32)
+        expected = math.exp(model(batch, labels=batch).loss.item())
+    assert math.isclose(perplexity(path, ids, window=32), expected, rel_tol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"head_bits": None},
+        {"symmetric": False, "act_order": True, "clip_search": True},
+        {"bits": 8, "group_size": -1},
+    ],
+    ids=["default", "dense_head", "all_options", "8bit"],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_model_end_to_end(tmp_path: Path, changes: dict[str, Any], tied: bool) -> None:
+    path = tiny_model(tmp_path / "model", tie_word_embeddings=tied)
+    options = QuantizationSettings(**{**vars(TINY), **changes})
+    out = tmp_path / "made" / "quantised"
+    reports = quantize_model(path, out, options, calibration=tokens(1000), use_tqdm=False)
+
+    assert len(reports) == 14 + (options.head_bits is not None)
+    assert all(0 < report.error <= report.rounding_error < 1 for report in reports)
+    source = load_source(out)
+    quantization = source.quantization_config
+    assert quantization is not None
+    expected = {
+        "quant_method": "gptq",
+        "bits": options.bits,
+        "group_size": options.group_size,
+        "sym": options.symmetric,
+    }
+    expected |= {"desc_act": options.act_order, "checkpoint_format": "gptq"}
+    assert quantization | expected == quantization
+    assert source.has("lm_head.weight") == (not tied and options.head_bits is None)
+    assert source.tensor("model.embed_tokens.weight").dtype == torch.float16
+    assert source.tokenizer.encode("ab") == load_source(path).tokenizer.encode("ab")
+    loader = WeightLoader(source, torch.float32, "exact")
+    qkv = loader.linear([f"model.layers.1.self_attn.{name}_proj" for name in "qkv"], 64, [64, 32, 32], bias=False)
+    assert len(qkv.weights) == 1  # same input, same order of inputs: merged into one matmul
+    if options.head_bits is not None:
+        (head,) = loader.linear(["lm_head"], 64, [VOCABULARY], bias=False).weights
+        assert isinstance(head, GPTQWeight)
+        assert head.bits == 8
+    # Random weights have nothing to lose but that they are these weights.
+    before, after = (perplexity(model, tokens(512, 1), window=32) for model in (path, out))
+    assert abs(math.log(after / before)) < 0.1
+
+
+def test_biases_and_dtype_are_kept(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "model", "qwen2")
+    tensors = load_file(path / "model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, path / "model.safetensors")
+    quantize_model(path, tmp_path / "out", TINY, calibration=tokens(1000), use_tqdm=False)
+    source = load_source(tmp_path / "out")
+    bias = source.tensor("model.layers.0.self_attn.q_proj.bias")
+    assert torch.equal(bias, tensors["model.layers.0.self_attn.q_proj.bias"].bfloat16())
+    assert source.raw_config["torch_dtype"] == "bfloat16"
+
+
+def test_text_is_tokenised_with_the_model(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "model")
+    text = "".join(chr(32 + token) for token in tokens(1000))
+    for name, calibration in (("text", text), ("ids", load_source(path).tokenizer.encode(text))):
+        quantize_model(path, tmp_path / name, TINY, calibration=calibration, use_tqdm=False)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("text", "ids"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_model(tmp_path / "model")
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("teco_kernels.decoder.tokenizer.Tokenizer.save", interrupt)  # when the tensors are written
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(path, tmp_path / "out", TINY, calibration=tokens(1000), use_tqdm=False)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_model_refuses(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"model: exists already"):
+        quantize_model(path, path, TINY, calibration=tokens(1000))
+    with pytest.raises(ValueError, match="expected at least 32 tokens, got 31"):
+        quantize_model(path, tmp_path / "out", TINY, calibration=tokens(31), use_tqdm=False)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj: group_size: expected -1 or a divisor"):
+        quantize_model(path, tmp_path / "out", QuantizationSettings(), calibration=tokens(9999), use_tqdm=False)
+    quantize_model(path, tmp_path / "out", TINY, calibration=tokens(1000), use_tqdm=False)
+    with pytest.raises(ValueError, match="quantised already"):
+        quantize_model(tmp_path / "out", tmp_path / "again", TINY, calibration=tokens(1000))
+    with pytest.raises(ValueError, match="expected at least a window of 1024 tokens"):
+        perplexity(path, tokens(10))
