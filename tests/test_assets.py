@@ -151,7 +151,7 @@ def test_leftovers_of_killed_processes_go(registry: Path) -> None:
 
 
 ARTICLE = """{{Infobox|name=X}}
-'''Anarchism''' is a [[political philosophy|philosophy]] of the world as it is, does<ref>''Book''.</ref> things, and is.
+'''Anarchism''' is a [[political philosophy|philosophy]]<ref>B.</ref> of all the world as it is, and of how it came to be so.
 
 [[File:X.jpg|thumb|A caption long enough to look like a paragraph, which is what captions at times do, alas.]]
 Second paragraph of the lead, which is also long enough to be counted as prose, and ends in a full stop too.
@@ -180,7 +180,7 @@ def page(text: str, namespace: int = 0, extra: str = "") -> str:
 def test_prose() -> None:
     pytest.importorskip("mwparserfromhell")
     first, second, third = assets._prose(ARTICLE).split("\n\n")
-    assert first == "Anarchism is a philosophy of the world as it is, does things, and is."
+    assert first == "Anarchism is a philosophy of all the world as it is, and of how it came to be so."
     assert second.startswith("Second paragraph")
     assert third.startswith("The section has a paragraph")
 

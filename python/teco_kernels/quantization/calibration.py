@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_TOKENS_AT_ONCE = 4096
+_TOKENS_AT_ONCE, _FEATURES_AT_ONCE = 4096, 256
 
 
 def token_windows(token_ids: list[int], num_sequences: int, length: int) -> Tensor:
@@ -35,9 +35,13 @@ class Hessian:
     def add(self, x: Tensor) -> None:
         """Add the rows of ``[..., in_features]``."""
         for rows in x.reshape(-1, x.shape[-1]).float().split(_TOKENS_AT_ONCE):
-            self._sum += rows.t() @ rows
+            # The matrix is symmetric: what lies above the diagonal's blocks is not computed.
+            for start in range(0, len(self._sum), _FEATURES_AT_ONCE):
+                end = min(start + _FEATURES_AT_ONCE, len(self._sum))
+                self._sum[start:end, :end] += rows[:, start:end].t() @ rows[:, :end]
             self._rows += len(rows)
 
     def matrix(self) -> Tensor:
         """float64 ``[in_features, in_features]``."""
-        return self._sum * (2 / max(self._rows, 1))
+        lower = self._sum.tril()
+        return (lower + lower.tril(-1).t()) * (2 / max(self._rows, 1))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 _FP16_MAX, _FP16_TINY = 65504.0, 2.0**-24
 #: The search narrows a grid to no less than this share of the range.
-_LEAST_SHARE, _SHARES = 0.7, 31
+_LEAST_SHARE, _SHARES = 0.7, 16
 
 
 @dataclass(frozen=True)
