@@ -151,7 +151,7 @@ def test_leftovers_of_killed_processes_go(registry: Path) -> None:
 
 
 ARTICLE = """{{Infobox|name=X}}
-'''Anarchism''' is a [[political philosophy|philosophy]]<ref>B.</ref> of all the world as it is, and of how it came to be so.
+'''Anarchism''' is a [[Philosophy|philosophy]]<ref>B.</ref> of all the world as it is, and of how it came to be so.
 
 [[File:X.jpg|thumb|A caption long enough to look like a paragraph, which is what captions at times do, alas.]]
 Second paragraph of the lead, which is also long enough to be counted as prose, and ends in a full stop too.
