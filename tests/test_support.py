@@ -66,6 +66,12 @@ def _rotary(D: int, rotary_dim: int) -> None:
     tk.rotary_embedding(torch.zeros(1, dtype=torch.int64), heads, heads.clone(), torch.ones(4, rotary_dim))
 
 
+def _attention(heads: tuple[int, int] = (2, 1), head_dim: int = 8, cache_dtype: torch.dtype = torch.float32) -> None:
+    cache = torch.zeros(2, 4, heads[1], head_dim).to(cache_dtype)
+    table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    tk.paged_attention(torch.ones(1, heads[0], head_dim), cache, cache.clone(), table, lengths)
+
+
 def _cache(dtype: torch.dtype, scale: float | None) -> None:
     cache = torch.zeros(2, 4, 1, 8).to(dtype)
     tk.reshape_and_cache(
@@ -94,6 +100,9 @@ UNSUPPORTED: list[tuple[str, dict[str, Any], Any, str]] = [
         lambda: tk.sample(torch.ones(1, (1 << 22) + 1), seed=0, offset=0),
         "vocab_size",
     ),
+    ("paged_attention", {"cache_dtype": "int16"}, lambda: _attention(cache_dtype=torch.int16), "cache_dtype"),
+    ("paged_attention", {"head_dim": 513}, lambda: _attention(head_dim=513), "head_dim"),
+    ("paged_attention", {"heads": (3, 2)}, lambda: _attention(heads=(3, 2)), "heads"),
     ("reshape_and_cache", {"cache_dtype": "float64"}, lambda: _cache(torch.float64, None), "cache_dtype"),
     ("reshape_and_cache", {"cache_dtype": "int8", "scale": "none"}, lambda: _cache(torch.int8, None), "scale"),
     ("reshape_and_cache", {"cache_dtype": "float16", "scale": "one"}, lambda: _cache(torch.float16, 1.0), "scale"),

@@ -1,5 +1,5 @@
 // Probes of what the machine can do, for `bench` to hold the operators against: reading memory, fp32 multiply-adds, and
-// 8-bit multiply-adds, each with nothing else in the loop and with the instructions that the kernels beside it use.
+// 8-bit multiply-adds, each with nothing else in the loop and with the widest instructions of the set.
 #include "cpu/int8_dot.h"
 
 namespace teco::cpu::TECO_ISA {
@@ -11,23 +11,47 @@ constexpr int64_t kTasksPerThread = 4;
 
 constexpr int kChains = 12;  // of 16 registers; two units with a latency of four or five cycles need ten at the most
 
-// One register: an array of vectors that the compiler must split would live on the stack.
-#if defined(TECO_ISA_AVX2)
-typedef F32x8 Register;
-inline Register multiply_add(Register a, Register b, Register c) {
-  return fma(a, b, c);
+// One register of floats and one of integers, and what the instruction set does best with them: a multiply-add, and
+// sums of products of unsigned bytes of `sum` and signed bytes of x. (Wider vectors than registers, as in vec.h, will
+// not do: an array of them would live on the stack.)
+#if defined(TECO_ISA_AVX512)
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+inline Integers dot_add(Integers sum, Integers x) {
+  const auto bytes = reinterpret_cast<__m512i>(sum);
+  return reinterpret_cast<Integers>(_mm512_dpbusd_epi32(bytes, bytes, reinterpret_cast<__m512i>(x)));
+}
+#elif defined(TECO_ISA_AVX2)
+typedef F32x8 Floats;
+typedef I32x8 Integers;
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+inline Integers dot_add(Integers sum, Integers x) {
+  const auto bytes = reinterpret_cast<__m256i>(sum);
+  const __m256i products = _mm256_maddubs_epi16(bytes, reinterpret_cast<__m256i>(x));
+  return reinterpret_cast<Integers>(_mm256_add_epi16(bytes, products));
 }
 #else
-typedef F32x4 Register;
-inline Register multiply_add(Register a, Register b, Register c) {
+typedef F32x4 Floats;
+typedef int16_t Integers __attribute__((vector_size(16)));
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
   return a * b + c;
+}
+inline Integers dot_add(Integers sum, Integers x) {
+  return sum + (sum & 0xff) * ((x << 8) >> 8) + ((sum >> 8) & 0xff) * (x >> 8);
 }
 #endif
 
-// Makes the compiler believe that the value is used.
-template <class V>
-inline void use(const V& value) {
-  asm volatile("" : : "m"(value));
+// Makes the compiler believe that the sum of the vectors is used.
+template <class V, int N>
+inline void use(const V (&vectors)[N]) {
+  V sum = vectors[0];
+  for (int i = 1; i < N; ++i) sum += vectors[i];
+  asm volatile("" : : "m"(sum));
 }
 
 // Reads lines [begin, end), cut into S streams that advance together.
@@ -68,11 +92,14 @@ void read_probe(const ReadProbeParams& p, int num_threads) {
   });
 }
 
+// In both arithmetic probes every step takes what the one before it gave, else the compiler would take it out of the
+// loop.
+
 int64_t fma_probe(int64_t iterations, int num_threads) {
   const int64_t tasks = num_threads * kTasksPerThread;
   parallel_for(tasks, 1, num_threads, [&](int64_t begin, int64_t end) {
-    const Register zero = {}, half = zero + 0.5f, one = zero + 1.f;
-    Register chain[kChains];
+    const Floats zero = {}, half = zero + 0.5f, one = zero + 1.f;
+    Floats chain[kChains];
     for (int c = 0; c < kChains; ++c) chain[c] = zero + static_cast<float>(c);
     for (int64_t i = 0; i < (end - begin) * iterations; ++i) {
 #pragma GCC unroll 16
@@ -80,24 +107,26 @@ int64_t fma_probe(int64_t iterations, int num_threads) {
     }
     use(chain);
   });
-  return tasks * iterations * kChains * static_cast<int64_t>(sizeof(Register) / sizeof(float)) * 2;
+  return tasks * iterations * kChains * static_cast<int64_t>(sizeof(Floats) / sizeof(float)) * 2;
 }
 
-// Every product depends on the sum before it, else the compiler would take it out of the loop. The activations are
-// zeros, which it cannot know: sums never leave their range.
 int64_t int8_probe(int64_t iterations, int num_threads) {
   const int64_t tasks = num_threads * kTasksPerThread;
   parallel_for(tasks, 1, num_threads, [&](int64_t begin, int64_t end) {
-    const I32x8 activation = splat_int(iterations < 0);
-    DotSum chain[kChains];
-    for (int c = 0; c < kChains; ++c) chain[c] = reinterpret_cast<DotSum>(splat_int(0x01020304 + c));
+    const Integers zero = {}, x = zero + static_cast<int16_t>(iterations >> 62);  // 0, which the compiler cannot know
+    Integers chain[kChains];
+    for (int c = 0; c < kChains; ++c) chain[c] = zero + static_cast<int16_t>(c);
     for (int64_t i = 0; i < (end - begin) * iterations; ++i) {
 #pragma GCC unroll 16
-      for (int c = 0; c < kChains; ++c) chain[c] = dot_add(chain[c], reinterpret_cast<U8x32>(chain[c]), activation);
+      for (int c = 0; c < kChains; ++c) {
+        Integers sum = dot_add(chain[c], x);
+        keep_in_register(sum);
+        chain[c] = sum;
+      }
     }
     use(chain);
   });
-  return tasks * iterations * kChains * 32 * 2;
+  return tasks * iterations * kChains * static_cast<int64_t>(sizeof(Integers)) * 2;
 }
 
 }  // namespace teco::cpu::TECO_ISA

@@ -31,5 +31,5 @@ def fma_probe(iterations: int) -> int:
 
 
 def int8_probe(iterations: int) -> int:
-    """Like `fma_probe` with products of 8-bit integers, summed in 16 bits, in the kernels' own instructions."""
+    """Like `fma_probe` with products of 8-bit integers, by the best instruction of the set in use."""
     return int(_int8_probe(iterations))

@@ -16,6 +16,9 @@ from teco_kernels.ops.gptq import SUPPORTED_BITS
 #: Every backend of the package's design, compiled into this build or not.
 BACKENDS = ("cpu", "cuda", "triton")
 
+#: Largest head_dim that `paged_attention` takes.
+MAX_HEAD_DIM = 512
+
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -161,6 +164,17 @@ def _sample(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
     return ""
 
 
+def _paged_attention(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
+    if reason := _cache_problem(dtype, {"cache_dtype": case.get("cache_dtype", dtype)}):
+        return reason
+    if not 1 <= case.get("head_dim", 1) <= MAX_HEAD_DIM:
+        return f"head_dim: expected 1 to {MAX_HEAD_DIM}, got {case['head_dim']}"
+    num_heads, num_kv_heads = case.get("heads", (1, 1))
+    if num_heads % num_kv_heads:
+        return f"heads: expected query heads to be a multiple of the {num_kv_heads} KV heads, got {num_heads}"
+    return ""
+
+
 def _cache_problem(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
     """Of operators that take a paged cache; `scale` is "none", "one" or "per_slot"."""
     if reason := _dtype_problem(dtype, case):
@@ -186,6 +200,8 @@ _OPERATORS: dict[str, _Problem] = {
     "gptq_matmul": _gptq_matmul,
     "rotary_embedding": _rotary_embedding,
     "sample": _sample,
+    "paged_attention": _paged_attention,
+    "merge_attention_states": _dtype_problem,
     "reshape_and_cache": _cache_problem,
     "copy_blocks": _any_dtype,
     "swap_blocks": _any_dtype,

@@ -99,7 +99,9 @@ def _short_params(params: Mapping[str, Any]) -> Iterator[str]:
             yield f"{value}-bit"
         elif key == "cache_dtype":
             yield f"{short_dtype(value)} cache"
-        elif key in ("activation", "filters", "layout"):
+        elif key == "heads":
+            yield f"{'/'.join(map(str, value))} heads"
+        elif key in ("activation", "filters", "layout", "setup"):
             yield str(value)
         elif value is True:
             yield key

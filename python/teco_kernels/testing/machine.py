@@ -13,7 +13,7 @@ import torch
 from teco_kernels.ops import _library
 
 #: Instruction sets that the package has kernels for on some build, widest first.
-INSTRUCTION_SETS = ("avx2", "baseline")
+INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 #: When the system does not tell.
 _DEFAULT_L3 = 32 << 20
 
