@@ -165,6 +165,7 @@ def test_seeds_decide_and_company_does_not(llm: LLM) -> None:
 
     assert drawn(seed=1) == drawn(seed=1)
     assert len({tuple(drawn(seed=seed)) for seed in range(8)}) == 8
+    assert len(set(drawn(seed=1, temperature=1e6))) > 10  # nearly uniform: every token has a random number of its own
     assert drawn() != drawn()  # 16 tokens: the chance to be equal is nil
     params = SamplingParams(n=3, seed=5, ignore_eos=True)
     (output,) = llm.generate(PROMPT, params, use_tqdm=False)
