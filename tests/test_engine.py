@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import END, VOCAB_SIZE, random_model, save_model, tiny_tokenizer
 
 from teco_kernels import LLM, RequestOutput, SamplingParams
@@ -90,6 +91,16 @@ def test_every_request_gets_the_tokens_it_gets_alone(kv_cache_dtype: str, count:
         assert llm.engine.cache.pool.num_used == 0
         preemptions += llm.metrics()["preemptions"]
     assert preemptions > 10
+
+
+def test_number_of_threads_does_not_matter(path: Path) -> None:
+    requests = random_requests(6, longest=20)
+    llm = load(path)
+    expected = together(llm, requests)
+    torch.set_num_threads(3)
+    assert together(load(path), requests) == expected
+    torch.set_num_threads(1)
+    assert together(llm, requests) == expected
 
 
 def test_prefix_cache_changes_nothing_but_the_work(path: Path) -> None:
