@@ -83,6 +83,5 @@ class KVCache:
         mapping = torch.tensor([[source, target]])
         for layer in self.layers:
             copy_blocks(layer.key, layer.value, mapping)
-            for scale in (layer.key_scale, layer.value_scale):
-                if scale is not None:
-                    scale[target] = scale[source]
+            if layer.key_scale is not None and layer.value_scale is not None:
+                copy_blocks(layer.key_scale, layer.value_scale, mapping)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,40 @@ class Layer:
     gate_up: Linear
     down: Linear
     sliding_window: int | None
+
+
+class _Buffers(NamedTuple):
+    """Where a layer of this step puts what it computes; the next layer writes over it.
+
+    Attributes
+    ----------
+    qkv : Tensor
+        ``[T, (num_heads + 2 * num_kv_heads) * head_dim]``; `query`, `key` and `value` are views of it by heads.
+    attended : Tensor
+        ``[T, num_heads, head_dim]``; `attended_rows` is a view of it, ``[T, num_heads * head_dim]``.
+    gate_up, activated : Tensor
+        ``[T, 2 * intermediate_size]`` and ``[T, intermediate_size]``.
+    """
+
+    qkv: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attended: Tensor
+    attended_rows: Tensor
+    gate_up: Tensor
+    activated: Tensor
+
+    @classmethod
+    def allocate(cls, config: ModelConfig, hidden: Tensor) -> _Buffers:
+        """For a step whose hidden states are `hidden` ``[T, hidden_size]``."""
+        num_tokens, heads = len(hidden), [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        qkv = hidden.new_empty(num_tokens, sum(heads) * config.head_dim)
+        query, key, value = qkv.view(num_tokens, -1, config.head_dim).split(heads, dim=1)
+        attended = hidden.new_empty(num_tokens, config.num_heads, config.head_dim)
+        gate_up = hidden.new_empty(num_tokens, 2 * config.intermediate_size)
+        activated = hidden.new_empty(num_tokens, config.intermediate_size)
+        return cls(qkv, query, key, value, attended, attended.flatten(1), gate_up, activated)
 
 
 class Transformer:
@@ -84,25 +119,29 @@ class Transformer:
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Run a step: write the tokens' keys and values into `cache`, return logits ``[R, vocab_size]``."""
         eps = self.config.rms_norm_eps
-        update = self.embedding[batch.token_ids].to(self.dtype)
-        residual = torch.zeros_like(update)
+        # What the last branch adds to the residual stream, and then the normed sum of both.
+        hidden = self.embedding[batch.token_ids].to(self.dtype)
+        residual = torch.zeros_like(hidden)
+        buffers = _Buffers.allocate(self.config, hidden)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            normed, _ = fused_add_rms_norm(update, residual, layer.input_norm, eps, out=(update, residual))
-            attended = layer.output(self._attention(layer, normed, batch, layer_cache))
-            normed, _ = fused_add_rms_norm(attended, residual, layer.post_attention_norm, eps, out=(attended, residual))
-            update = layer.down(silu_and_mul(layer.gate_up(normed)))
+            fused_add_rms_norm(hidden, residual, layer.input_norm, eps, out=(hidden, residual))
+            layer.qkv(hidden, out=buffers.qkv)
+            self._attend(layer, batch, layer_cache, buffers)
+            layer.output(buffers.attended_rows, out=hidden)
+            fused_add_rms_norm(hidden, residual, layer.post_attention_norm, eps, out=(hidden, residual))
+            layer.gate_up(hidden, out=buffers.gate_up)
+            silu_and_mul(buffers.gate_up, out=buffers.activated)
+            layer.down(buffers.activated, out=hidden)
         if batch.logit_rows is not None:
-            update, residual = update[batch.logit_rows], residual[batch.logit_rows]
-        normed, _ = fused_add_rms_norm(update, residual, self.norm, eps)
+            hidden, residual = hidden[batch.logit_rows], residual[batch.logit_rows]
+        normed, _ = fused_add_rms_norm(hidden, residual, self.norm, eps)
         return self.lm_head(normed)
 
-    def _attention(self, layer: Layer, x: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        config = self.config
-        heads = layer.qkv(x).view(len(x), -1, config.head_dim)
-        query, key, value = torch.split(heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+    def _attend(self, layer: Layer, batch: Batch, cache: LayerCache, buffers: _Buffers) -> None:
+        query, key, value = buffers.query, buffers.key, buffers.value
         if layer.query_norm is not None and layer.key_norm is not None:
-            query = rms_norm(query.contiguous(), layer.query_norm, config.rms_norm_eps)
-            key = rms_norm(key.contiguous(), layer.key_norm, config.rms_norm_eps)
+            query = rms_norm(query.contiguous(), layer.query_norm, self.config.rms_norm_eps)
+            key = rms_norm(key.contiguous(), layer.key_norm, self.config.rms_norm_eps)
         rotary_embedding(batch.positions, query, key, self.cos_sin)
         reshape_and_cache(
             key,
@@ -113,7 +152,7 @@ class Transformer:
             key_scale=cache.key_scale,
             value_scale=cache.value_scale,
         )
-        attended = paged_attention(
+        paged_attention(
             query,
             cache.key,
             cache.value,
@@ -123,8 +162,8 @@ class Transformer:
             sliding_window=layer.sliding_window,
             key_scale=cache.key_scale,
             value_scale=cache.value_scale,
+            out=buffers.attended,
         )
-        return attended.view(len(x), -1)
 
 
 def _load_layer(load: WeightLoader, config: ModelConfig, index: int) -> Layer:

@@ -30,14 +30,16 @@ class Linear:
         self.activation = activation
         self.nbytes = sum(weight.nbytes for weight in self.weights)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        outputs = [
-            gptq_matmul(x, weight, activation=self.activation)
-            if isinstance(weight, GPTQWeight)
-            else dense_matmul(x, weight)
-            for weight in self.weights
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Multiply; `out` ``[T, out_features]``, which must not overlap `x`, is written and returned when given."""
+        if len(self.weights) == 1:
+            return self._multiply(x, self.weights[0], out)
+        return torch.cat([self._multiply(x, weight, None) for weight in self.weights], dim=-1, out=out)
+
+    def _multiply(self, x: Tensor, weight: DenseWeight | GPTQWeight, out: Tensor | None) -> Tensor:
+        if isinstance(weight, GPTQWeight):
+            return gptq_matmul(x, weight, activation=self.activation, out=out)
+        return dense_matmul(x, weight, out=out)
 
 
 def _merge_gptq(weights: Sequence[DenseWeight | GPTQWeight]) -> list[DenseWeight | GPTQWeight]:
