@@ -29,16 +29,19 @@ def sample_tokens(logits: Tensor, answers: Sequence[Answer]) -> list[int]:
             _adjust(logits[row], answer)
     token_ids = torch.zeros(len(answers), dtype=torch.int64)
     try:
-        sample(
-            logits,
-            temperature=[answer.params.temperature for answer in answers],
-            top_k=[max(answer.params.top_k, 0) for answer in answers],
-            top_p=[answer.params.top_p for answer in answers],
-            min_p=[answer.params.min_p for answer in answers],
-            seed=[answer.sequence.seed for answer in answers],
-            offset=[answer.sequence.num_generated for answer in answers],
-            out=token_ids,
-        )
+        if all(answer.params.temperature == 0 for answer in answers):
+            sample(logits, temperature=0.0, seed=0, offset=0, out=token_ids)
+        else:
+            sample(
+                logits,
+                temperature=[answer.params.temperature for answer in answers],
+                top_k=[max(answer.params.top_k, 0) for answer in answers],
+                top_p=[answer.params.top_p for answer in answers],
+                min_p=[answer.params.min_p for answer in answers],
+                seed=[answer.sequence.seed for answer in answers],
+                offset=[answer.sequence.num_generated for answer in answers],
+                out=token_ids,
+            )
     except ValueError:
         if INVALID_TOKEN not in (drawn := token_ids.tolist()):
             raise
