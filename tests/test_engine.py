@@ -29,7 +29,7 @@ def load(path: Path, num_blocks: int = 512, block_size: int = 16, **options: Any
     slot_bytes = {"fp32": 64 * 4, "bf16": 64 * 2, "int8": 64 + 16, "fp8": 64 + 16}[kv_cache_dtype] * 3
     options = {"max_model_len": 512, "kv_cache_memory": num_blocks * block_size * slot_bytes, **options}
     llm = LLM(path, block_size=block_size, kv_cache_dtype=kv_cache_dtype, **options)
-    assert llm.metrics()["kv_blocks"] == min(num_blocks, options.get("max_num_seqs", 64) * 512 // block_size)
+    assert llm.metrics()["kv_blocks"] == num_blocks
     return llm
 
 
@@ -78,11 +78,11 @@ def test_every_request_gets_the_tokens_it_gets_alone(kv_cache_dtype: str, count:
     requests = random_requests(count, longest=90)
     alone = each_alone(load(path, kv_cache_dtype=kv_cache_dtype), requests)
     preemptions = 0
-    for budget in (7, 64, 300):
+    for budget, block_size in ((7, 8), (64, 5), (300, 16)):
         llm = load(
             path,
-            num_blocks=40,
-            block_size=8,
+            num_blocks=320 // block_size,
+            block_size=block_size,
             kv_cache_dtype=kv_cache_dtype,
             max_num_seqs=24,
             max_num_batched_tokens=budget,
@@ -239,6 +239,29 @@ def test_abort_at_any_time(path: Path) -> None:
             assert answers([seen[key]])[0] == alone[key]
         assert engine.cache.pool.num_used == 0
         assert engine.metrics()["requests_running"] == engine.metrics()["requests_waiting"] == 0
+
+
+def test_a_step_that_failed_leaves_nothing_behind(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stops it (here as if by Ctrl-C), the next request is answered as ever, an open stream goes on."""
+    llm = load(path, num_blocks=16, block_size=4)
+    params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+    requests = [([1, 2, 3, 4, 5], params), ([6] * 9, params)]
+    alone = each_alone(llm, requests)
+    stream = llm.stream([6] * 9, params)
+    next(stream)
+    forward, steps = llm.engine.model.forward, iter(range(100))
+
+    def interrupted(*args: Any) -> torch.Tensor:
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+        return forward(*args)
+
+    monkeypatch.setattr(llm.engine.model, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([1, 2, 3, 4, 5], params, use_tqdm=False)
+    assert together(llm, requests) == alone
+    assert answers([collect(stream)[-1]])[0] == alone[1]
+    assert llm.engine.cache.pool.num_used == 0
 
 
 def test_scoring_beside_running_requests(path: Path) -> None:
