@@ -1,0 +1,36 @@
+"""transformers on the same model, dequantised to fp32."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+from worker import PROMPT, serve
+
+from teco_kernels.assets import default_model
+from teco_kernels.decoder.loader import load_source
+
+torch.set_num_threads(int(sys.argv[1]))
+source = load_source(default_model())
+config = AutoConfig.for_model(**source.raw_config)
+model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+model.load_state_dict({name: source.tensor(name).float() for name in source.names()}, strict=False)
+prompt = torch.tensor([source.tokenizer.encode(PROMPT)])
+
+
+def generate(batch: int, tokens: int) -> bool:
+    ids = prompt.repeat(batch, 1)
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        pad_token_id=0,
+    )
+    return True
+
+
+serve(f"{transformers.__version__}, fp32", generate)
