@@ -2,7 +2,7 @@
 
 Each engine lives in a process of its own, with the interpreter of the environment that it is installed in, and is
 asked one run at a time: whatever else the machine does meanwhile hits all of them alike. Every run generates greedily
-from the same prompt, `--tokens` tokens for each of `--batch` sequences; the median of the runs counts, prefill included.
+from the same prompt, `--tokens` tokens for each of `--batch` sequences; the median of the runs counts, with prefill.
 
     python bench/decode.py --engine teco --engine transformers --batch 1 --batch 16
     python bench/decode.py --engine teco --engine llama_cpp=peers/bin/python
