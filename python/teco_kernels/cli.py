@@ -408,12 +408,15 @@ def demo(
     from teco_kernels import _tables as tables
     from teco_kernels.decoder.sampling_params import SamplingParams
     from teco_kernels.quantization import default_quantized_model
+    from teco_kernels.testing import machine
 
-    llm = _load(default_quantized_model(), max_num_seqs=1, num_threads=threads)
+    path = default_quantized_model()
+    before, _ = machine.process_memory()
+    llm = _load(path, max_num_seqs=1, num_threads=threads)
     typer.secho(prompt, nl=False, bold=True)
     output = _stream(llm, prompt, SamplingParams(temperature=0.0, max_tokens=max_tokens))
     if output:
-        Console().print("", tables.run_table([*_speed_rows(output), *_memory_rows(llm)]))
+        Console().print("", tables.run_table([*_speed_rows(output), *_memory_rows(llm, before)]))
 
 
 def _chosen_cases(operators: list[str] | None) -> list[Case]:
@@ -513,8 +516,8 @@ def _speed_rows(output: RequestOutput) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _memory_rows(llm: LLM) -> list[tuple[str, str, str]]:
-    """The process's memory and what it went into."""
+def _memory_rows(llm: LLM, before: int) -> list[tuple[str, str, str]]:
+    """The process's memory and what it went into; `before`: bytes it had when the model was not yet loaded."""
     from teco_kernels._tables import size
     from teco_kernels.testing import machine
 
@@ -523,12 +526,10 @@ def _memory_rows(llm: LLM) -> list[tuple[str, str, str]]:
     cache = metrics["kv_blocks_peak"] * block_bytes
     tokens = metrics["kv_blocks_peak"] * metrics["kv_block_size"]
     resident, peak = machine.process_memory()
+    rest = resident - before - cache - metrics["weight_bytes"]
     return [
-        ("KV cache", size(cache), f"{tokens} slots at the most, {metrics['kv_waste_share']:.1%} of them empty"),
         ("weights", size(metrics["weight_bytes"]), ""),
-        (
-            "process",
-            size(resident),
-            f"of which {size(resident - cache - metrics['weight_bytes'])} Python, torch and tables; peak {size(peak)}",
-        ),
+        ("KV cache", size(cache), f"{tokens} slots at the most, {metrics['kv_waste_share']:.1%} of them empty"),
+        ("before", size(before), "Python and torch, before the model was loaded"),
+        ("process", size(resident), f"all of these and {size(max(rest, 0))} more; peak {size(peak)}"),
     ]
