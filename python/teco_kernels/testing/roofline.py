@@ -41,7 +41,7 @@ def draw(timings: list[Timing], ceilings: Ceilings, title: str, path: Path) -> N
     drawn = [timing for timing in timings if timing.case.flops]
     colours = {operator: _COLOURS[i % len(_COLOURS)] for i, operator in enumerate(operators)}
     with mpl.rc_context({"font.size": 9, "font.family": "DejaVu Sans", "axes.edgecolor": "#868e96"}):
-        figure = Figure(figsize=(15, max(7.5, 1.5 + 0.185 * (len(timings) + 2 * len(operators)))), layout=None)
+        figure = Figure(figsize=(15, max(7.5, 1.5 + 0.16 * (len(timings) + 2 * len(operators)))), layout=None)
         axes = figure.add_axes((0.05, 0.08, 0.55, 0.83))
         _axes(axes, drawn, ceilings)
         figure.text(0.05, 0.955, "Operators under the measured roofline", fontsize=15, weight="bold", va="center")
