@@ -243,6 +243,14 @@ def int32(*values: Any) -> Tensor:
         ({"query": torch.randn(5, 5, 16)}, r"query: expected Hq to be a multiple of Hkv = 2 .*, got 5"),
         ({"query": torch.randn(5, 16, HEADS).mT}, r"query: expected stride 1 in the last dimension"),
         ({"query": torch.randn(5, HEADS, 8)}, r"key_cache: .* D = 8 \(from query\)"),
+        (
+            {
+                "query": torch.randn(5, HEADS, 513),
+                "key_cache": (wide := torch.randn(4, BLOCK, 2, 513)),
+                "value_cache": wide,
+            },
+            r"query: expected D from 1 to 512, got 513",
+        ),
         ({"key_cache": torch.randn(4, BLOCK, 16, KV_HEADS).mT}, r"key_cache: expected stride 1"),
         ({"value_cache": torch.randn(4, BLOCK, 1, 16)}, r"value_cache: .* Hkv = 2 \(from key_cache\)"),
         ({"out": torch.empty(4, HEADS, 16)}, r"out: expected shape .* T = 5"),
@@ -281,6 +289,16 @@ def test_bad_values_are_named_and_nothing_is_written(changes: dict[str, Any], me
 def test_bad_dtypes_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         tk.paged_attention(**call(**changes))
+
+
+def test_bad_states_are_named() -> None:
+    out, lse = torch.randn(5, HEADS, 16), torch.randn(5, HEADS)
+    with pytest.raises(ValueError, match=r"lse_b: expected shape \[T, Hq\] with T = 5 \(from out_a\), got \[4, 6\]"):
+        tk.merge_attention_states(out, lse, out, lse[:4])
+    with pytest.raises(TypeError, match=r"out_b: expected the dtype of out_a \(float32\), got float16"):
+        tk.merge_attention_states(out, lse, out.half(), lse)
+    with pytest.raises(TypeError, match=r"lse_a: expected dtype float32, got float64"):
+        tk.merge_attention_states(out, lse.double(), out, lse)
 
 
 def test_prefix_may_be_shorter_than_the_query_without_positions() -> None:

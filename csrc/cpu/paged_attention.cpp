@@ -17,7 +17,7 @@
 namespace teco::cpu::TECO_ISA {
 namespace {
 
-constexpr int64_t kBlockKeys = 64;
+constexpr int64_t kBlockKeys = 64;  // keys that share an update of the maximum; part of the order of operations
 constexpr int64_t kGroupKeys = 16;  // keys and values of a group stay in L1 while the rows pass by
 constexpr int64_t kSliceRows = 12;  // rows that pass by between two prefetches
 
