@@ -9,7 +9,7 @@ from torch import Tensor
 
 _FP16_MAX, _FP16_TINY = 65504.0, 2.0**-24
 #: The search narrows a grid to no less than this share of the range.
-_LEAST_SHARE, _SHARES = 0.7, 16
+_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ def fit_grid(
     symmetric : bool
         Zero point in the middle, range from the largest magnitude; else from the smallest to the largest value.
     clip_search : bool
-        Try narrower ranges too, and keep the one of the least squared rounding error: a few large weights are clipped
-        so that all the others are rounded more finely.
+        Try narrower ranges and neighbouring zero points too, each with the scale that fits its codes best in the sense
+        of least squares, and keep the grid of the least squared rounding error: a few large weights are clipped so that
+        all the others are rounded more finely.
     importance : Tensor, optional
         ``[group_size]``, weights of the squared errors in that search.
 
@@ -66,18 +67,31 @@ def fit_grid(
     if not clip_search:
         return best
 
-    def error(grid: Grid) -> Tensor:
-        squared = (grid.values(grid.codes(weight)) - weight).square_()
-        return (squared if importance is None else squared * importance.unsqueeze(1)).sum(0)
-
-    least = error(best)
-    for share in torch.linspace(1, _LEAST_SHARE, _SHARES)[1:].tolist():
-        grid = _grid_over(low * share, high * share, bits, symmetric)
-        now = error(grid)
-        better = now < least
-        least = torch.where(better, now, least)
-        best = Grid(torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero), bits)
+    weights = 1.0 if importance is None else importance.unsqueeze(1)
+    least, shift_choices = _squared_error(best, weight, weights), (0.0,) if symmetric else (0.0, -1.0, 1.0)
+    for share in _SHARES:
+        narrowed = _grid_over(low * share, high * share, bits, symmetric)
+        for shift in shift_choices:
+            grid = Grid(narrowed.scale, (narrowed.zero + shift).clamp_(1, 2**bits - 1), bits)
+            grid = _least_squares_scale(grid, weight, weights)
+            now = _squared_error(grid, weight, weights)
+            better = now < least
+            least = torch.where(better, now, least)
+            best = Grid(torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero), bits)
     return best
+
+
+def _squared_error(grid: Grid, weight: Tensor, importance: Tensor | float) -> Tensor:
+    return (grid.values(grid.codes(weight)) - weight).square_().mul_(importance).sum(0)
+
+
+def _least_squares_scale(grid: Grid, weight: Tensor, importance: Tensor | float) -> Grid:
+    """The scale that is best for the codes that the weights have on this grid."""
+    steps = grid.codes(weight).sub_(grid.zero)
+    weighted = steps * importance
+    scale = (weighted * weight).sum(0) / (weighted * steps).sum(0)
+    usable = scale.isfinite() & (scale > _FP16_TINY) & (scale < _FP16_MAX)
+    return Grid(torch.where(usable, scale, grid.scale).to(torch.float16).double(), grid.zero, grid.bits)
 
 
 def _grid_over(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
