@@ -445,6 +445,7 @@ def test_model_end_to_end(tmp_path: Path, changes: dict[str, Any], tied: bool) -
     }
     expected |= {"desc_act": options.act_order, "checkpoint_format": "gptq"}
     assert quantization | expected == quantization
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
     assert source.has("lm_head.weight") == (not tied and options.head_bits is None)
     assert source.tensor("model.embed_tokens.weight").dtype == torch.float16
     assert source.tokenizer.encode("ab") == load_source(path).tokenizer.encode("ab")

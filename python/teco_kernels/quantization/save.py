@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def save_model(path: Path, source: Source, tensors: Mapping[str, Tensor], settin
         save_file({**dense, **tensors}, out / "model.safetensors", metadata={"format": "pt"})
         _write_json(out / "config.json", _config(source, dtype, quantised, settings))
         source.tokenizer.save(out)
+        # safetensors makes files that only their owner may read.
+        shutil.copymode(out / "config.json", out / "model.safetensors")
         os.rename(out, path)
 
 
