@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from tiny_models import END, VOCAB_SIZE, random_model, reference_logits, save_model, tiny_tokenizer
 
 from teco_kernels import LLM, CompletionOutput, SamplingParams
+from teco_kernels.decoder.answer import Answer
+from teco_kernels.decoder.sampler import sample_tokens
+from teco_kernels.decoder.scheduler import Sequence
 from teco_kernels.decoder.tokenizer import Detokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -202,6 +206,23 @@ def test_characters_of_several_tokens_arrive_whole(llm: LLM) -> None:
     assert set("".join(pieces)) == set(text)
 
 
+def test_penalties_reach_unlikely_tokens_too(llm: LLM) -> None:
+    """Greedy answers show only what happens to the largest logits; here all of them are looked at."""
+    params = SamplingParams(repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.25, min_tokens=9)
+    params = replace(params, logit_bias={3: -2.0}, stop_token_ids=[8])
+    sequence = Sequence([1, 2, 2, 3, 4, 3, 3], num_prompt=3, max_tokens=16, seed=0)
+    logits = torch.randn(1, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
+    expected = logits[0].clone()
+    assert expected[:5].lt(0).any()
+    for token in (1, 2, 3, 4):
+        expected[token] *= 1.5 if expected[token] < 0 else 1 / 1.5
+    expected[3] -= 0.5 + 3 * 0.25 + 2.0
+    expected[4] -= 0.5 + 0.25
+    expected[[8, END_ID]] = -torch.inf
+    sample_tokens(logits, [Answer(0, sequence, params, llm.tokenizer)])
+    torch.testing.assert_close(logits[0], expected)
+
+
 def test_score_is_the_models(llm: LLM, model: Any) -> None:
     tokens = torch.randint(0, VOCAB_SIZE, (100,), generator=torch.Generator().manual_seed(0)).tolist()
     logits = reference_logits(model, tokens).log_softmax(-1)
@@ -211,6 +232,10 @@ def test_score_is_the_models(llm: LLM, model: Any) -> None:
     assert len(cut) == 99
     assert cut[:40] == llm.score(tokens)[:40]
     assert cut[40:80] == llm.score(tokens[40:81])
+    limit = llm.engine.scheduler.max_num_batched_tokens
+    llm.engine.scheduler.max_num_batched_tokens = 13
+    assert llm.score(tokens, window=41) == cut
+    llm.engine.scheduler.max_num_batched_tokens = limit
     text = "The capital of Germany"
     assert llm.score(text) == llm.score(llm.tokenizer.encode(text))
     assert llm.score([1]) == llm.score([]) == []

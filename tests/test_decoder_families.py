@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import is_greedy, logits_of, random_model, reference_logits, relative_error, save_model
 
 from teco_kernels import LLM, SamplingParams
@@ -35,6 +36,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen2, window": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3, biases": ("qwen3", {"head_dim": 32, "attention_bias": True}),
     "qwen3, tied": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
 }
 
@@ -80,6 +82,15 @@ def test_shards_and_one_file_hold_the_same_model(tmp_path: Path) -> None:
     assert torch.equal(logits_of(load(one), PROMPT), logits_of(load(many), PROMPT))
 
 
+def test_other_files_beside_the_model_are_not_read(tmp_path: Path) -> None:
+    directory = save_model(tmp_path, random_model())
+    expected = logits_of(load(directory), PROMPT)
+    other = load_file(directory / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in other.items()}, directory / "a_training_state.safetensors")
+    save_file({name: tensor + 1 for name, tensor in other.items()}, directory / "original.safetensors")
+    assert torch.equal(logits_of(load(directory), PROMPT), expected)
+
+
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_half_precision_checkpoints_are_computed_in_single_precision(stored: torch.dtype, tmp_path: Path) -> None:
     """The stored numbers are exact in fp32, so nothing but the order of summation may differ."""
@@ -93,6 +104,7 @@ def test_half_precision_checkpoints_are_computed_in_single_precision(stored: tor
 def test_half_precision_arithmetic(dtype: str, tolerance: float, tmp_path: Path) -> None:
     model = random_model("qwen3", head_dim=16)
     llm = load(save_model(tmp_path, model), dtype=dtype)
+    assert llm.engine.model.embedding.dtype == getattr(torch, dtype)
     expected = reference_logits(rounded(rounded(model, getattr(torch, dtype)), torch.float32), PROMPT)
     assert relative_error(logits_of(llm, PROMPT), expected) < tolerance
 

@@ -154,6 +154,15 @@ def test_waste_share_counts_slots(path: Path) -> None:
     assert llm.metrics()["steps"] == 4
 
 
+def test_waste_share_counts_a_shared_block_once(path: Path) -> None:
+    """Eight answers to six tokens, six tokens a step: in the second step two still share the half-filled block."""
+    llm = load(path, block_size=4, max_num_batched_tokens=6)
+    params = SamplingParams(n=8, seed=0, max_tokens=2, ignore_eos=True)
+    llm.generate([1, 2, 3, 4, 5, 6], params, use_tqdm=False)
+    unused, blocks = 2 + (6 * 1 + 2) + 2 * 1, 2 + (1 + 6 + 1) + (1 + 2)
+    assert llm.metrics()["kv_waste_share"] == unused / (4 * blocks)
+
+
 def collect(stream: Iterator[RequestOutput]) -> list[RequestOutput]:
     return list(stream)
 

@@ -133,6 +133,9 @@ def test_beginning_of_sequence_is_added_where_the_file_says_so(tmp_path: Path) -
     with_bos = Tokenizer.from_gguf(metadata, tmp_path)
     assert with_bos.encode("abc")[0] == user
     assert user not in with_bos.encode("abc", add_special_tokens=False)
+    llama3 = {key: value for key, value in metadata.items() if key != "tokenizer.ggml.add_bos_token"}
+    assert Tokenizer.from_gguf(llama3 | {"tokenizer.ggml.pre": "llama-bpe"}, tmp_path).encode("abc")[0] == user
+    assert user not in Tokenizer.from_gguf(llama3, tmp_path).encode("abc")
     metadata["tokenizer.ggml.add_bos_token"] = False
     assert user not in Tokenizer.from_gguf(metadata, tmp_path).encode("abc")
 

@@ -123,6 +123,15 @@ def test_int8_mode_is_close_and_does_not_depend_on_chunks(tmp_path: Path) -> Non
     assert torch.equal(logits_of(fast, PROMPT, [1, 13, 7]), whole)
 
 
+def test_quantised_head_beside_tied_embeddings(tmp_path: Path) -> None:
+    """A quantizer that rounds the head of a tied model unties it, whatever the configuration still says."""
+    quantise(save_model(tmp_path / "plain", random_model()), tmp_path / "gptq", head=True)
+    expected = logits_of(load(tmp_path / "gptq"), PROMPT)
+    file = tmp_path / "gptq/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    assert torch.equal(logits_of(load(tmp_path / "gptq"), PROMPT), expected)
+
+
 def test_settings_beside_the_configuration(tmp_path: Path) -> None:
     """Older quantizers wrote quantize_config.json and left config.json as it was."""
     directory = save_model(tmp_path / "plain", random_model())

@@ -44,7 +44,10 @@ class Loop:
 
     def step(self) -> list[tuple[Sequence, int]]:
         scheduler, cache = self.scheduler, self.cache
+        running, num_preemptions = list(scheduler.running), scheduler.num_preemptions
         batch = scheduler.schedule()
+        if scheduler.num_preemptions > num_preemptions:  # else the blocks just given up would be taken back at once
+            assert all(sequence in running for sequence, _ in batch)
         assert sum(num_tokens for _, num_tokens in batch) <= self.budget
         assert scheduler._num_running() <= scheduler.max_num_seqs
         written: set[tuple[int, int]] = set()
