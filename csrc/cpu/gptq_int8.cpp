@@ -22,7 +22,8 @@ namespace {
 constexpr int kBatchRows = 8;                      // rows that share one reading of a group
 constexpr int kTileRows = kDotTakesBytes ? 8 : 4;  // with 32 registers, with 16
 constexpr int kStreams = 4;
-constexpr int64_t kPrefetch = 1024;  // bytes ahead
+constexpr int64_t kVisitBytes = 512;  // of a stream before the next one has its turn
+constexpr int64_t kPrefetch = 1024;   // bytes ahead
 // Past all caches into L1; but into L2 where the loop outruns memory and its own loads fill up the miss buffers of L1.
 constexpr int kPrefetchLocality = kDotTakesBytes ? 1 : 0;
 constexpr float kTiny = 1e-30f;  // a block whose inputs are all below this counts as zero
@@ -140,7 +141,7 @@ inline void dot_block_4bit(const uint8_t* weights, const int8_t* rows, I32x8 (&d
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const I32x8 x = splat_bytes(rows + ((high * 4 + j) * R + r) * 4);
+      const int8_t* x = rows + ((high * 4 + j) * R + r) * 4;
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
         sum[r][v] = dot_add(sum[r][v], codes[v], x);
@@ -173,7 +174,7 @@ inline void dot_block_8bit(const uint8_t* weights, const int8_t* rows, I32x8 (&d
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const I32x8 x = splat_bytes(rows + (j * R + r) * 4);
+      const int8_t* x = rows + (j * R + r) * 4;
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
         low[r][v] = dot_add(low[r][v], low_codes[v], x);
@@ -194,75 +195,94 @@ inline void dot_block_8bit(const uint8_t* weights, const int8_t* rows, I32x8 (&d
     }
 }
 
-// One group, R rows by one panel, continuing acc[R][16]. Never inlined: in a frame of its own GCC keeps the tile of
-// 16-bit sums in registers.
+// Consecutive groups of a panel by a tile of R rows, continuing acc[R][16].
+struct GroupRun {
+  const uint8_t* weights;  // of the first group
+  int64_t begin, end;      // groups
+};
+
+// Never inlined: in a frame of its own GCC keeps the tile of sums in registers.
 template <int kBits, int R>
-[[gnu::noinline]] void accumulate_group(const uint8_t* group, const GptqLayout& layout, const QuantisedRows& rows,
-                                        int64_t row, int64_t index, float* acc) {
+[[gnu::noinline]] void accumulate_groups(const GroupRun& run, const GptqLayout& layout, const QuantisedRows& rows,
+                                         int64_t row, float* acc) {
   // What fits into the registers: integer sums and fp32 sums of R x V, weights, an input.
   constexpr int V = R > 4 || (kBits == 8 && R > 2 && !kDotTakesBytes) ? 1 : kPanelVectors;
   const int64_t blocks = layout.blocks_per_group;
-  const int8_t* codes = rows.tile_codes(row) + index * blocks * kBlock * R;
-  const float* scales = rows.tile_scales(row) + index * blocks * R;
-  const float* sums = rows.tile_sums(row) + index * R;
 #pragma GCC unroll 1
   for (int half = 0; half < kPanelVectors; half += V) {
-    const uint8_t* weights = group + kHeaderBytes + half * 32;
-    F32x8 partial[R][V];
+    const uint8_t* group = run.weights;
+    const int8_t* codes = rows.tile_codes(row) + run.begin * blocks * kBlock * R;
+    const float* scales = rows.tile_scales(row) + run.begin * blocks * R;
+    const float* sums = rows.tile_sums(row) + run.begin * R;
+    F32x8 total[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) partial[r][v] = splat(0.f);
+      for (int v = 0; v < V; ++v) total[r][v] = load(acc + r * kPanel + (half + v) * kLanes);
 #pragma GCC unroll 1
-    for (int64_t b = 0; b < blocks; ++b, weights += kBits * 64) {
-      I32x8 dot[R][V];
-      for (int line = 0; line < kBits; ++line)
-        __builtin_prefetch(weights + kPrefetch + line * 64, 0, kPrefetchLocality);
-      if constexpr (kBits == 4) {
-        dot_block_4bit<R, V>(weights, codes + b * kBlock * R, dot);
-      } else {
-        dot_block_8bit<R, V>(weights, codes + b * kBlock * R, dot);
-      }
+    for (int64_t g = run.begin; g < run.end; ++g, sums += R) {
+      const uint8_t* weights = group + kHeaderBytes + half * 32;
+      F32x8 partial[R][V];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) partial[r][v] = fma(splat(scales[b * R + r]), to_float(dot[r][v]), partial[r][v]);
-    }
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      const F32x8 scale = header_scale(group, half + v), zero = header_zero(group, half + v);
+        for (int v = 0; v < V; ++v) partial[r][v] = splat(0.f);
+#pragma GCC unroll 1
+      for (int64_t b = 0; b < blocks; ++b, weights += kBits * 64, codes += kBlock * R, scales += R) {
+        I32x8 dot[R][V];
+        if (half == 0)
+          for (int line = 0; line < kBits; ++line)
+            __builtin_prefetch(weights + kPrefetch + line * 64, 0, kPrefetchLocality);
+        if constexpr (kBits == 4) {
+          dot_block_4bit<R, V>(weights, codes, dot);
+        } else {
+          dot_block_8bit<R, V>(weights, codes, dot);
+        }
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        float* sum = acc + r * kPanel + (half + v) * kLanes;
-        store(sum, fma(scale, fma(-zero, splat(sums[r]), partial[r][v]), load(sum)));
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < V; ++v) partial[r][v] = fma(splat(scales[r]), to_float(dot[r][v]), partial[r][v]);
       }
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        const F32x8 scale = header_scale(group, half + v), zero = header_zero(group, half + v);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) total[r][v] = fma(scale, fma(-zero, splat(sums[r]), partial[r][v]), total[r][v]);
+      }
+      group += layout.group_bytes();
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) store(acc + r * kPanel + (half + v) * kLanes, total[r][v]);
   }
 }
 
 // The same for 1 to R rows.
 template <int kBits, int R = kTileRows>
-inline void accumulate_rows(int64_t num_rows, const uint8_t* group, const GptqLayout& layout, const QuantisedRows& rows,
-                            int64_t row, int64_t index, float* acc) {
+inline void accumulate_rows(int64_t num_rows, const GroupRun& run, const GptqLayout& layout, const QuantisedRows& rows,
+                            int64_t row, float* acc) {
   if constexpr (R > 1) {
-    if (num_rows < R) return accumulate_rows<kBits, R - 1>(num_rows, group, layout, rows, row, index, acc);
+    if (num_rows < R) return accumulate_rows<kBits, R - 1>(num_rows, run, layout, rows, row, acc);
   }
-  accumulate_group<kBits, R>(group, layout, rows, row, index, acc);
+  accumulate_groups<kBits, R>(run, layout, rows, row, acc);
 }
 
-// Up to 8 rows by panels [begin, end), S panels at a time.
+// Up to 8 rows by panels [begin, end), S panels at a time; a stream is left after `visit` groups.
 template <int S, int kBits, class T>
 void multiply_rows(const GptqMatmulParams& p, const GptqLayout& layout, const QuantisedRows& rows, int64_t row0,
                    int64_t num_rows, T* out, int64_t begin, int64_t end) {
+  const int64_t visit = S > 1 ? ceil_div<int64_t>(kVisitBytes, layout.group_bytes()) : layout.num_groups;
   const int64_t step = ceil_div<int64_t>(end - begin, S);  // each stream walks panels of its own
   for (int64_t i = begin; i < begin + step; ++i) {
     alignas(64) float acc[S][kBatchRows * kPanel];
     __builtin_memset(acc, 0, sizeof acc);
-    for (int64_t g = 0; g < layout.num_groups; ++g)
-      for (int s = 0; s < S && i + s * step < end; ++s)
+    for (int64_t g = 0; g < layout.num_groups; g += visit)
+      for (int s = 0; s < S && i + s * step < end; ++s) {
+        const GroupRun run{layout.group(i + s * step, g), g, min(g + visit, layout.num_groups)};
         for (int64_t r = 0; r < num_rows; r += kTileRows)
-          accumulate_rows<kBits>(num_rows - r, layout.group(i + s * step, g), layout, rows, row0 + r, g,
-                                 acc[s] + r * kPanel);
+          accumulate_rows<kBits>(num_rows - r, run, layout, rows, row0 + r, acc[s] + r * kPanel);
+      }
     for (int s = 0; s < S && i + s * step < end; ++s)
       for (int64_t r = 0; r < num_rows; ++r) {
         const int64_t column = (i + s * step) * kPanel;

@@ -9,6 +9,11 @@ namespace teco::cpu::TECO_ISA {
 typedef uint8_t U8x32 __attribute__((vector_size(32)));
 typedef int16_t I16x16 __attribute__((vector_size(32)));
 
+// Four bytes in every lane.
+inline I32x8 splat_bytes(const int8_t* p) {
+  return splat_int(load_bits<int32_t>(p));
+}
+
 #if defined(TECO_ISA_AVX512)
 
 // A running dot product of eight columns: lane i sums a[4j + ...] * b[4j + ...] of its four bytes.
@@ -18,6 +23,11 @@ constexpr bool kDotTakesBytes = true;  // weights of 8 bits; else of 4, at most 
 inline DotSum dot_add(DotSum sum, U8x32 weights, I32x8 x) {
   return reinterpret_cast<I32x8>(_mm256_dpbusd_epi32(reinterpret_cast<__m256i>(sum), reinterpret_cast<__m256i>(weights),
                                                      reinterpret_cast<__m256i>(x)));
+}
+// With the four bytes at x in every lane. The instruction can broadcast by itself, which GCC 12 does not know.
+inline DotSum dot_add(DotSum sum, U8x32 weights, const int8_t* x) {
+  asm("vpdpbusd %2%{1to8%}, %1, %0" : "+v"(sum) : "v"(weights), "m"(*reinterpret_cast<const int8_t (*)[4]>(x)));
+  return sum;
 }
 inline I32x8 dot_total(DotSum sum) {
   return sum;
@@ -39,6 +49,9 @@ inline DotSum dot_add(DotSum sum, U8x32 weights, I32x8 x) {
   return sum + (a & 0xff) * ((b << 8) >> 8) + ((a >> 8) & 0xff) * (b >> 8);
 #endif
 }
+inline DotSum dot_add(DotSum sum, U8x32 weights, const int8_t* x) {
+  return dot_add(sum, weights, splat_bytes(x));
+}
 inline I32x8 dot_total(DotSum sum) {
 #if defined(TECO_ISA_AVX2)
   return reinterpret_cast<I32x8>(_mm256_madd_epi16(reinterpret_cast<__m256i>(sum), _mm256_set1_epi16(1)));
@@ -49,11 +62,6 @@ inline I32x8 dot_total(DotSum sum) {
 }
 
 #endif
-
-// Four bytes in every lane.
-inline I32x8 splat_bytes(const int8_t* p) {
-  return splat_int(load_bits<int32_t>(p));
-}
 
 // Ties the value to a register: GCC otherwise reassociates sums of unrolled loops and spills the tile.
 template <class V>
