@@ -12,6 +12,7 @@ import torch
 from tiny_models import END, VOCAB_SIZE, random_model, save_model, tiny_tokenizer
 
 from teco_kernels import LLM, RequestOutput, SamplingParams
+from teco_kernels.decoder import engine as engine_module
 from teco_kernels.decoder.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -270,6 +271,36 @@ def test_a_step_that_failed_leaves_nothing_behind(path: Path, monkeypatch: pytes
         llm.generate([1, 2, 3, 4, 5], params, use_tqdm=False)
     assert together(llm, requests) == alone
     assert answers([collect(stream)[-1]])[0] == alone[1]
+    assert llm.engine.cache.pool.num_used == 0
+
+
+@pytest.mark.parametrize("num_prompt", [5, 8])  # a block filled in part, and one that is in the prefix index already
+def test_a_step_that_failed_before_it_had_sampled_is_made_up_for(
+    num_prompt: int, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = load(path, num_blocks=32, block_size=4)
+    requests = [(list(range(num_prompt)), SamplingParams(n=2, seed=0, max_tokens=9, ignore_eos=True, logprobs=1))]
+    requests += [([7] * length, SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)) for length in (3, 4, 6)]
+    alone = each_alone(load(path), requests)
+    real, calls = engine_module.sample_tokens, iter(range(1000))
+
+    def failing(*args: Any) -> list[int]:
+        if next(calls) % 3 == 0:
+            raise MemoryError
+        return real(*args)
+
+    monkeypatch.setattr(engine_module, "sample_tokens", failing)
+    for number, (prompt, params) in enumerate(requests):
+        llm.engine.add_request(str(number), prompt, params)
+    last: dict[str, RequestOutput] = {}
+    failures = 0
+    while llm.engine.has_unfinished_requests:
+        try:
+            last |= {output.request_id: output for output in llm.engine.step()}
+        except MemoryError:
+            failures += 1
+    assert failures >= 3
+    assert answers([last[str(number)] for number in range(len(requests))]) == alone
     assert llm.engine.cache.pool.num_used == 0
 
 

@@ -93,6 +93,8 @@ class Scheduler:
         position = 0
         while position < len(self.running) and budget > 0:
             sequence = self.running[position]
+            # A step that failed between computing and sampling has left it without its next token: once more, then.
+            sequence.num_computed = min(sequence.num_computed, len(sequence.token_ids) - 1)
             num_tokens = min(len(sequence.token_ids) - sequence.num_computed, budget)
             while not self._reserve(sequence, num_tokens):
                 self._preempt(self.running.pop())
