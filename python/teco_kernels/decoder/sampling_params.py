@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+# The sampler takes fp32 and int64: what these cannot hold must not fail a step that other requests share.
+_FP32_TINY, _FP32_MAX, _INT64_MAX = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127, 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,11 @@ class SamplingParams:
             require(_is_number(value) and low <= value <= high, name, expected)
 
         require(_is_int(self.n) and self.n >= 1, "n", "a positive integer")
-        require_number("temperature", 0, math.inf, "a number >= 0")
-        require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number in (0, 1]")
-        require(_is_int(self.top_k) and self.top_k >= -1, "top_k", "a positive integer, or 0 or -1")
+        require_number("temperature", 0, _FP32_MAX, "a number >= 0 that fp32 can hold")
+        require_number("top_p", _FP32_TINY, 1, "a number in (0, 1]")
+        require(
+            _is_int(self.top_k) and -1 <= self.top_k <= _INT64_MAX, "top_k", "a positive 64-bit integer, or 0 or -1"
+        )
         require_number("min_p", 0, 1, "a number in [0, 1]")
         require_number("presence_penalty", -2, 2, "a number in [-2, 2]")
         require_number("frequency_penalty", -2, 2, "a number in [-2, 2]")
@@ -202,4 +207,5 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Finite; also no integer that is too large to become a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
