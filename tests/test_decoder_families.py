@@ -117,6 +117,16 @@ def test_cache_dtypes(kv_cache_dtype: str, tmp_path: Path) -> None:
     assert relative_error(logits_of(llm, PROMPT), reference_logits(model, PROMPT)) < tolerance
 
 
+def test_dtypes_by_the_names_of_other_packages(tmp_path: Path) -> None:
+    directory = save_model(tmp_path, random_model())
+    for name, short in {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "fp8_e4m3": "fp8"}.items():
+        expected = load(directory, kv_cache_dtype=short).engine.cache.dtype
+        assert load(directory, kv_cache_dtype=name).engine.cache.dtype == expected
+    names = {"float": torch.float32, "half": torch.float16, torch.bfloat16: torch.bfloat16, "auto": torch.float32}
+    for given, expected in names.items():
+        assert load(directory, dtype=given).engine.model.dtype == expected
+
+
 @pytest.mark.parametrize("kv_cache_dtype", ["fp32", "bf16", "int8", "fp8"])
 def test_chunks_do_not_change_a_bit(kv_cache_dtype: str, tmp_path: Path) -> None:
     llm = load(save_model(tmp_path, random_model("mistral", sliding_window=7)), kv_cache_dtype=kv_cache_dtype)

@@ -11,12 +11,17 @@ from teco_kernels._host import BlockPool
 from teco_kernels.decoder.config import ModelConfig
 from teco_kernels.ops import copy_blocks
 
+#: By short names and by vLLM's.
 CACHE_DTYPES = {
     "fp32": torch.float32,
+    "float32": torch.float32,
     "fp16": torch.float16,
+    "float16": torch.float16,
     "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
     "int8": torch.int8,
     "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
 }
 
 

@@ -26,7 +26,9 @@ _DTYPES = {
     # "auto": there is no processor here whose half-precision arithmetic is faster than its single-precision one.
     "auto": torch.float32,
     "float32": torch.float32,
+    "float": torch.float32,
     "float16": torch.float16,
+    "half": torch.float16,
     "bfloat16": torch.bfloat16,
 }
 _DEFAULT_CACHE_MEMORY = 1 << 30
@@ -39,8 +41,9 @@ class LLM:
     ----------
     path : str or Path
         A Hugging Face directory (plain or GPTQ weights in safetensors) or a ``.gguf`` file.
-    dtype : str
-        Of activations and unquantised weights: "float32", "float16" or "bfloat16"; "auto" is float32 on a CPU.
+    dtype : str or torch.dtype
+        Of activations and unquantised weights: "float32" or "float", "float16" or "half", "bfloat16"; "auto" is float32
+        on a CPU.
     tensor_parallel_size : int
         Only 1 in this version.
     max_model_len : int, optional
@@ -52,7 +55,8 @@ class LLM:
     block_size : int
         Tokens per KV block.
     kv_cache_dtype : str
-        "fp32", "fp16", "bf16", "int8" or "fp8"; "auto" is `dtype`.
+        "fp32", "fp16", "bf16", "int8" or "fp8", or as vLLM calls them, "float16", "bfloat16", "fp8_e4m3"; "auto" is
+        `dtype`.
     kv_cache_memory : int, optional
         Bytes for the KV cache, 1 GiB when not given. Never takes more than `max_num_seqs` longest requests need;
         memory is used as blocks are first written.
@@ -80,7 +84,7 @@ class LLM:
         self,
         path: str | Path,
         *,
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         tensor_parallel_size: int = 1,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
@@ -97,7 +101,7 @@ class LLM:
             raise ValueError(f"tensor_parallel_size: {tensor_parallel_size} is not available in this version, only 1")
         if recycle_head is not None or not recycle_verify:
             raise ValueError("recycle_head, recycle_verify: not available in this version")
-        compute_dtype = _choice("dtype", dtype, _DTYPES)
+        compute_dtype = _choice("dtype", str(dtype).removeprefix("torch."), _DTYPES)
         cache_dtype = _choice("kv_cache_dtype", kv_cache_dtype, {"auto": compute_dtype, **CACHE_DTYPES})
         _choice("gptq_activation", gptq_activation, {"exact": None, "int8": None})
         for name, value in (
