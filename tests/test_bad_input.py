@@ -18,6 +18,7 @@ from tiny_models import VOCAB_SIZE, random_model, save_gguf, save_model
 
 from teco_kernels import LLM, SamplingParams
 from teco_kernels.decoder import RequestError
+from teco_kernels.decoder.gguf import GGUFSource
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,11 +84,31 @@ def test_shards_that_are_missing_or_not_listed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
 @pytest.mark.parametrize(
-    ("text", "message"), [('{"a": 1', "expected JSON"), ("[1]", "expected a JSON object, got list")]
+    ("text", "message"),
+    [
+        ('{"a": 1', "expected JSON"),
+        ("[1]", "expected a JSON object, got list"),
+        pytest.param("[" * 100_000, "expected JSON: maximum recursion depth exceeded", id="nested"),
+    ],
 )
 def test_broken_json(name: str, text: str, message: str, directory: Path) -> None:
     (directory / name).write_text(text)
     refused(directory, f"{name}: {message}")
+
+
+def test_a_directory_in_place_of_a_file(directory: Path) -> None:
+    (directory / "config.json").unlink()
+    (directory / "config.json").mkdir()
+    refused(directory, "config.json: cannot be read: Is a directory")
+
+
+def test_broken_chat_templates(directory: Path) -> None:
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    for template in (5, {"default": "a"}, [5], [{"name": "default", "template": 5}]):
+        (directory / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+        refused(directory, "tokenizer_config.json: expected a text 'chat_template', got")
+    (directory / "chat_template.jinja").write_bytes(b"\xff")
+    refused(directory, "chat_template.jinja: cannot be read: 'utf-8' codec")
 
 
 def test_broken_tokenizer(directory: Path) -> None:
@@ -104,6 +125,9 @@ def test_broken_tokenizer(directory: Path) -> None:
     [
         ("model_type", "gemma3", "unknown architecture 'gemma3'; supported are llama, mistral, qwen2, qwen3"),
         ("model_type", None, "unknown architecture None"),
+        ("model_type", ["llama"], r"unknown architecture \['llama'\]"),
+        ("hidden_size", 2**70, "expected 'hidden_size' to be at most 2147483647, got 1180591620717411303424"),
+        ("num_hidden_layers", 10**12, "expected 'num_hidden_layers' to be at most 10000, got 1000000000000"),
         ("hidden_size", None, "expected a positive integer 'hidden_size', got None"),
         ("hidden_size", "64", "expected a positive integer 'hidden_size', got '64'"),
         ("num_hidden_layers", 0, "expected a positive integer 'num_hidden_layers', got 0"),
@@ -111,7 +135,9 @@ def test_broken_tokenizer(directory: Path) -> None:
         ("vocab_size", 1.5, "expected a positive integer 'vocab_size', got 1.5"),
         ("num_key_value_heads", 3, "expected 'num_attention_heads' to be a multiple of 'num_key_value_heads'"),
         ("hidden_act", "gelu", "expected 'hidden_act' silu, got 'gelu'"),
-        ("rms_norm_eps", "small", "expected a number 'rms_norm_eps' >= 0, got 'small'"),
+        ("rms_norm_eps", "small", "expected a number 'rms_norm_eps' from 0 to 1, got 'small'"),
+        ("rms_norm_eps", float("nan"), "expected a number 'rms_norm_eps' from 0 to 1, got nan"),
+        ("head_dim", 2**30, "expected 'head_dim' to be at most 65536, got 1073741824"),
         ("head_dim", 15, "rotary embedding: rotary_dim: expected an even number"),
         ("eos_token_id", "end", r"expected integers 'eos_token_id', got \['end'\]"),
         ("quantization_config", 4, "expected an object 'quantization_config', got 4"),
@@ -122,7 +148,15 @@ def test_broken_tokenizer(directory: Path) -> None:
             "rotary embedding: scaling: expected a positive number under 'factor'",
         ),
         ("rope_parameters", [1], r"expected an object 'rope_scaling', got \[1\]"),
-        ("rope_parameters", {"rope_theta": "big"}, "expected a number 'rope_theta', got 'big'"),
+        ("rope_parameters", {"rope_theta": "big"}, "expected a positive number 'rope_theta', got 'big'"),
+        ("rope_parameters", {"rope_theta": 10**400}, "expected a positive number 'rope_theta', got 1000"),
+        ("rope_parameters", {"rope_type": "linear", "factor": 10**400}, "rotary embedding: int too large"),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 2, "rope_theta": 1}, "rotary embedding: float division"),
+        (
+            "rope_parameters",
+            {"rope_type": "linear", "factor": 1e-320},
+            "rotary embedding: no finite frequencies come of",
+        ),
         ("rope_parameters", {"partial_rotary_factor": 0.5}, "expected 'partial_rotary_factor' 1, got 0.5"),
     ],
 )
@@ -141,6 +175,13 @@ def test_layer_types_of_another_depth(tmp_path: Path) -> None:
     directory = save_model(tmp_path / "model", random_model("qwen2", **config))
     change_config(directory, lambda config: config["layer_types"].pop())
     refused(directory, "config.json: expected 3 'layer_types', one per layer; got 2")
+    for kinds in (["chunked_attention"] * 3, 5):
+        change_config(directory, lambda config, kinds=kinds: config.update({"layer_types": kinds}))
+        refused(directory, "config.json: expected a list 'layer_types' of full_attention and sliding_attention, got")
+    change_config(directory, lambda config: config.update({"layer_types": None, "max_window_layers": "all"}))
+    refused(directory, "config.json: expected an integer 'max_window_layers', got 'all'")
+    change_config(directory, lambda config: config.update({"max_window_layers": 1, "sliding_window": 2**70}))
+    refused(directory, "config.json: expected a positive integer 'sliding_window' below 2[*][*]31, got 118")
 
 
 @pytest.mark.parametrize(
@@ -153,6 +194,7 @@ def test_layer_types_of_another_depth(tmp_path: Path) -> None:
         ),
         ("vocab_size", 400, r"tensor 'model.embed_tokens.weight' has shape \[320, 64\], .* asks for \[400, 64\]"),
         ("num_hidden_layers", 4, "tensor 'model.layers.3.input_layernorm.weight' is missing"),
+        ("num_hidden_layers", 2, "tensor 'model.layers.2.input_layernorm.weight': the configuration has 2 layers only"),
         ("num_key_value_heads", 4, r"'model.layers.0.self_attn.k_proj.weight' has shape \[32, 64\]"),
         ("attention_bias", True, "tensor 'model.layers.0.self_attn.q_proj.bias' is missing"),
     ],
@@ -206,6 +248,35 @@ def test_damaged_gguf(tmp_path: Path) -> None:
     refused(damaged(file, tokens + 8, "<Q", 2**62), "truncated or damaged GGUF file")
     refused(damaged(file, tokens + 4, "<I", 9), "truncated or damaged GGUF file")
     refused(damaged(file, tokens, "<I", 77), "truncated or damaged GGUF file")
+    dimensions = file.read_bytes().index(b"token_embd.weight") + len("token_embd.weight")
+    for number in (0, 5, 2**31):
+        refused(damaged(file, dimensions, "<I", number), "truncated or damaged GGUF file")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tokenizer.ggml.tokens", 3, "expected a positive integer 'vocab_size', got None"),
+        ("tokenizer.ggml.token_type", 3, "damaged tokenizer: expected lists of tokens and of their types"),
+        ("tokenizer.ggml.merges", [3], "damaged tokenizer: "),
+        ("tokenizer.ggml.pre", ["gpt-2"], r"expected a gpt2 tokenizer .* got 'gpt2' with \['gpt-2'\]"),
+        ("tokenizer.ggml.eos_token_id", -1, "damaged tokenizer: eos token -1 of 320"),
+        ("tokenizer.ggml.eot_token_id", "end", "damaged tokenizer: eot token 'end' of 320"),
+        ("tokenizer.chat_template", 3, "expected a text 'tokenizer.chat_template', got 3"),
+    ],
+)
+def test_gguf_metadata_of_other_types(
+    key: str, value: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = save_gguf(tmp_path / "model.gguf", random_model())
+    read_all = GGUFSource._hugging_face_config
+
+    def changed(source: GGUFSource, path: Path) -> dict[str, Any]:
+        source._metadata[key] = value
+        return read_all(source, path)
+
+    monkeypatch.setattr(GGUFSource, "_hugging_face_config", changed)
+    refused(file, f"model.gguf: {message}")
 
 
 def write_gguf(path: Path, architecture: str, tensors: dict[str, np.ndarray], **values: int) -> Path:

@@ -153,6 +153,9 @@ def test_settings_beside_the_configuration(tmp_path: Path) -> None:
         ({"bits": None}, "expected 'bits' 4 or 8 .* got None and 32"),
         ({"group_size": 0}, "expected 'bits' 4 or 8 and a 'group_size' .* got 4 and 0"),
         ({"group_size": 16}, r"tensor 'model.layers.0.self_attn.q_proj.qzeros' has shape \[2, 8\], .* \[4, 8\]"),
+        ({"dynamic": {"(": {}}}, "expected an object 'dynamic' of patterns and settings in the quantization_config"),
+        ({"dynamic": {".*": 8}}, "expected an object 'dynamic' of patterns and settings in the quantization_config"),
+        ({"dynamic": 8}, "expected an object 'dynamic' of patterns and settings in the quantization_config"),
         ({"checkpoint_format": "marlin"}, "expected 'checkpoint_format' gptq or gptq_v2, got 'marlin'"),
     ],
 )

@@ -208,7 +208,9 @@ Seed = Annotated[int | None, typer.Option(help="The same seed draws the same tok
 Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be given several times.")]
 Dtype = Annotated[str, typer.Option(help="Of activations: auto, float32, float16, bfloat16.")]
 MaxModelLen = Annotated[int | None, typer.Option(min=1, help="Most tokens of prompt and answer.")]
-CacheDtype = Annotated[str, typer.Option("--kv-cache-dtype", help="auto, fp32, fp16, bf16, int8, fp8; or as vLLM calls them.")]
+CacheDtype = Annotated[
+    str, typer.Option("--kv-cache-dtype", help="auto, fp32, fp16, bf16, int8, fp8; or as vLLM calls them.")
+]
 CacheMemory = Annotated[int | None, typer.Option("--kv-cache-memory", min=1, help="Bytes for the KV cache.")]
 Activation = Annotated[Literal["int8", "exact"], typer.Option(help="How GPTQ layers treat their input.")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_norm": True},
 }
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+# Far above any real model. What is above was not meant, and would be memory asked for before a tensor could contradict.
+_MAX_SIZE, _MAX_HEAD_DIM, _MAX_LAYERS = 2**31 - 1, 65_536, 10_000
 
 
 @dataclass(frozen=True)
@@ -66,20 +70,21 @@ class ModelConfig:
             For an unknown architecture, a missing or impossible number, or an unknown rope scaling.
         """
         family = raw.get("model_type")
-        if family not in _FAMILIES:
+        if not isinstance(family, str) or family not in _FAMILIES:
             raise ValueError(f"{origin}: unknown architecture {family!r}; supported are {', '.join(_FAMILIES)}")
 
-        def number(key: str, default: Any = None) -> int:
+        def number(key: str, default: Any = None, *, most: int = _MAX_SIZE) -> int:
             value = raw.get(key)
             value = default if value is None else value
             if type(value) is not int or value <= 0:
                 raise ValueError(f"{origin}: expected a positive integer {key!r}, got {value!r}")
+            if value > most:
+                raise ValueError(f"{origin}: expected {key!r} to be at most {most}, got {value}")
             return value
 
-        hidden_size, num_heads, num_layers = (
-            number(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-        )
-        head_dim = number("head_dim", hidden_size // num_heads)
+        hidden_size, num_heads = number("hidden_size"), number("num_attention_heads")
+        num_layers = number("num_hidden_layers", most=_MAX_LAYERS)
+        head_dim = number("head_dim", hidden_size // num_heads, most=_MAX_HEAD_DIM)
         num_kv_heads = number("num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
             raise ValueError(
@@ -89,8 +94,8 @@ class ModelConfig:
         if raw.get("hidden_act", "silu") != "silu":
             raise ValueError(f"{origin}: expected 'hidden_act' silu, got {raw['hidden_act']!r}")
         eps = raw.get("rms_norm_eps", 1e-6)
-        if type(eps) not in (int, float) or eps < 0:
-            raise ValueError(f"{origin}: expected a number 'rms_norm_eps' >= 0, got {eps!r}")
+        if type(eps) not in (int, float) or not 0 <= eps <= 1:
+            raise ValueError(f"{origin}: expected a number 'rms_norm_eps' from 0 to 1, got {eps!r}")
         max_position = number("max_position_embeddings")
         theta, scaling = _rope(raw, head_dim, max_position, origin)
         bias = bool(raw.get("attention_bias", False)) and family in ("llama", "qwen3")
@@ -124,8 +129,8 @@ def _rope(raw: Mapping[str, Any], head_dim: int, max_position: int, origin: str)
     theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
     kind = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)
-    if type(theta) not in (int, float):
-        raise ValueError(f"{origin}: expected a number 'rope_theta', got {theta!r}")
+    if type(theta) not in (int, float) or not 0 < theta <= sys.float_info.max:
+        raise ValueError(f"{origin}: expected a positive number 'rope_theta', got {theta!r}")
     if kind not in _ROPE_TYPES:
         raise ValueError(f"{origin}: unknown rope scaling {kind!r}; supported are {', '.join(_ROPE_TYPES)}")
     if (share := rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1) != 1:
@@ -135,11 +140,14 @@ def _rope(raw: Mapping[str, Any], head_dim: int, max_position: int, origin: str)
     if kind == "yarn" and not rope.get("factor"):
         rope["factor"] = max_position / rope["original_max_position_embeddings"]
     scaling = None if kind == "default" else {"rope_type": kind, **rope}
+    theta = float(theta)
     try:
-        inverse_frequencies(head_dim, theta, scaling)
-    except ValueError as error:
+        frequencies, _ = inverse_frequencies(head_dim, theta, scaling)
+    except (ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{origin}: rotary embedding: {error}") from None
-    return float(theta), scaling
+    if not frequencies.isfinite().all():
+        raise ValueError(f"{origin}: rotary embedding: no finite frequencies come of theta {theta} and {scaling}")
+    return theta, scaling
 
 
 def _sliding_windows(raw: Mapping[str, Any], family: str, num_layers: int, origin: str) -> tuple[int | None, ...]:
@@ -151,9 +159,13 @@ def _sliding_windows(raw: Mapping[str, Any], family: str, num_layers: int, origi
     kinds = None if family == "mistral" else raw.get("layer_types")
     if kinds is None:
         first = 0 if family == "mistral" else raw.get("max_window_layers", 28)
+        if type(first) is not int:
+            raise ValueError(f"{origin}: expected an integer 'max_window_layers', got {first!r}")
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
+    if not isinstance(kinds, list) or not all(kind in _LAYER_TYPES for kind in kinds):
+        raise ValueError(f"{origin}: expected a list 'layer_types' of {' and '.join(_LAYER_TYPES)}, got {kinds!r:.100}")
     if len(kinds) != num_layers:
         raise ValueError(f"{origin}: expected {num_layers} 'layer_types', one per layer; got {len(kinds)}")
-    if type(window) is not int or window < 1:
-        raise ValueError(f"{origin}: expected a positive integer 'sliding_window', got {window!r}")
+    if type(window) is not int or not 1 <= window <= _MAX_SIZE:
+        raise ValueError(f"{origin}: expected a positive integer 'sliding_window' below 2**31, got {window!r}")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -24,6 +24,7 @@ from teco_kernels.decoder.tokenizer import Tokenizer
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_MAX_DIMS = 4  # of a ggml tensor
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -133,15 +134,16 @@ class GGUFSource(Source):
     @staticmethod
     def _read_info(reader: _Reader) -> tuple[str, _TensorInfo]:
         name = reader.string()
-        shape = reader.scalars("Q", reader.scalar("I"))[::-1]
+        num_dims = reader.scalar("I")
+        if not name or not 1 <= num_dims <= _MAX_DIMS:
+            raise reader.truncated()
+        shape = reader.scalars("Q", num_dims)[::-1]
         kind, offset = reader.scalar("I"), reader.scalar("Q")
         try:
             info = _TensorInfo(shape, GGMLQuantizationType(kind), offset)
             elements, _ = GGML_QUANT_SIZES[info.kind]
         except (ValueError, KeyError):
             raise ValueError(f"{reader.path}: tensor {name!r} has an unknown storage type {kind}") from None
-        if not name or not shape:
-            raise reader.truncated()
         if shape[-1] % elements:
             raise ValueError(
                 f"{reader.path}: tensor {name!r} has shape {list(shape)}, {info.kind.name} asks for rows of whole "
@@ -166,11 +168,12 @@ class GGUFSource(Source):
             return self._metadata.get(f"{architecture}.{key}", default)
 
         eps = get("attention.layer_norm_rms_epsilon", 1e-6)
+        tokens = self._metadata.get("tokenizer.ggml.tokens")
         config: dict[str, Any] = {
             "model_type": architecture,
             "architectures": [f"{str(architecture).capitalize()}ForCausalLM"],
             "hidden_act": "silu",
-            "vocab_size": get("vocab_size", len(self._metadata.get("tokenizer.ggml.tokens", []))),
+            "vocab_size": get("vocab_size", len(tokens) if isinstance(tokens, list) else None),
             "hidden_size": get("embedding_length"),
             "intermediate_size": get("feed_forward_length"),
             "num_hidden_layers": get("block_count"),
@@ -202,6 +205,8 @@ class GGUFSource(Source):
     def _llama3_scaling(self, path: Path, theta: float) -> dict[str, Any]:
         """Llama 3's rope scaling, which GGUF stores as a divisor per frequency; all its models share these numbers."""
         assert self._rope_factors is not None
+        if not isinstance(theta, float):
+            raise ValueError(f"{path}: expected a number 'rope.freq_base', got {theta!r}")
         stored = self._dequantize("rope_freqs.weight", self._rope_factors).double()
         factor, low, high, context = stored.max().item(), 1.0, 4.0, 8192
         wavelength = 2 * math.pi * theta ** (torch.arange(len(stored), dtype=torch.float64) / len(stored))

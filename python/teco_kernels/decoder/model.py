@@ -99,6 +99,10 @@ class Transformer:
 
     def __init__(self, source: Source, *, dtype: torch.dtype, max_model_len: int, activation: Activation) -> None:
         config = source.config
+        if source.has(surplus := f"model.layers.{config.num_layers}.input_layernorm.weight"):
+            raise ValueError(
+                f"{source.path}: tensor {surplus!r}: the configuration has {config.num_layers} layers only"
+            )
         load = WeightLoader(source, dtype, activation)
         self.config = config
         self.dtype = dtype

@@ -138,11 +138,18 @@ class WeightLoader:
     def _settings(self, name: str) -> dict[str, Any]:
         """The quantisation of one layer: the first `dynamic` rule whose pattern matches its name overrides the rest."""
         settings = dict(self._quantization)
-        # A rule "-:pattern" exempts layers; those have no qweight and do not come here.
-        for rule, override in (settings.pop("dynamic", None) or {}).items():
-            if not rule.startswith("-:") and re.match(rule.removeprefix("+:"), name):
-                settings |= override
-                break
+        rules = settings.pop("dynamic", None) or {}
+        try:
+            # A rule "-:pattern" exempts layers; those have no qweight and do not come here.
+            for rule, override in rules.items():
+                if not rule.startswith("-:") and re.match(rule.removeprefix("+:"), name):
+                    settings |= override
+                    break
+        except (AttributeError, TypeError, ValueError, re.error) as error:
+            raise ValueError(
+                f"{self._source.path}: expected an object 'dynamic' of patterns and settings in the "
+                f"quantization_config: {error}"
+            ) from None
         bits, group_size = settings.get("bits"), settings.get("group_size")
         if bits not in SUPPORTED_BITS or type(group_size) is not int or (group_size != -1 and group_size < 1):
             raise ValueError(
