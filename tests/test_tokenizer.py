@@ -69,6 +69,16 @@ def test_what_templates_use() -> None:
     assert render("{% for m in messages %}\n{%- if true %}{% break %}{% endif %}{% endfor %}done") == "done"
     assert len(render("{{ strftime_now('%Y') }}")) == 4
     assert render("{% if add_generation_prompt %}yes{% endif %}") == "yes"
+    assert (
+        render("{{ messages[0] | tojson(sort_keys=true, indent=1) }}")
+        == '{\n "content": "a <b> é",\n "role": "user"\n}'
+    )
+
+
+def test_templates_see_what_transformers_shows_them() -> None:
+    """Tools and documents are None where none are given, and the marks of trained text are only marks."""
+    assert render("{{ tools is none }} {{ documents is none }} {{ nothing is none }}") == "True True False"
+    assert render("{% for m in messages %}{% generation %}{{ m.role }}{% endgeneration %}{% endfor %}") == "user"
 
 
 @pytest.mark.parametrize(
@@ -78,6 +88,7 @@ def test_what_templates_use() -> None:
         ("{% if %}", "refused by the chat template"),
         ("{{ messages.pop() }}", "refused by the chat template"),
         ("{{ ''.__class__.__mro__ }}", "refused by the chat template"),
+        ("{{ messages[0]['content'] + 1 }}", "refused by the chat template"),
     ],
 )
 def test_refusals_of_a_template_are_one_error(template: str, message: str) -> None:

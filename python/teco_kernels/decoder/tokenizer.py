@@ -10,6 +10,9 @@ from typing import Any
 
 import tokenizers
 from jinja2 import TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -75,30 +78,32 @@ class Tokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         config = read_json(path / "tokenizer_config.json", optional=True)
-        special = {
-            key: value["content"] if isinstance(value, dict) else value
+        contents = {
+            key: value.get("content") if isinstance(value, dict) else value
             for key, value in config.items()
-            if key.endswith("_token") and isinstance(value, (str, dict))
+            if key.endswith("_token")
         }
+        special = {key: content for key, content in contents.items() if isinstance(content, str)}
         if not eos_token_ids and "eos_token" in special:
             own = tokenizer.token_to_id(special["eos_token"])
             eos_token_ids = () if own is None else (own,)
-        template_file = path / "chat_template.jinja"
-        template = template_file.read_text(encoding="utf-8") if template_file.exists() else config.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        template = _chat_template(path, config)
         return cls(tokenizer, eos_token_ids=tuple(eos_token_ids), chat_template=template, special_tokens=special)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], path: Path) -> Tokenizer:
         """Build a byte-level BPE tokenizer from GGUF metadata; `path` is named in errors."""
         kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
-        if kind != "gpt2" or split not in _GGUF_SPLITS:
+        if kind != "gpt2" or not isinstance(split, str) or split not in _GGUF_SPLITS:
             raise ValueError(
                 f"{path}: expected a gpt2 tokenizer with pre-tokenizer {', '.join(_GGUF_SPLITS)}, got {kind!r} with "
                 f"{split!r}; use the model's Hugging Face directory instead"
             )
-        tokens, merges = (metadata.get(f"tokenizer.ggml.{key}") or [] for key in ("tokens", "merges"))
+        tokens, merges, types = (
+            metadata.get(f"tokenizer.ggml.{key}", []) for key in ("tokens", "merges", "token_type")
+        )
+        if not (isinstance(tokens, list) and isinstance(types, list)):
+            raise ValueError(f"{path}: damaged tokenizer: expected lists of tokens and of their types")
         try:
             pairs = [tuple(merge.split(" ", 1)) for merge in merges]
             vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -114,23 +119,25 @@ class Tokenizer:
         if split == "qwen2":
             tokenizer.normalizer = normalizers.NFC()
         tokenizer.decoder = decoders.ByteLevel()
-        types = metadata.get("tokenizer.ggml.token_type", [])
         for token, kind in zip(tokens, types, strict=False):
             if kind in (_CONTROL, _USER_DEFINED):
                 tokenizer.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False)])
-        ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+        found = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot")}
+        ids = {name: index for name, index in found.items() if index is not None}
         for name, index in ids.items():
-            if index is not None and not (isinstance(index, int) and index < len(tokens)):
+            if not (isinstance(index, int) and 0 <= index < len(tokens)):
                 raise ValueError(f"{path}: damaged tokenizer: {name} token {index!r} of {len(tokens)}")
-        special = {f"{name}_token": tokens[index] for name, index in ids.items() if index is not None}
+        special = {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos") if name in ids}
         # Llama 3's files leave the key out; llama.cpp knows them by their pre-tokenizer.
         if metadata.get("tokenizer.ggml.add_bos_token", split == "llama-bpe") and "bos_token" in special:
             bos = special["bos_token"]
             tokenizer.post_processor = processors.TemplateProcessing(
                 single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos"])]
             )
-        eos = tuple(i for i in (ids["eos"], metadata.get("tokenizer.ggml.eot_token_id")) if i is not None)
+        eos = tuple(ids[name] for name in ("eos", "eot") if name in ids)
         template = metadata.get("tokenizer.chat_template")
+        if not isinstance(template, str | None):
+            raise ValueError(f"{path}: expected a text 'tokenizer.chat_template', got {template!r:.100}")
         return cls(tokenizer, eos_token_ids=eos, chat_template=template, special_tokens=special)
 
     def save(self, path: str | Path) -> None:
@@ -162,16 +169,17 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError("messages: expected a model with a chat template, this one has none")
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]
         )
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_template_error
         environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+        # As in transformers, `tools` and `documents` are always defined: templates ask whether they are None.
+        context = {"tools": None, "documents": None, **self.special_tokens, **variables}
+        context |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            return environment.from_string(self.chat_template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self.special_tokens, **variables
-            )
-        except TemplateError as error:
+            return environment.from_string(self.chat_template).render(context)
+        except (TemplateError, TypeError, ValueError) as error:  # the latter two from operations on the messages
             raise ValueError(f"messages: refused by the chat template: {error}") from None
 
 
@@ -214,5 +222,36 @@ class Detokenizer:
         return self._tokenizer.decode(self._token_ids[start:end], skip_special_tokens=self._skip)
 
 
+class _GenerationBlock(Extension):
+    """``{% generation %} ... {% endgeneration %}`` marks what a model was trained to say: its content as it is."""
+
+    tags = {"generation"}  # noqa: RUF012  (declared so by jinja2)
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    """The filter `tojson` as transformers has it: jinja2's own escapes for HTML."""
+    return json.dumps(value, **{"ensure_ascii": False, **options})
+
+
 def _raise_template_error(message: str) -> None:
     raise TemplateError(message)
+
+
+def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
+    """The template of a Hugging Face directory: a file of its own, or an entry of ``tokenizer_config.json``."""
+    file = path / "chat_template.jinja"
+    if file.exists():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: cannot be read: {error}") from None
+    template = config.get("chat_template")
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):  # several, by name
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    if not isinstance(template, str | None):
+        raise ValueError(f"{path / 'tokenizer_config.json'}: expected a text 'chat_template', got {template!r:.100}")
+    return template
