@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -240,6 +241,25 @@ def test_score_is_the_models(llm: LLM, model: Any) -> None:
     assert llm.score(text) == llm.score(llm.tokenizer.encode(text))
     assert llm.score([1]) == llm.score([]) == []
     assert llm.metrics()["kv_blocks_used"] == 0
+
+
+def test_score_cuts_its_windows_to_what_the_cache_holds(llm: LLM, tmp_path: Path) -> None:
+    tokens = torch.randint(0, VOCAB_SIZE, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    path = save_model(tmp_path, random_model())
+    small = LLM(path, max_model_len=128, block_size=4, kv_cache_memory=10 * 3072)
+    assert small.metrics()["kv_blocks"] == 10
+    assert small.score(tokens) == llm.score(tokens, window=40)
+
+
+def test_prompts_as_vllm_writes_them(llm: LLM) -> None:
+    params = SamplingParams(temperature=0)
+    token_ids = llm.tokenizer.encode(PROMPT)
+    expected = answer(llm).token_ids
+    prompts: list[Any] = [{"prompt": PROMPT}, {"prompt_token_ids": token_ids}, PROMPT, token_ids]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in outputs] == [expected] * 4
+    assert [output.prompt for output in outputs] == [PROMPT, None, PROMPT, None]
+    assert llm.generate({"prompt_token_ids": token_ids}, params, use_tqdm=False)[0].outputs[0].token_ids == expected
 
 
 def test_chat_uses_the_template(llm: LLM) -> None:

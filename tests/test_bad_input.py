@@ -375,6 +375,12 @@ def test_one_bad_prompt_stops_the_call_before_anything_is_computed(llm: LLM) -> 
 def test_wrong_types_of_arguments(llm: LLM) -> None:
     with pytest.raises(TypeError, match=r"^prompts: expected text, a list of token ids, or a list of these; got 5"):
         llm.generate(5, use_tqdm=False)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^prompts: expected text, a list of token ids, or a list of these; got b'ab'"):
+        llm.generate(b"ab", use_tqdm=False)
+    with pytest.raises(
+        TypeError, match=r"^prompts\[0\]: prompt: expected 'prompt' or 'prompt_token_ids' in it, got {}"
+    ):
+        llm.generate({}, use_tqdm=False)
     with pytest.raises(TypeError, match=r"^sampling_params: expected SamplingParams, or a list of them; got {'n': 1}"):
         llm.generate("a", {"n": 1}, use_tqdm=False)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^sampling_params: expected one per prompt, 1; got 2"):

@@ -223,6 +223,15 @@ def test_a_dropped_stream_frees_its_blocks(path: Path) -> None:
     assert not llm.engine.has_unfinished_requests
 
 
+def test_an_aborted_stream_does_not_wait_for_ever(path: Path) -> None:
+    llm = load(path)
+    stream = llm.stream([1, 2, 3], SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))
+    llm.engine.abort_request(next(stream).request_id)
+    with pytest.raises(RuntimeError, match="a request was aborted behind the back of the call that waits for it"):
+        next(stream)
+    assert not llm.engine.has_unfinished_requests
+
+
 def run(engine: Engine) -> dict[str, RequestOutput]:
     last: dict[str, RequestOutput] = {}
     while engine.has_unfinished_requests:

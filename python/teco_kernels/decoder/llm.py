@@ -19,7 +19,7 @@ from teco_kernels.decoder.model import Transformer
 from teco_kernels.decoder.sampling_params import RequestError, RequestOutput, SamplingParams
 from teco_kernels.ops.gptq import Activation
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
 
 _DTYPES = {
@@ -156,7 +156,7 @@ class LLM:
         Parameters
         ----------
         prompts : str, list of int, or a list of these
-            Texts or token ids.
+            Texts or token ids; also as vLLM's ``{"prompt": ...}`` and ``{"prompt_token_ids": ...}``.
         sampling_params : SamplingParams, or one per prompt
         use_tqdm : bool
             Show a progress bar.
@@ -233,9 +233,9 @@ class LLM:
         ----------
         text : str or list of int
         window : int, optional
-            Most tokens of context and text at a time; `max_model_len` when not given. A longer text is cut: each window
-            begins with the last token of the one before it, which is context only. Every token but the first is thus
-            scored once, those at the start of a window with little context.
+            Most tokens of context and text at a time; when not given, `max_model_len` or as many as the cache holds. A
+            longer text is cut: each window begins with the last token of the one before it, which is context only.
+            Every token but the first is thus scored once, those at the start of a window with little context.
 
         Returns
         -------
@@ -243,7 +243,8 @@ class LLM:
             Natural logarithms; ``exp(-mean)`` is the perplexity.
         """
         token_ids = list(self._encode(text))
-        window = self.engine.max_model_len if window is None else window
+        pool = self.engine.cache.pool
+        window = min(self.engine.max_model_len, pool.num_blocks * pool.block_size) if window is None else window
         if not 2 <= window <= self.engine.max_model_len:
             raise ValueError(f"window: expected 2 to {self.engine.max_model_len}, got {window}")
         scores: list[float] = []
@@ -257,15 +258,19 @@ class LLM:
 
     def _add(self, prompt: Prompt, params: SamplingParams) -> str:
         request_id = str(next(self._ids))
-        text = prompt if isinstance(prompt, str) else None
-        self.engine.add_request(request_id, self._encode(prompt), params, text)
+        plain = _unwrapped(prompt)
+        text = plain if isinstance(plain, str) else None
+        self.engine.add_request(request_id, self._encode(plain), params, text)
         self._inboxes[request_id] = deque()
         return request_id
 
     def _encode(self, prompt: Prompt) -> Sequence[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        plain = _unwrapped(prompt)
+        return self.tokenizer.encode(plain) if isinstance(plain, str) else plain
 
     def _step(self) -> None:
+        if not self.engine.has_unfinished_requests:
+            raise RuntimeError("a request was aborted behind the back of the call that waits for it")
         for output in self.engine.step():
             self._inboxes[output.request_id].append(output)
 
@@ -302,13 +307,23 @@ class LLM:
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many, as a list of them."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | Mapping):
         return [prompts]
-    if not isinstance(prompts, Sequence):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
         raise TypeError(f"prompts: expected text, a list of token ids, or a list of these; got {prompts!r:.100}")
     if prompts and isinstance(prompts[0], int):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
+
+
+def _unwrapped(prompt: Prompt) -> str | Sequence[int]:
+    """What is in one of vLLM's dictionaries; anything else as it is."""
+    if not isinstance(prompt, Mapping):
+        return prompt
+    for key in ("prompt_token_ids", "prompt"):
+        if key in prompt:
+            return prompt[key]
+    raise TypeError(f"prompt: expected 'prompt' or 'prompt_token_ids' in it, got {prompt!r:.100}")
 
 
 def _choice(name: str, value: str, choices: Mapping[str, Any]) -> Any:
