@@ -78,7 +78,7 @@ def test_verify_one_operator(tmp_path: Path) -> None:
 def _broken_case(fails: bool) -> Case:
     def function(x: torch.Tensor) -> torch.Tensor:
         if fails:
-            raise RuntimeError("out of luck")
+            raise RuntimeError("out of luck: expected shape [n, m]")
         return x * torch.nan
 
     return Case(
@@ -98,7 +98,7 @@ def test_verify_reports_failures_and_goes_on(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("teco_kernels.testing.all_cases", lambda: [_broken_case(True), _broken_case(False)])
     file = tmp_path / "report.json"
     output = run("verify", "--json", str(file), code=1).stdout
-    assert "RuntimeError: out of luck" in output
+    assert "RuntimeError: out of luck: expected shape [n, m]" in output  # which is no markup
     assert "exceed 1e-05" in output
     assert "0 of 2 cases passed" in output
     report = json.loads(file.read_text())
@@ -136,6 +136,7 @@ def test_bench_quick(tmp_path: Path) -> None:
         (["verify", "--device", "cuda"], 1, "teco-kernels: device: this build has kernels for cpu only, got 'cuda'"),
         (["verify", "--operator", "rms_morn"], 2, "teco-kernels: --operator: expected one of rms_norm, "),
         (["bench", "--json", "/nowhere/report.json"], 1, "teco-kernels: /nowhere: No such directory"),
+        (["verify", "--json", "/nowhere/report.json"], 1, "teco-kernels: /nowhere: No such directory"),
         (["generate", "/nowhere/model", "Hello"], 1, "teco-kernels: /nowhere/model: No such file or directory"),
         (["score", "/nowhere/model", "/nowhere/text"], 1, "teco-kernels: /nowhere/text: No such file or directory"),
         (
@@ -176,6 +177,8 @@ class FakeLLM:
         self.prompts.append(prompt)
         if self.fails:
             raise RequestError("request '0': its logits are not finite numbers", [])
+        if "too long" in str(prompt):
+            raise ValueError("prompt: expected fewer tokens than max_model_len")
         word = str(prompt).split()[-1]
         for index, letter in enumerate(word, start=1):
             answer = CompletionOutput(0, word[:index], list(range(index)), letter)
@@ -202,7 +205,7 @@ class FakeLLM:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeLLM:
     llm = FakeLLM()
-    monkeypatch.setattr(cli, "_load", lambda path, **options: llm)
+    monkeypatch.setattr("teco_kernels.cli.model._load", lambda path, **options: llm)
     return llm
 
 
@@ -225,6 +228,12 @@ def test_chat_keeps_the_conversation(fake: FakeLLM) -> None:
     ]
 
 
+def test_chat_goes_on_after_a_line_that_cannot_be_answered(fake: FakeLLM) -> None:
+    result = run("chat", "model", stdin="one\nfar too long\ntwo\n")
+    assert fake.prompts[-1] == "<user> one <assistant> one <user> two"
+    assert result.stderr.strip() == "teco-kernels: prompt: expected fewer tokens than max_model_len"
+
+
 def test_score(fake: FakeLLM, tmp_path: Path) -> None:
     file = tmp_path / "text"
     file.write_text("eleven chars")
@@ -232,6 +241,8 @@ def test_score(fake: FakeLLM, tmp_path: Path) -> None:
     assert "2.7183" in output
     assert "10" in output
     assert "expected at least two tokens" in run("score", "model", str(file), "--max-chars", "1", code=1).stderr
+    file.write_bytes(b"\xff")
+    assert run("score", "model", str(file), code=1).stderr.startswith(f"teco-kernels: {file}: expected UTF-8 text: ")
 
 
 def test_demo_tells_what_it_took(fake: FakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:

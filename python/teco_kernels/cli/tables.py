@@ -36,7 +36,7 @@ def instruction_set_table(states: Mapping[str, str]) -> Table:
     """Which instruction set was picked and why not another."""
     table = Table("instruction set", "", title="CPU kernels", **_STYLE)
     for name, state in states.items():
-        table.add_row(name, f"[green]{state}" if state.startswith("in use") else f"[dim]{state}")
+        table.add_row(name, f"[green]{escape(state)}" if state.startswith("in use") else f"[dim]{escape(state)}")
     return table
 
 
@@ -59,7 +59,8 @@ def support_table(rows: Iterable[Mapping[str, Any]]) -> Table:
         texts = [f"[green]{' '.join(map(short_dtype, row['dtypes']))}" if row["dtypes"] else "[dim]no" for row in cells]
         table.add_row(op, *texts)
     reasons = {row["backend"]: row["reason"].replace(f" of {row['operator']}", "") for row in rows if row["reason"]}
-    table.caption = "\n".join(f"{backend}: {reason.removeprefix('backend: ')}" for backend, reason in reasons.items())
+    lines = (f"{backend}: {reason.removeprefix('backend: ')}" for backend, reason in reasons.items())
+    table.caption = escape("\n".join(lines))
     return table
 
 

@@ -1,201 +1,20 @@
-"""The command `teco-kernels`: thin functions over the library, which is imported when a command needs it."""
+"""Commands about a model: run it, talk with it, measure its perplexity, quantise it."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
+
+from teco_kernels.cli.command import Threads, app, report_error, set_threads
 
 if TYPE_CHECKING:
     from teco_kernels.decoder.llm import LLM
     from teco_kernels.decoder.sampling_params import RequestOutput, SamplingParams
-    from teco_kernels.testing import Case
-
-_INTERRUPTED = 130  # as the shell counts it: 128 + SIGINT
-
-
-class _UsageError(ValueError):
-    """A wrong command line, found after the parser has passed it."""
-
-
-class _Commands(TyperGroup):
-    """Turns what a user can put right into one line on stderr, and anything else into a traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            typer.echo("", err=True)
-            raise typer.Exit(_INTERRUPTED) from None
-        except BrokenPipeError:
-            raise
-        except (ValueError, OSError, RuntimeError) as error:
-            if not _is_users(error):
-                raise
-            typer.echo(f"teco-kernels: {_one_line(error)}", err=True)
-            raise typer.Exit(2 if isinstance(error, _UsageError) else 1) from None
-
-
-def _is_users(error: Exception) -> bool:
-    """RuntimeErrors are bugs, but for those with which the registry of packages refuses a file."""
-    return not isinstance(error, RuntimeError) or type(error).__name__ == "AssetError"
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-app = typer.Typer(
-    cls=_Commands,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Kernels for large-language-model inference: check them, time them, and run a model on them.",
-)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from teco_kernels import __version__
-
-        typer.echo(f"teco_kernels {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    """What stands before a command."""
-
-
-def main() -> None:
-    """Entry point of the command."""
-    app(prog_name="teco-kernels")
-
-
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads to use; as many as torch would by default.")]
-Operator = Annotated[
-    list[str] | None, typer.Option("--operator", help="Only this operator; may be given several times.")
-]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write a report to this file.")]
-
-
-@app.command()
-def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-) -> None:
-    """Tell what was compiled, what this machine has, and which operator runs where."""
-    from teco_kernels import _tables as tables
-    from teco_kernels.testing import machine
-
-    facts, states, rows = machine.facts(), machine.instruction_sets(), list(tables.support_rows())
-    if as_json:
-        typer.echo(json.dumps({"machine": facts, "instruction_sets": states, "operators": rows}, indent=2))
-        return
-    console = Console()
-    for table in (tables.facts_table(facts), tables.instruction_set_table(states), tables.support_table(rows)):
-        console.print(table, "")
-
-
-@app.command()
-def verify(
-    operator: Operator = None,
-    device: Annotated[str, typer.Option(help="Whose kernels to check.")] = "cpu",
-    json_file: JsonFile = None,
-    threads: Threads = None,
-) -> None:
-    """Hold every operator against its float64 reference; exit code 1 when one is wrong."""
-    from teco_kernels import _tables as tables
-    from teco_kernels.testing import verify as verification
-
-    if device not in verification.DEVICES:
-        raise ValueError(f"device: this build has kernels for {', '.join(verification.DEVICES)} only, got {device!r}")
-    cases = _chosen_cases(operator)
-    _set_threads(threads)
-    results = []
-    with _progress() as progress:
-        task = progress.add_task("", total=len(cases))
-        for case, result in zip(cases, verification.verify(cases), strict=True):
-            results.append(result)
-            failed = sum(not result.ok for result in results)
-            text = f"{case.operator}" + (f"  [red]{failed} failed" if failed else "")
-            progress.update(task, advance=1, description=text)
-    console = Console()
-    console.print(tables.verify_table(results))
-    failures = [result for result in results if not result.ok]
-    for result in failures:
-        problem = result.exception or f"errors {result.errors} exceed {result.case.max_error:g}"
-        console.print(f"[bold red]failed[/] {result.case.name}: {problem}", highlight=False, soft_wrap=True)
-    console.print(f"{len(results) - len(failures)} of {len(results)} cases passed")
-    if json_file:
-        json_file.write_text(json.dumps(verification.report(results, device), indent=2) + "\n")
-        console.print(f"report: {json_file}", highlight=False)
-    if failures:
-        raise typer.Exit(1)
-
-
-@app.command()
-def bench(
-    operator: Operator = None,
-    threads: Threads = None,
-    seconds: Annotated[float, typer.Option(min=0.001, help="Time per case.")] = 0.5,
-    quick: Annotated[bool, typer.Option("--quick", help="One case per operator, for a short time.")] = False,
-    json_file: JsonFile = None,
-    png_file: Annotated[Path | None, typer.Option("--png", help="Also draw the roofline; needs matplotlib.")] = None,
-) -> None:
-    """Time the operators from cold caches, beside the machine's measured ceilings."""
-    from importlib.util import find_spec
-
-    from teco_kernels import _tables as tables
-    from teco_kernels.testing import bench as benchmark
-    from teco_kernels.testing import machine
-
-    if png_file and find_spec("matplotlib") is None:
-        raise ValueError("--png: matplotlib is not installed: pip install 'teco_kernels[bench]'")
-    for file in (json_file, png_file):  # before minutes of work, not after
-        if file and not file.parent.is_dir():
-            raise FileNotFoundError(2, "No such directory", str(file.parent))
-    cases = [case for case in _chosen_cases(operator) if case.benchmark]
-    if quick:
-        cases = list({case.operator: case for case in reversed(cases)}.values())[::-1]
-        seconds = min(seconds, 0.05)
-    if not cases:
-        raise ValueError("operator: none of these has a case that is large enough to be timed")
-    _set_threads(threads)
-    _warn_if_busy()
-    timings = []
-    with _progress() as progress:
-        task = progress.add_task("measuring the ceilings", total=len(cases))
-        for timing, best in benchmark.bench(cases, seconds=seconds):
-            timings.append(timing)
-            ceilings = best
-            progress.update(task, advance=1, description=timing.case.operator)
-    facts = machine.facts()
-    console = Console()
-    console.print(tables.bench_table(timings, ceilings))
-    machine_line = f"{facts['processor']}, {facts['instruction_set']}, {facts['threads']} threads"
-    console.print(machine_line, highlight=False)
-    if json_file:
-        json_file.write_text(json.dumps(benchmark.report(timings, ceilings), indent=2) + "\n")
-        console.print(f"report: {json_file}", highlight=False)
-    if png_file:
-        from teco_kernels.testing import roofline
-
-        roofline.draw(timings, ceilings, machine_line, png_file)
-        console.print(f"picture: {png_file}", highlight=False)
-
 
 Model = Annotated[Path, typer.Argument(help="A Hugging Face folder (plain or GPTQ) or a .gguf file.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
@@ -309,7 +128,12 @@ def chat(
             messages = list(opening)
         elif line:
             messages.append({"role": "user", "content": line})
-            answer = _stream(llm, llm.chat_prompt(messages), params, interruptible=True)
+            try:
+                answer = _stream(llm, llm.chat_prompt(messages), params, interruptible=True)
+            except ValueError as error:  # such as a conversation that has grown too long: /new helps, or a shorter line
+                report_error(error)
+                messages.pop()
+                continue
             messages.append({"role": "assistant", "content": answer.outputs[0].text if answer else ""})
 
 
@@ -329,9 +153,9 @@ def score(
     import math
     import time
 
-    from teco_kernels import _tables as tables
+    from teco_kernels.cli import tables
 
-    text = (sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8"))[:max_chars]
+    text = (sys.stdin.read() if str(file) == "-" else _read_text(file))[:max_chars]
     llm = _load(
         model,
         dtype=dtype,
@@ -371,13 +195,13 @@ def quantize(
     threads: Threads = None,
 ) -> None:
     """Quantise a model with GPTQ."""
-    from teco_kernels import _tables as tables
+    from teco_kernels.cli import tables
     from teco_kernels.quantization import QuantizationSettings, quantize_model
 
     if not source.exists():
         raise FileNotFoundError(2, "No such file or directory", str(source))
-    text = None if calibration is None else calibration.read_text(encoding="utf-8")
-    _set_threads(threads)
+    text = None if calibration is None else _read_text(calibration)
+    set_threads(threads)
     settings = QuantizationSettings(
         bits=bits,
         group_size=group_size,
@@ -407,7 +231,7 @@ def demo(
     threads: Threads = None,
 ) -> None:
     """Fetch a small model, quantise it to 4 bits (both once), generate, and tell what it took."""
-    from teco_kernels import _tables as tables
+    from teco_kernels.cli import tables
     from teco_kernels.decoder.sampling_params import SamplingParams
     from teco_kernels.quantization import default_quantized_model
     from teco_kernels.testing import machine
@@ -419,47 +243,6 @@ def demo(
     output = _stream(llm, prompt, SamplingParams(temperature=0.0, max_tokens=max_tokens))
     if output:
         Console().print("", tables.run_table([*_speed_rows(output), *_memory_rows(llm, before)]))
-
-
-def _chosen_cases(operators: list[str] | None) -> list[Case]:
-    """The case table, or the part of it that --operator asks for."""
-    from teco_kernels.testing import all_cases
-
-    cases = list(all_cases())
-    known = list(dict.fromkeys(case.operator for case in cases))
-    for name in operators or ():
-        if name not in known:
-            raise _UsageError(f"--operator: expected one of {', '.join(known)}; got {name!r}")
-    return [case for case in cases if not operators or case.operator in operators]
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def _warn_if_busy() -> None:
-    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
-    if load > 0.5 * cores:
-        text = f"the load of this machine is {load:.1f} on {cores} cores: times will be long and shares too low"
-        typer.echo(f"teco-kernels: {text}", err=True)
-
-
-def _progress() -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    return Progress(
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def _load(path: Path, **options: Any) -> LLM:
@@ -501,6 +284,13 @@ def _read_line() -> str | None:
         return None
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text: {error}") from None
+
+
 def _files(path: Path) -> list[Path]:
     return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
 
@@ -520,7 +310,7 @@ def _speed_rows(output: RequestOutput) -> list[tuple[str, str, str]]:
 
 def _memory_rows(llm: LLM, before: int) -> list[tuple[str, str, str]]:
     """The process's memory and what it went into; `before`: bytes it had when the model was not yet loaded."""
-    from teco_kernels._tables import size
+    from teco_kernels.cli.tables import size
     from teco_kernels.testing import machine
 
     metrics = llm.metrics()
