@@ -267,6 +267,9 @@ def test_chat_uses_the_template(llm: LLM) -> None:
     token_ids = llm.chat_prompt(messages)
     assert token_ids == llm.tokenizer.encode("<|user|>Hello<|end|><|assistant|>")
     assert llm.chat_prompt(messages, add_generation_prompt=False) == token_ids[:-1]
+    for variables in ({"add_generation_prompt": False}, {"chat_template_kwargs": {"add_generation_prompt": False}}):
+        (plain,) = llm.chat(messages, use_tqdm=False, **variables)  # type: ignore[arg-type]
+        assert plain.prompt_token_ids == token_ids[:-1]
     params = SamplingParams(temperature=0)
     (one,) = llm.chat(messages, params, use_tqdm=False)
     many = llm.chat([messages, messages], params, use_tqdm=False)

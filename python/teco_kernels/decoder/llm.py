@@ -190,9 +190,14 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **template_variables: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or a list of them; see `chat_prompt` and `generate`."""
+        """Answer one conversation, or a list of them; see `chat_prompt` and `generate`.
+
+        Variables of the template may be arguments of their own or, as vLLM has it, in `chat_template_kwargs`.
+        """
+        template_variables |= chat_template_kwargs or {}
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = [self.chat_prompt(conversation, **template_variables) for conversation in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
@@ -268,34 +273,34 @@ class LLM:
         plain = _unwrapped(prompt)
         return self.tokenizer.encode(plain) if isinstance(plain, str) else plain
 
-    def _step(self) -> None:
+    def _step(self) -> list[str]:
+        """Step the engine and deliver what comes of it; returns whose it is."""
         if not self.engine.has_unfinished_requests:
             raise RuntimeError("a request was aborted behind the back of the call that waits for it")
-        for output in self.engine.step():
+        outputs = self.engine.step()
+        for output in outputs:
             self._inboxes[output.request_id].append(output)
+        return [output.request_id for output in outputs]
 
     def _drop(self, request_id: str) -> None:
         self.engine.abort_request(request_id)
         del self._inboxes[request_id]
 
     def _run(self, requests: list[tuple[Prompt, SamplingParams]], use_tqdm: bool) -> list[RequestOutput]:
-        ids: list[str] = []
+        ids: dict[str, None] = {}  # in order
         done: dict[str, RequestOutput] = {}
         try:
             for number, (prompt, params) in enumerate(requests):
                 try:
-                    ids.append(self._add(prompt, params))
+                    ids[self._add(prompt, params)] = None
                 except (ValueError, TypeError) as error:
                     raise type(error)(f"prompts[{number}]: {error}") from None
             with tqdm(total=len(ids), desc="generate", unit="request", disable=not use_tqdm) as progress:
                 while len(done) < len(ids):
-                    self._step()
-                    for request_id in ids:
-                        inbox = self._inboxes[request_id]
-                        while inbox:
-                            if (output := inbox.popleft()).finished:
-                                done[request_id] = output
-                                progress.update()
+                    for request_id in ids.keys() & self._step():  # others are of streams that are open
+                        if (output := self._inboxes[request_id].pop()).finished:
+                            done[request_id] = output
+                            progress.update()
         finally:
             for request_id in ids:
                 self._drop(request_id)
