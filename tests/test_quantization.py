@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from teco_kernels.quantization.calibration import Hessian, token_windows
 from teco_kernels.quantization.grid import fit_grid
 from teco_kernels.quantization.packing import BITS, pack_rows, pack_zeros, unpack_rows, unpack_zeros
 from teco_kernels.quantization.perplexity import perplexity
+from teco_kernels.quantization.refine import refine
 
 
 def random_problem(
@@ -186,10 +188,14 @@ def test_error_is_well_below_rounding(bits: int, symmetric: bool, act_order: boo
     block_size=st.sampled_from([1, 5, 16, 33, 96, 1000]),
     group_size=st.sampled_from([16, 24, 96]),
     act_order=st.booleans(),
+    refine_sweeps=st.sampled_from([0, 2]),
 )
-def test_block_size_does_not_matter(seed: int, block_size: int, group_size: int, act_order: bool) -> None:
+def test_block_size_does_not_matter(
+    seed: int, block_size: int, group_size: int, act_order: bool, refine_sweeps: int
+) -> None:
     weight, hessian = random_problem(seed=seed)
     options: dict[str, Any] = {"group_size": group_size, "act_order": act_order, "symmetric": False}
+    options["refine_sweeps"] = refine_sweeps
     one, other = (gptq_quantize(weight, hessian, block_size=size, **options) for size in (64, block_size))
     # Sums are taken in another order, but in float64: no weight is so close to the middle between two codes.
     for name, tensor in one.tensors().items():
@@ -205,6 +211,67 @@ def test_identity_hessian_is_rounding(bits: int, symmetric: bool, clip_search: b
     quantised, rounded = gptq_quantize(weight, torch.eye(96), **options), round_to_nearest(weight, **options)
     for name, tensor in rounded.tensors().items():
         assert torch.equal(quantised.tensors()[name], tensor), name
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    bits=st.sampled_from(BITS),
+    group_size=st.sampled_from([8, 32, 96]),
+    tokens=st.sampled_from([3, 60, 400]),
+)
+def test_no_step_of_refining_raises_an_error(seed: int, bits: int, group_size: int, tokens: int) -> None:
+    weight, hessian = random_problem(32, 96, tokens, seed)
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(96)
+    target = weight.t().double()
+    groups = target.unflatten(0, (-1, group_size))
+    grids = [fit_grid(group, bits, symmetric=False) for group in groups]
+    scales, zeros = (torch.stack([getattr(grid, name) for grid in grids]) for name in ("scale", "zero"))
+    codes = torch.cat([grid.codes(group) for grid, group in zip(grids, groups, strict=True)]).to(torch.uint8)
+
+    def errors() -> torch.Tensor:
+        values = (codes.double().unflatten(0, (-1, group_size)) - zeros.unsqueeze(1)) * scales.unsqueeze(1)
+        difference = values.flatten(0, 1) - target
+        return (hessian @ difference * difference).sum(0)
+
+    first = last = errors()
+    for _ in range(3):
+        refine(codes, scales, zeros, target, hessian, bits, 1)
+        now = errors()
+        assert (now <= last * (1 + 1e-9)).all()
+        last = now
+        assert torch.equal(scales, scales.half().double())
+        assert codes.int().max() < 2**bits
+    assert last.sum() < 0.9 * first.sum()
+
+
+def test_refined_scales_are_those_of_least_squares() -> None:
+    """Codes that stand for the target exactly, on scales that are all wrong: one sweep finds the right ones."""
+    generator = torch.Generator().manual_seed(2)
+    _, hessian = random_problem()
+    codes = torch.randint(0, 16, (96, 8), generator=generator).to(torch.uint8)
+    zeros = torch.randint(1, 16, (3, 8), generator=generator).double()
+    zeros[1, 0] = 5
+    codes[32:64, 0] = 5  # a group of zeros has any scale
+    right = torch.rand(3, 8, generator=generator).half().double() + 0.5
+    target = ((codes.double().unflatten(0, (3, 32)) - zeros.unsqueeze(1)) * right.unsqueeze(1)).flatten(0, 1)
+    scales, found = torch.full_like(right, 0.1), codes.clone()
+    refine(found, scales, zeros, target, hessian, 4, 1)
+    assert torch.equal(found, codes)
+    scales[1, 0] = right[1, 0]
+    assert torch.allclose(scales, right, rtol=1e-3)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+def test_refining_pays(bits: int, symmetric: bool, act_order: bool) -> None:
+    weight, hessian = random_problem()
+    options: dict[str, Any] = {"bits": bits, "group_size": 32, "symmetric": symmetric, "act_order": act_order}
+    plain, refined = (gptq_quantize(weight, hessian, refine_sweeps=sweeps, **options) for sweeps in (0, 2))
+    assert refined.error < 0.95 * plain.error
+    assert math.isclose(refined.rounding_error, plain.rounding_error)
+    assert torch.equal(refined.qzeros, plain.qzeros)
 
 
 def plain_gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
@@ -307,6 +374,7 @@ def test_operators_read_the_result(bits: int, zero_point_format: Any, symmetric:
         ({"hessian": torch.eye(96) * float("nan")}, "hessian: expected finite values"),
         ({"hessian": -torch.eye(96)}, "hessian: expected a positive semidefinite matrix"),
         ({"dampening": -1.0}, "dampening: expected 0 to 1, got -1"),
+        ({"refine_sweeps": -1}, "refine_sweeps: expected 0 or more, got -1"),
         ({"block_size": 0}, "block_size: expected a positive number, got 0"),
         ({"zero_point_format": "v3"}, "zero_point_format"),
     ],
@@ -459,6 +527,26 @@ def test_model_end_to_end(tmp_path: Path, changes: dict[str, Any], tied: bool) -
     # Random weights have nothing to lose but that they are these weights.
     before, after = (perplexity(model, tokens(512, 1), window=32) for model in (path, out))
     assert abs(math.log(after / before)) < 0.1
+
+
+def test_layers_with_bits_of_their_own(tmp_path: Path) -> None:
+    path, out = tiny_model(tmp_path / "model"), tmp_path / "out"
+    settings = replace(TINY, symmetric=False, layer_bits={r".*\.v_proj$": 8, r"model\.layers\.1\.mlp": 8})
+    reports = quantize_model(path, out, settings, calibration=tokens(1000), use_tqdm=False)
+    eight = {report.name for report in reports if report.error < 0.01}
+    mlp = {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert eight == {"model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj", "lm_head"} | mlp
+    loader = WeightLoader(load_source(out), torch.float32, "exact")
+    qkv = loader.linear([f"model.layers.1.self_attn.{name}_proj" for name in "qkv"], 64, [64, 32, 32], bias=False)
+    assert [(weight.bits, weight.out_features) for weight in qkv.weights] == [(4, 96), (8, 32)]  # type: ignore[union-attr]
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    parts = [
+        loader.linear([f"model.layers.1.self_attn.{name}_proj"], 64, [size], bias=False)(x)
+        for name, size in (("q", 64), ("k", 32), ("v", 32))
+    ]
+    assert torch.equal(qkv(x), torch.cat(parts, dim=-1))
+    with pytest.raises(ValueError, match=r"v_proj: bits: expected one of \(2, 3, 4, 8\), got 5"):
+        quantize_model(path, tmp_path / "bad", replace(TINY, layer_bits={".*v_proj": 5}), calibration=tokens(1000))
 
 
 def test_biases_and_dtype_are_kept(tmp_path: Path) -> None:

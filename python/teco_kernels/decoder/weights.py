@@ -43,13 +43,18 @@ class Linear:
 
 
 def _merge_gptq(weights: Sequence[DenseWeight | GPTQWeight]) -> list[DenseWeight | GPTQWeight]:
-    gptq = [weight for weight in weights if isinstance(weight, GPTQWeight)]
-    if len(gptq) < max(len(weights), 2):
-        return list(weights)
-    try:
-        return [GPTQWeight.concatenate(gptq)]
-    except ValueError:  # different bits, group sizes or orders: `dynamic` allows it
-        return list(weights)
+    """Join neighbours where they allow it; `dynamic` rules may give them different bits, group sizes or orders."""
+    merged = list(weights[:1])
+    for weight in weights[1:]:
+        last = merged[-1]
+        if isinstance(last, GPTQWeight) and isinstance(weight, GPTQWeight):
+            try:
+                merged[-1] = GPTQWeight.concatenate([last, weight])
+                continue
+            except ValueError:
+                pass
+        merged.append(weight)
+    return merged
 
 
 class WeightLoader:

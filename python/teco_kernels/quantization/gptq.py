@@ -11,6 +11,7 @@ from torch import Tensor
 
 from teco_kernels.quantization.grid import Grid, fit_grid
 from teco_kernels.quantization.packing import BITS, ZeroPointFormat, pack_rows, pack_zeros, unpack_rows, unpack_zeros
+from teco_kernels.quantization.refine import refine
 
 _OUTPUTS_AT_ONCE = 2048
 
@@ -100,15 +101,15 @@ class HessianFactor:
         order = torch.arange(len(hessian))
         if act_order:
             order = torch.argsort(diagonal, descending=True, stable=True)
-        ordered = hessian[order][:, order]
-        ordered.diagonal()[dead[order]] = 1.0
-        mean = diagonal.mean().item() or 1.0
         # A Hessian from fewer tokens than inputs is singular: more is added until the factorisation succeeds.
         for share in [dampening, *(d for d in (0.01, 0.03, 0.1, 0.3, 1.0) if d > dampening)]:
-            damped = ordered + torch.eye(len(ordered), dtype=torch.float64) * (share * mean)
-            if (upper := _inverse_factor(damped)) is not None:
+            if (upper := _inverse_factor(_damped(hessian, dead, order, share))) is not None:
                 return cls(hessian, dead, order, upper, share)
         raise ValueError("hessian: expected a positive semidefinite matrix, it is not even with its diagonal doubled")
+
+    def damped(self) -> Tensor:
+        """The damped Hessian in the order of rounding, whose inverse `upper` factorises."""
+        return _damped(self.hessian, self.dead, self.order, self.dampening)
 
 
 def gptq_quantize(
@@ -121,6 +122,7 @@ def gptq_quantize(
     act_order: bool = False,
     dampening: float = 0.01,
     clip_search: bool = False,
+    refine_sweeps: int = 0,
     block_size: int = 64,
     zero_point_format: ZeroPointFormat = "v1",
 ) -> GPTQTensors:
@@ -150,6 +152,8 @@ def gptq_quantize(
         Added to the Hessian's diagonal, as a share of its mean; raised by itself when the factorisation fails.
     clip_search : bool
         See `fit_grid`; squared errors are weighted with the inputs' energy.
+    refine_sweeps : int
+        Passes of `refine` over the result, on the damped Hessian.
     block_size : int
         Inputs whose corrections reach the rest of the weight in one matrix product. A matter of speed only.
     zero_point_format : {"v1", "v2"}
@@ -176,12 +180,14 @@ def gptq_quantize(
         raise ValueError(f"hessian: expected shape [{weight.shape[1]}, {weight.shape[1]}], got {list(hessian.shape)}")
     if block_size < 1:
         raise ValueError(f"block_size: expected a positive number, got {block_size}")
+    if refine_sweeps < 0:
+        raise ValueError(f"refine_sweeps: expected 0 or more, got {refine_sweeps}")
     if isinstance(hessian, Tensor):
         hessian = HessianFactor.from_hessian(hessian, act_order=act_order, dampening=dampening)
     factor = hessian
     # Outputs do not know of each other: taking some at a time bounds the float64 copies and keeps them in the cache.
     parts = [
-        _quantize_outputs(part, factor, bits, group_size, symmetric, clip_search, block_size)
+        _quantize_outputs(part, factor, bits, group_size, symmetric, clip_search, refine_sweeps, block_size)
         for part in weight.detach().split(_OUTPUTS_AT_ONCE)
     ]
     error, rounding_error, norm = (sum(part.squares[i] for part in parts) for i in range(3))
@@ -229,6 +235,7 @@ def _quantize_outputs(
     group_size: int,
     symmetric: bool,
     clip_search: bool,
+    refine_sweeps: int,
     block_size: int,
 ) -> _Part:
     target = weight.double().t().contiguous()  # [in_features, out_features]: an input is one contiguous row
@@ -260,6 +267,9 @@ def _quantize_outputs(
             torch.sub(current, grid.values(codes[place]), out=errors[place]).div_(pivots[row])
         solved.codes[start:end] = codes.to(torch.uint8)
         remaining[end:].addmm_(factor.upper[start:end, end:].t(), errors, alpha=-1)
+
+    if refine_sweeps:
+        refine(solved.codes, solved.scales, solved.zeros, target, factor.damped(), bits, refine_sweeps)
 
     rounding_errors = _output_errors(rounded.values() - target, hessian)
     solved_errors = _output_errors(solved.values() - target, hessian)
@@ -336,6 +346,13 @@ class _Quantised:
             rounding_error=rounding_error,
             dampening=dampening,
         )
+
+
+def _damped(hessian: Tensor, dead: Tensor, order: Tensor, share: float) -> Tensor:
+    ordered = hessian[order][:, order]
+    ordered.diagonal()[dead[order]] = 1.0
+    ordered.diagonal().add_(share * (hessian.diagonal().mean().item() or 1.0))
+    return ordered
 
 
 def _inverse_factor(matrix: Tensor) -> Tensor | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,6 +28,9 @@ class QuantizationSettings:
 
     Attributes
     ----------
+    layer_bits : mapping of str to int
+        Other bits for the layers whose names a regular expression matches from their beginning on (`re.match`); the
+        first that matches counts. Saved as `dynamic` rules.
     head_bits : int or None
         Bits of the language-model head; None leaves it as it is.
     head_group_size : int
@@ -40,6 +44,8 @@ class QuantizationSettings:
     act_order: bool = False
     dampening: float = 0.01
     clip_search: bool = False
+    refine_sweeps: int = 0
+    layer_bits: Mapping[str, int] = field(default_factory=dict)
     head_bits: int | None = 8
     head_group_size: int = 64
     num_sequences: int = 64
@@ -179,14 +185,16 @@ def _quantise_head(
 
 
 def _quantise(name: str, weight: Tensor, factor: HessianFactor, settings: QuantizationSettings) -> GPTQTensors:
+    bits = next((bits for rule, bits in settings.layer_bits.items() if re.match(rule, name)), settings.bits)
     try:
         return gptq_quantize(
             weight,
             factor,
-            bits=settings.bits,
+            bits=bits,
             group_size=settings.group_size,
             symmetric=settings.symmetric,
             clip_search=settings.clip_search,
+            refine_sweeps=settings.refine_sweeps,
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

@@ -74,18 +74,21 @@ def _config(source: Source, dtype: torch.dtype, quantised: set[str], settings: M
         "checkpoint_format": "gptq",
         "meta": {"quantizer": [f"teco_kernels:{__version__}"]},
     }
+    rules: dict[str, Any] = {}
     if "lm_head" in quantised:
         # Tools that do not know of a quantised head beside a tied embedding take the embedding, and are right too; the
         # mark would have them look for a head of their own.
         quantization["lm_head"] = not source.config.tie_word_embeddings
-        quantization["dynamic"] = {
-            "lm_head": {
-                "bits": settings["head_bits"],
-                "group_size": settings["head_group_size"],
-                "sym": True,
-                "desc_act": False,
-            }
+        rules["lm_head"] = {
+            "bits": settings["head_bits"],
+            "group_size": settings["head_group_size"],
+            "sym": True,
+            "desc_act": False,
         }
+    # The first rule that matches counts. None of the others' is meant for the head.
+    rules |= {pattern: {"bits": bits} for pattern, bits in settings["layer_bits"].items()}
+    if rules:
+        quantization["dynamic"] = rules
     config["quantization_config"] = quantization
     return config
 
