@@ -77,10 +77,13 @@ struct DenseMatmulParams {
 //
 // Inputs are ordered group by group, each group padded to whole blocks of 32. A panel of 16 columns is one contiguous
 // stream of groups; a group is a header of 64 bytes (fp16 scale[16], fp16 zero[16]) and its blocks:
+//   2 bits, 128 bytes:  [2][16 columns][4]; bits 2s and 2s + 1 of byte (j, column, i) hold input 16j + 4s + i;
+//   3 bits, 192 bytes:  the low two bits like that, then [16 columns][4]: bit q of byte (column, i) is the high bit of
+//                       input 4q + i;
 //   4 bits, 256 bytes:  [4][16 columns][4]; byte (j, column, i) holds input 4j + i in its low and 16 + 4j + i in its
 //                       high nibble;
 //   8 bits, 512 bytes:  [8][16 columns][4]; byte (j, column, i) is input 4j + i.
-// Four neighbouring bytes are thus four inputs of one column: what one lane of an integer dot product takes.
+// Four neighbouring bytes are thus four inputs of one column, a quad: what one lane of an integer dot product takes.
 struct GptqMatmulParams {
   void* out;                   // [num_rows, out_features]
   const void* input;           // [num_rows, in_features]
@@ -91,7 +94,7 @@ struct GptqMatmulParams {
   int64_t num_rows, in_features, out_features;
   int64_t num_groups, blocks_per_group;
   int64_t out_stride, input_stride;
-  int32_t bits;          // 4 or 8
+  int32_t bits;          // 2, 3, 4 or 8
   bool int8_activation;  // quantise the input per row and block of 32; else fp32 arithmetic throughout
   DType dtype;           // of input and out
 };

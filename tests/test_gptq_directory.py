@@ -89,6 +89,8 @@ def quantise(
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "4 bits": {},
+    "2 bits": {"settings": {"bits": 2}},
+    "3 bits": {"settings": {"bits": 3}},
     "8 bits": {"settings": {"bits": 8}},
     "one group": {"settings": {"group_size": -1}},
     "act-order": {"act_order": True, "settings": {"desc_act": True}},
@@ -149,9 +151,9 @@ def test_settings_beside_the_configuration(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"quant_method": "awq"}, "expected quant_method gptq in the quantization_config, got 'awq'"),
-        ({"bits": 3}, "expected 'bits' 4 or 8 .* got 3 and 32"),
-        ({"bits": None}, "expected 'bits' 4 or 8 .* got None and 32"),
-        ({"group_size": 0}, "expected 'bits' 4 or 8 and a 'group_size' .* got 4 and 0"),
+        ({"bits": 5}, "expected 'bits' 2 or 3 or 4 or 8 .* got 5 and 32"),
+        ({"bits": None}, "expected 'bits' 2 or 3 or 4 or 8 .* got None and 32"),
+        ({"group_size": 0}, "expected 'bits' 2 or 3 or 4 or 8 and a 'group_size' .* got 4 and 0"),
         ({"group_size": 16}, r"tensor 'model.layers.0.self_attn.q_proj.qzeros' has shape \[2, 8\], .* \[4, 8\]"),
         ({"dynamic": {"(": {}}}, "expected an object 'dynamic' of patterns and settings in the quantization_config"),
         ({"dynamic": {".*": 8}}, "expected an object 'dynamic' of patterns and settings in the quantization_config"),

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from teco_kernels.ops import DenseWeight, GPTQWeight, dense_matmul, gptq_matmul
 from teco_kernels.ops._library import cpu_isa_choices
 from teco_kernels.ops._reference import relative_error
-from teco_kernels.ops.gptq import gptq_matmul_reference, unpack_rows
+from teco_kernels.ops.gptq import gptq_matmul_reference
+from teco_kernels.ops.packing import BITS, pack_rows, unpack_rows
 from teco_kernels.testing.cases.matmul import INT8_TOLERANCE, random_checkpoint
 
 MODES = ("exact", "int8")
@@ -40,15 +41,16 @@ def plain_dequantize(tensors: dict[str, Any], zero_offset: int) -> torch.Tensor:
     in_blocks=st.integers(1, 12),
     out_blocks=st.integers(1, 10),
     group_size=st.sampled_from([8, 24, 32, 40, 64, 128, 1000]),
-    bits=st.sampled_from([4, 8]),
+    bits=st.sampled_from(BITS),
     act_order=st.booleans(),
     rows=st.integers(0, 12),
 )
 def test_any_shape(in_blocks: int, out_blocks: int, group_size: int, bits: int, act_order: bool, rows: int) -> None:
-    tensors = checkpoint(in_blocks * 8, out_blocks * 8, group_size, bits, act_order=act_order)
+    in_features, out_features = (blocks * {2: 16, 3: 32, 4: 8, 8: 4}[bits] for blocks in (in_blocks, out_blocks))
+    tensors = checkpoint(in_features, out_features, group_size, bits, act_order=act_order)
     weight = GPTQWeight.from_checkpoint(**tensors)
     assert torch.equal(weight.dequantize(), plain_dequantize(tensors, 1))
-    x = torch.randn(rows, in_blocks * 8)
+    x = torch.randn(rows, in_features)
     reference = gptq_matmul_reference(x, weight)
     assert relative_error(gptq_matmul(x, weight), reference) < 1e-5
     assert relative_error(gptq_matmul(x, weight, activation="int8"), reference) < 2 * INT8_TOLERANCE
@@ -61,10 +63,10 @@ def test_zero_point_formats(zero_point_format: Any) -> None:
     assert torch.equal(weight.dequantize(), plain_dequantize(tensors, zero_point_format == "v1"))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("activation", MODES)
 def test_rows_do_not_depend_on_the_batch(bits: int, activation: Any) -> None:
-    weight = GPTQWeight.from_checkpoint(**checkpoint(320, 200, bits=bits), bias=torch.randn(200))
+    weight = GPTQWeight.from_checkpoint(**checkpoint(320, 224, bits=bits), bias=torch.randn(224))
     x = torch.randn(40, 320)
     whole = gptq_matmul(x, weight, activation=activation)
     for rows in range(1, 40):
@@ -105,9 +107,9 @@ import hashlib, torch
 from teco_kernels.ops import GPTQWeight, gptq_matmul
 from teco_kernels.testing.cases.matmul import random_checkpoint
 digest = hashlib.sha256()
-for bits in (4, 8):
+for bits in (2, 3, 4, 8):
     g = torch.Generator().manual_seed(bits)
-    weight = GPTQWeight.from_checkpoint(**random_checkpoint(320, 200, 64, bits, g))
+    weight = GPTQWeight.from_checkpoint(**random_checkpoint(320, 224, 64, bits, g))
     for rows in (1, 2, 3, 4, 5, 8, 13, 40):
         digest.update(gptq_matmul(torch.randn(rows, 320, generator=g), weight, activation="int8").numpy().tobytes())
 print(digest.hexdigest())
@@ -135,8 +137,7 @@ def test_exact_mode_is_the_dense_product_of_the_dequantised_weight() -> None:
 def test_act_order_is_a_permutation_of_the_inputs() -> None:
     plain = checkpoint()
     permutation = torch.randperm(192)
-    codes = unpack_rows(plain["qweight"], 4)[permutation].to(torch.int32)
-    words = sum(codes[i::8] << (4 * i) for i in range(8))
+    words = pack_rows(unpack_rows(plain["qweight"], 4)[permutation], 4)
     shuffled = GPTQWeight.from_checkpoint(**(plain | {"qweight": words, "g_idx": plain["g_idx"][permutation]}))
     weight, x = GPTQWeight.from_checkpoint(**plain), torch.randn(5, 192)
     assert torch.equal(shuffled.dequantize(), weight.dequantize()[permutation])
@@ -195,7 +196,9 @@ def test_contradictory_checkpoints_are_refused() -> None:
         with pytest.raises(exception, match=match):
             GPTQWeight.from_checkpoint(**(good | changes))
 
-    refuse(r"bits: expected one of \(4, 8\), got 3", bits=3)
+    refuse(r"bits: expected one of \(2, 3, 4, 8\), got 5", bits=5)
+    refuse(r"qzeros: expected shape \[3, 6.75\] \(72 zero points of 3 bits\), got \[3, 9\]", bits=3)
+    refuse(r"qweight: expected a multiple of 3 rows with 3 bits, got \[23, 72\]", bits=3, qweight=good["qweight"][:23])
     refuse(r"qzeros: expected shape \[3, 18\] \(72 zero points of 8 bits\), got \[3, 9\]", bits=8)
     refuse(r"scales: expected shape \[num_groups, 72\], got \[3, 71\]", scales=good["scales"][:, :71])
     refuse(r"qzeros: expected shape \[3, 9\]", qzeros=good["qzeros"][:2])

@@ -20,6 +20,7 @@ from teco_kernels.decoder.loader import load_source
 from teco_kernels.decoder.tokenizer import Tokenizer
 from teco_kernels.decoder.weights import WeightLoader
 from teco_kernels.ops import GPTQWeight
+from teco_kernels.ops.packing import BITS, pack_rows, pack_zeros, unpack_rows, unpack_zeros
 from teco_kernels.quantization import (
     HessianFactor,
     QuantizationSettings,
@@ -29,7 +30,6 @@ from teco_kernels.quantization import (
 )
 from teco_kernels.quantization.calibration import Hessian, token_windows
 from teco_kernels.quantization.grid import fit_grid
-from teco_kernels.quantization.packing import BITS, pack_rows, pack_zeros, unpack_rows, unpack_zeros
 from teco_kernels.quantization.perplexity import perplexity
 from teco_kernels.quantization.refine import refine
 

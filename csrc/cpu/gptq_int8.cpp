@@ -125,23 +125,23 @@ QuantisedRows quantise_rows(const GptqMatmulParams& p, const T* input, int64_t n
   return rows;
 }
 
-// One block of 32 inputs, R rows by V vectors of 8 columns: exact integer dot products.
-template <int R, int V>
-inline void dot_block_4bit(const uint8_t* weights, const int8_t* rows, I32x8 (&dot)[R][V]) {
+// One block of 32 inputs, R rows by V vectors of 8 columns: exact integer dot products. With shift 0 or 4, and weights
+// of 8 bits, of the low or high nibbles alone.
+template <int kBits, int R, int V, int kShift = 0, uint32_t kMask = 0xffffffffu>
+inline void dot_codes(const uint8_t* weights, const int8_t* rows, I32x8 (&dot)[R][V]) {
   DotSum sum[R][V] = {};
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {  // flat: GCC keeps the tile of a nested unrolled loop in memory
-    const int j = i / 2, high = i % 2;
+  for (int i = 0; i < 8; ++i) {                        // flat: GCC keeps the tile of a nested unrolled loop in memory
+    const int q = kBits == 4 ? i / 2 + i % 2 * 4 : i;  // both quads of a word in turn
     U8x32 codes[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      const U32x8 word = load_bits<U32x8>(weights + j * 64 + v * 32);
-      codes[v] = reinterpret_cast<U8x32>((high ? word >> 4 : word) & 0x0f0f0f0fu);
+      codes[v] = reinterpret_cast<U8x32>((quad_codes<kBits>(weights, q, v) >> kShift) & kMask);
       keep_in_register(codes[v]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const int8_t* x = rows + ((high * 4 + j) * R + r) * 4;
+      const int8_t* x = rows + (q * R + r) * 4;
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
         sum[r][v] = dot_add(sum[r][v], codes[v], x);
@@ -155,44 +155,20 @@ inline void dot_block_4bit(const uint8_t* weights, const int8_t* rows, I32x8 (&d
     for (int v = 0; v < V; ++v) dot[r][v] = dot_total(sum[r][v]);
 }
 
-// The same for 8-bit weights: whole bytes where products of them have room, else both nibbles of a byte apart.
-template <int R, int V>
-inline void dot_block_8bit(const uint8_t* weights, const int8_t* rows, I32x8 (&dot)[R][V]) {
-  DotSum low[R][V] = {}, high[R][V] = {};
+// The same for any bit width: products with whole bytes where there is room for them, else with their nibbles.
+template <int kBits, int R, int V>
+inline void dot_block(const uint8_t* weights, const int8_t* rows, I32x8 (&dot)[R][V]) {
+  if constexpr (kBits == 8 && !kDotTakesBytes) {
+    I32x8 high[R][V];
+    dot_codes<kBits, R, V, 0, 0x0f0f0f0fu>(weights, rows, dot);
+    dot_codes<kBits, R, V, 4, 0x0f0f0f0fu>(weights, rows, high);
 #pragma GCC unroll 8
-  for (int j = 0; j < 8; ++j) {
-    U8x32 low_codes[V], high_codes[V];
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      const U32x8 word = load_bits<U32x8>(weights + j * 64 + v * 32);
-      low_codes[v] = reinterpret_cast<U8x32>(kDotTakesBytes ? word : word & 0x0f0f0f0fu);
-      keep_in_register(low_codes[v]);
-      if constexpr (!kDotTakesBytes) {
-        high_codes[v] = reinterpret_cast<U8x32>((word >> 4) & 0x0f0f0f0fu);
-        keep_in_register(high_codes[v]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const int8_t* x = rows + (j * R + r) * 4;
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) {
-        low[r][v] = dot_add(low[r][v], low_codes[v], x);
-        keep_in_register(low[r][v]);
-        if constexpr (!kDotTakesBytes) {
-          high[r][v] = dot_add(high[r][v], high_codes[v], x);
-          keep_in_register(high[r][v]);
-        }
-      }
-    }
+      for (int v = 0; v < V; ++v) dot[r][v] += high[r][v] << 4;
+  } else {
+    dot_codes<kBits>(weights, rows, dot);
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      dot[r][v] = dot_total(low[r][v]);
-      if constexpr (!kDotTakesBytes) dot[r][v] += dot_total(high[r][v]) << 4;
-    }
 }
 
 // Consecutive groups of a panel by a tile of R rows, continuing acc[R][16].
@@ -233,11 +209,7 @@ template <int kBits, int R>
         if (half == 0)
           for (int line = 0; line < kBits; ++line)
             __builtin_prefetch(weights + kPrefetch + line * 64, 0, kPrefetchLocality);
-        if constexpr (kBits == 4) {
-          dot_block_4bit<R, V>(weights, codes, dot);
-        } else {
-          dot_block_8bit<R, V>(weights, codes, dot);
-        }
+        dot_block<kBits>(weights, codes, dot);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
@@ -318,11 +290,7 @@ void gptq_matmul_int8(const GptqMatmulParams& p, int num_threads) {
       const QuantisedRows rows =
           quantise_rows(p, static_cast<const T*>(p.input) + row * p.input_stride, count, num_threads);
       T* out = static_cast<T*>(p.out) + row * p.out_stride;
-      if (p.bits == 4) {
-        multiply<4>(p, rows, out, num_threads);
-      } else {
-        multiply<8>(p, rows, out, num_threads);
-      }
+      with_bits(p.bits, [&]<int kBits>(Bits<kBits>) { multiply<kBits>(p, rows, out, num_threads); });
     }
   });
 }

@@ -8,6 +8,24 @@ namespace teco::cpu::TECO_ISA {
 constexpr int64_t kBlock = 32;        // inputs
 constexpr int64_t kHeaderBytes = 64;  // fp16 scale[16], fp16 zero[16]
 
+template <int kBits>
+struct Bits {};
+
+// Calls body(Bits<kBits>{}), kBits being the bit width: `[&]<int kBits>(Bits<kBits>) { ... }`.
+template <class Body>
+inline void with_bits(int32_t bits, Body body) {
+  switch (bits) {
+    case 2:
+      return body(Bits<2>{});
+    case 3:
+      return body(Bits<3>{});
+    case 4:
+      return body(Bits<4>{});
+    default:
+      return body(Bits<8>{});
+  }
+}
+
 struct GptqLayout {
   explicit GptqLayout(const GptqMatmulParams& p)
       : weight(p.weight), num_groups(p.num_groups), blocks_per_group(p.blocks_per_group), bits(p.bits) {}
@@ -25,6 +43,22 @@ struct GptqLayout {
   int64_t num_groups, blocks_per_group;
   int32_t bits;
 };
+
+// Quads 0 to 7 of a block: four inputs, 4q to 4q + 3, of each of eight columns (the first or the second half of a
+// panel), a byte each.
+template <int kBits>
+inline U32x8 quad_codes(const uint8_t* block, int q, int half) {
+  const auto word = [&](int line) { return load_bits<U32x8>(block + line * 64 + half * 32); };
+  if constexpr (kBits == 2) {
+    return (word(q / 4) >> (2 * (q % 4))) & 0x03030303u;
+  } else if constexpr (kBits == 3) {
+    return quad_codes<2>(block, q, half) | (((word(2) >> q) & 0x01010101u) << 2);
+  } else if constexpr (kBits == 4) {
+    return (word(q % 4) >> (q / 4 * 4)) & 0x0f0f0f0fu;
+  } else {
+    return word(q);
+  }
+}
 
 // Scales and zero points of eight columns: the first or the second half of a panel.
 inline F32x8 header_scale(const uint8_t* group, int half) {

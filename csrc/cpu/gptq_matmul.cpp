@@ -20,17 +20,11 @@ struct GptqPanels {
       for (int v = 0; v < kPanelVectors; ++v) {
         const F32x8 scale = header_scale(group, v), zero = header_zero(group, v);
         float* out = scratch + i * kPanel + v * kLanes;
-        for (int j = 0; j < kBlock / 4 * kBits / 8; ++j) {
-          const U32x8 word = load_bits<U32x8>(codes + (j * kPanelVectors + v) * 32);
+        for (int q = 0; q < kBlock / 4; ++q) {
+          const U32x8 quad = quad_codes<kBits>(codes, q, v);
           for (int byte = 0; byte < 4; ++byte) {
-            const auto dequantise = [&](U32x8 code) { return scale * (__builtin_convertvector(code, F32x8) - zero); };
-            const U32x8 shifted = word >> (8 * byte);
-            if constexpr (kBits == 4) {
-              store(out + (4 * j + byte) * kPanel, dequantise(shifted & 15));
-              store(out + (16 + 4 * j + byte) * kPanel, dequantise((shifted >> 4) & 15));
-            } else {
-              store(out + (4 * j + byte) * kPanel, dequantise(shifted & 255));
-            }
+            const U32x8 code = (quad >> (8 * byte)) & 255;
+            store(out + (4 * q + byte) * kPanel, scale * (__builtin_convertvector(code, F32x8) - zero));
           }
         }
       }
@@ -54,10 +48,8 @@ void gptq_matmul_exact(const GptqMatmulParams& p, int num_threads) {
 void gptq_matmul(const GptqMatmulParams& p, int num_threads) {
   if (p.int8_activation) {
     gptq_matmul_int8(p, num_threads);
-  } else if (p.bits == 4) {
-    gptq_matmul_exact<4>(p, num_threads);
   } else {
-    gptq_matmul_exact<8>(p, num_threads);
+    with_bits(p.bits, [&]<int kBits>(Bits<kBits>) { gptq_matmul_exact<kBits>(p, num_threads); });
   }
 }
 

@@ -63,7 +63,7 @@ void dense_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor>
 
 void gptq_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> input_order, std::optional<Tensor> bias,
                  int64_t in_features, int64_t out_features, int64_t bits, bool int8_activation) {
-  require(bits == 4 || bits == 8, "bits: expected 4 or 8, got ", bits);
+  require(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits: expected 2, 3, 4 or 8, got ", bits);
   Size panels{"num_panels", num_panels(out_features), "out_features"}, groups{"num_groups"}, bytes{"group_bytes"};
   Argument(weight, "weight").on_cpu().dtype(ScalarType::Byte).shape({&panels, &groups, &bytes}).contiguous();
   const int64_t block_bytes = bits * 64;

@@ -182,7 +182,7 @@ def score(
 def quantize(
     source: Annotated[Path, typer.Argument(help="An unquantised Hugging Face folder, or a .gguf file.")],
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
-    bits: Annotated[int, typer.Option(help="Bits of a weight: 4 or 8.")] = 4,
+    bits: Annotated[int, typer.Option(help="Bits of a weight: 2, 3, 4 or 8.")] = 4,
     group_size: Annotated[int, typer.Option(help="Inputs that share a scale.")] = 128,
     symmetric: Annotated[bool, typer.Option(help="One zero point for all.")] = True,
     act_order: Annotated[bool, typer.Option("--act-order", help="Quantise the largest activations first.")] = False,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from teco_kernels.decoder.loader import Source
 from teco_kernels.ops import DenseWeight, GPTQWeight, dense_matmul, gptq_matmul
-from teco_kernels.ops.gptq import SUPPORTED_BITS, Activation
+from teco_kernels.ops.gptq import Activation
+from teco_kernels.ops.packing import BITS
 
 
 class Linear:
@@ -156,9 +157,9 @@ class WeightLoader:
                 f"quantization_config: {error}"
             ) from None
         bits, group_size = settings.get("bits"), settings.get("group_size")
-        if bits not in SUPPORTED_BITS or type(group_size) is not int or (group_size != -1 and group_size < 1):
+        if bits not in BITS or type(group_size) is not int or (group_size != -1 and group_size < 1):
             raise ValueError(
-                f"{self._source.path}: layer {name!r}: expected 'bits' {' or '.join(map(str, SUPPORTED_BITS))} and a "
+                f"{self._source.path}: layer {name!r}: expected 'bits' {' or '.join(map(str, BITS))} and a "
                 f"'group_size' (-1: one group) in the quantization_config, got {bits!r} and {group_size!r}"
             )
         if (layout := settings.get("checkpoint_format", "gptq")) not in ("gptq", "gptq_v2"):

@@ -10,40 +10,52 @@ from torch import Tensor
 
 from teco_kernels.ops._library import operator, register_fake_writing_only
 from teco_kernels.ops.dense import PANEL, from_panels, to_panels
+from teco_kernels.ops.packing import BITS, ZeroPointFormat, unpack_rows, unpack_zeros
 
 _gptq_matmul = operator("gptq_matmul")
 register_fake_writing_only("gptq_matmul")
 
 #: Inputs of one block: four bytes a lane, eight times.
 BLOCK = 32
-#: Bit widths that `gptq_matmul` has kernels for.
-SUPPORTED_BITS = (4, 8)
 
 Activation = Literal["exact", "int8"]
-ZeroPointFormat = Literal["v1", "v2"]
-
-
-def unpack_rows(words: Tensor, bits: int) -> Tensor:
-    """Unpack int32 words along the first dimension, lowest bits first: ``[n * bits / 32, m]`` to uint8 ``[n, m]``."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    codes = (words.unsqueeze(1) >> shifts.view(1, -1, 1)) & (2**bits - 1)
-    return codes.to(torch.uint8).reshape(-1, words.shape[1])
 
 
 def _pack_blocks(codes: Tensor, bits: int) -> Tensor:
     """Blocks of a panel as the kernel reads them: uint8 ``[..., 32, 16]`` to bytes ``[..., 64 * bits]``."""
-    inputs = codes.unflatten(-2, (-1, 4)).transpose(-1, -2)  # [..., 8, 16, 4]: four inputs of a column side by side
-    if bits == 4:
-        inputs = inputs[..., :4, :, :] | inputs[..., 4:, :, :] << 4
-    return inputs.flatten(-3)
+    quads = codes.unflatten(-2, (-1, 4)).transpose(-1, -2)  # [..., 8, 16, 4]: four inputs of a column side by side
+    if bits == 2:
+        quads = _join(quads.unflatten(-3, (2, 4)), 2)
+    elif bits == 3:
+        quads = torch.cat((_join((quads & 3).unflatten(-3, (2, 4)), 2), _join((quads >> 2).unsqueeze(-4), 1)), dim=-3)
+    elif bits == 4:
+        quads = _join(quads.unflatten(-3, (2, 4)).transpose(-3, -4), 4)
+    return quads.flatten(-3)
 
 
 def _unpack_blocks(packed: Tensor, bits: int) -> Tensor:
     """Inverse of `_pack_blocks`."""
-    inputs = packed.unflatten(-1, (-1, PANEL, 4))
-    if bits == 4:
-        inputs = torch.cat((inputs & 15, inputs >> 4), dim=-3)
-    return inputs.transpose(-1, -2).flatten(-3, -2)
+    lines = packed.unflatten(-1, (-1, PANEL, 4))
+    if bits == 2:
+        lines = _split(lines, 2).flatten(-4, -3)
+    elif bits == 3:
+        low, high = _split(lines[..., :2, :, :], 2), _split(lines[..., 2:, :, :], 1)
+        lines = low.flatten(-4, -3) | high.flatten(-4, -3) << 2
+    elif bits == 4:
+        lines = _split(lines, 4).transpose(-3, -4).flatten(-4, -3)
+    return lines.transpose(-1, -2).flatten(-3, -2)
+
+
+def _join(parts: Tensor, width: int) -> Tensor:
+    """Bytes from parts of `width` bits, lowest first: ``[..., n, 16, 4]`` to ``[..., 16, 4]``."""
+    shifts = torch.arange(0, width * parts.shape[-3], width, dtype=torch.uint8).view(-1, 1, 1)
+    return (parts << shifts).sum(-3, dtype=torch.uint8)
+
+
+def _split(lines: Tensor, width: int) -> Tensor:
+    """Inverse of `_join`: ``[..., 16, 4]`` to ``[..., 8 / width, 16, 4]``."""
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8).view(-1, 1, 1)
+    return (lines.unsqueeze(-3) >> shifts) & (2**width - 1)
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,7 @@ class GPTQWeight:
         g_idx : Tensor, optional
             int32 ``[in_features]``, the group of each input, in any order (act-order). None: equal consecutive groups.
         bits : int
-            4 or 8.
+            2, 3, 4 or 8. With 3, in_features and out_features are multiples of 32.
         zero_point_format : {"v1", "v2"}
             "v1" checkpoints store the zero point minus one, "v2" the zero point itself.
         bias : Tensor, optional
@@ -122,9 +134,7 @@ class GPTQWeight:
         num_groups = scales.shape[0]
         order, group_size = _packed_order(g_idx, in_features, num_groups)
 
-        zeros = unpack_rows(qzeros.t().contiguous(), bits).t().to(torch.float16)  # [num_groups, out_features]
-        if zero_point_format == "v1":
-            zeros = zeros + 1
+        zeros = unpack_zeros(qzeros, bits, zero_point_format).to(torch.float16)  # [num_groups, out_features]
         codes = unpack_rows(qweight, bits)
         if order is not None:
             codes = codes[order.clamp(min=0).long()]
@@ -207,8 +217,8 @@ class GPTQWeight:
 
 
 def _check_checkpoint(qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, zero_point_format: str) -> None:
-    if bits not in SUPPORTED_BITS:
-        raise ValueError(f"bits: expected one of {SUPPORTED_BITS}, got {bits}")
+    if bits not in BITS:
+        raise ValueError(f"bits: expected one of {BITS}, got {bits}")
     if zero_point_format not in ("v1", "v2"):
         raise ValueError(f"zero_point_format: expected 'v1' or 'v2', got {zero_point_format!r}")
     for name, tensor in (("qweight", qweight), ("qzeros", qzeros)):
@@ -218,6 +228,8 @@ def _check_checkpoint(qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int
         raise TypeError(f"scales: expected a floating dtype, got {str(scales.dtype).removeprefix('torch.')}")
     if qweight.dim() != 2:
         raise ValueError(f"qweight: expected shape [in_features * bits / 32, out_features], got {list(qweight.shape)}")
+    if bits == 3 and qweight.shape[0] % 3:
+        raise ValueError(f"qweight: expected a multiple of 3 rows with 3 bits, got {list(qweight.shape)}")
     out_features = qweight.shape[1]
     if scales.dim() != 2 or scales.shape[1] != out_features or scales.shape[0] < 1:
         raise ValueError(f"scales: expected shape [num_groups, {out_features}], got {list(scales.shape)}")

@@ -11,7 +11,7 @@ import torch
 
 from teco_kernels.ops import _library
 from teco_kernels.ops.cache import ELEMENT_MAX
-from teco_kernels.ops.gptq import SUPPORTED_BITS
+from teco_kernels.ops.packing import BITS
 
 #: Every backend of the package's design, compiled into this build or not.
 BACKENDS = ("cpu", "cuda", "triton")
@@ -129,14 +129,15 @@ def _choice_problem(case: Mapping[str, Any], name: str, choices: tuple[Any, ...]
 def _gptq_matmul(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
     if reason := (
         _dtype_problem(dtype, case)
-        or _choice_problem(case, "bits", SUPPORTED_BITS)
+        or _choice_problem(case, "bits", BITS)
         or _choice_problem(case, "activation", ("exact", "int8"))
     ):
         return reason
     bits = case.get("bits", 8)
+    multiple = 32 if bits == 3 else 32 // bits
     for size in ("in_features", "out_features"):  # codes along the inputs, zero points along the outputs
-        if case.get(size, 0) * bits % 32:
-            return f"{size}: expected a multiple of {32 // bits}, as {bits}-bit checkpoints pack them, got {case[size]}"
+        if case.get(size, 0) % multiple:
+            return f"{size}: expected a multiple of {multiple}, as {bits}-bit checkpoints pack them, got {case[size]}"
     if case.get("group_size", 1) < 1:
         return f"group_size: expected a positive number, got {case['group_size']}"
     return ""

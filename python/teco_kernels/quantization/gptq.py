@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from teco_kernels.ops.packing import BITS, ZeroPointFormat, pack_rows, pack_zeros, unpack_rows, unpack_zeros
 from teco_kernels.quantization.grid import Grid, fit_grid
-from teco_kernels.quantization.packing import BITS, ZeroPointFormat, pack_rows, pack_zeros, unpack_rows, unpack_zeros
 from teco_kernels.quantization.refine import refine
 
 _OUTPUTS_AT_ONCE = 2048

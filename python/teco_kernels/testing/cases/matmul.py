@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from teco_kernels.ops import dense, gptq
+from teco_kernels.ops.packing import BITS, pack_zeros
 from teco_kernels.testing.case import TOLERANCE, Case, Inputs
 
 #: Largest relative error with activations quantised to 8 bits.
@@ -38,14 +39,13 @@ def random_checkpoint(
         return torch.randint(-(2**31), 2**31, (rows, columns), generator=generator, dtype=torch.int64).to(torch.int32)
 
     num_groups = -(-in_features // group_size)
-    middle = sum((2 ** (bits - 1) - 1) << shift for shift in range(0, 32, bits))
-    qzeros = torch.full((num_groups, out_features * bits // 32), middle, dtype=torch.int32)
+    zeros = torch.full((num_groups, out_features), 2 ** (bits - 1))
     if not symmetric:
-        qzeros ^= words(*qzeros.shape) & sum(1 << shift for shift in range(0, 32, bits))
+        zeros += torch.randint(-1, 2, zeros.shape, generator=generator)
     groups = torch.arange(in_features, dtype=torch.int32) // group_size
     return {
         "qweight": words(in_features * bits // 32, out_features),
-        "qzeros": qzeros,
+        "qzeros": pack_zeros(zeros, bits),
         "scales": (0.5 + torch.rand(num_groups, out_features, generator=generator)).div(2**bits).half(),
         "g_idx": groups[torch.randperm(in_features, generator=generator)] if act_order else groups,
         "bits": bits,
@@ -108,8 +108,8 @@ def cases() -> Iterator[Case]:
         for shape in DENSE_SHAPES:
             yield _dense_case(*shape, dtype)
     for activation in ("exact", "int8"):
-        for bits in gptq.SUPPORTED_BITS:
-            options: dict[str, Any] = {"in_features": 576, "out_features": 200, "bits": bits}
+        for bits in BITS:
+            options: dict[str, Any] = {"in_features": 576, "out_features": 200 if bits >= 4 else 224, "bits": bits}
             for rows in (1, 2, 5, 8, 9, 33):
                 yield _gptq_case(rows, torch.float32, activation, **options, group_size=64)
             for group_size in (32, 128, 576, 24):
