@@ -211,6 +211,7 @@ def test_contradictory_checkpoints_are_refused() -> None:
         scales=good["scales"][[0] * 5],
         qzeros=good["qzeros"][[0] * 5],
     )
+    refuse(r"qweight: expected at least one input and one output, got shape \[0, 72\]", qweight=good["qweight"][:0])
     refuse(r"scales: expected finite values", scales=good["scales"] * float("nan"))
     refuse(r"bias: expected shape \[72\], got \[3\]", bias=torch.zeros(3))
 

@@ -100,8 +100,7 @@ QuantisedRows quantise_rows(const GptqMatmulParams& p, const T* input, int64_t n
   float *scales = memory, *sums = scales + num_rows * num_blocks;
   const QuantisedRows rows{
       reinterpret_cast<int8_t*>(sums + num_rows * p.num_groups), scales, sums, num_rows, num_blocks, p.num_groups};
-  const int64_t grain = ceil_div<int64_t>(kMinTaskBytes, size * sizeof(T));
-  parallel_for(num_rows, grain, num_threads, [&](int64_t begin, int64_t end) {
+  parallel_for(num_rows, task_grain(size * sizeof(T)), num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t r = row % kTileRows, R = rows.tile_rows(row);
       int8_t* tile_codes = rows.tile_codes(row - r) + r * 4;
@@ -268,8 +267,7 @@ template <int kBits, class T>
 void multiply(const GptqMatmulParams& p, const QuantisedRows& rows, T* out, int num_threads) {
   const GptqLayout layout(p);
   const int64_t num_panels = ceil_div<int64_t>(p.out_features, kPanel);
-  const int64_t grain = ceil_div(kMinTaskBytes, layout.panel_bytes() * rows.count);
-  parallel_for(num_panels, grain, num_threads, [&](int64_t begin, int64_t end) {
+  parallel_for(num_panels, task_grain(layout.panel_bytes() * rows.count), num_threads, [&](int64_t begin, int64_t end) {
     if (rows.count <= kBatchRows) {
       multiply_rows<kStreams, kBits>(p, layout, rows, 0, rows.count, out, begin, end);
       return;

@@ -122,18 +122,17 @@ FloatRows float_rows(const T* input, int64_t stride, int64_t num_rows, int64_t s
   }
   const int64_t padded = ceil_div<int64_t>(size, kLanes) * kLanes;
   auto* rows = static_cast<float*>(thread_scratch(Scratch::kShared, num_rows * padded * sizeof(float)));
-  parallel_for(num_rows, ceil_div<int64_t>(kMinTaskBytes, padded * sizeof(float)), num_threads,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t r = begin; r < end; ++r) {
-                   const T* source = input + r * stride;
-                   float* row = rows + r * padded;
-                   if (order) {
-                     for (int64_t k = 0; k < size; ++k) row[k] = order[k] < 0 ? 0.f : load_one(source + order[k]);
-                   } else {
-                     for (int64_t k = 0; k < size; k += kLanes) store(row + k, load_up_to(source + k, size - k));
-                   }
-                 }
-               });
+  parallel_for(num_rows, task_grain(padded * sizeof(float)), num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const T* source = input + r * stride;
+      float* row = rows + r * padded;
+      if (order) {
+        for (int64_t k = 0; k < size; ++k) row[k] = order[k] < 0 ? 0.f : load_one(source + order[k]);
+      } else {
+        for (int64_t k = 0; k < size; k += kLanes) store(row + k, load_up_to(source + k, size - k));
+      }
+    }
+  });
   return {rows, num_rows, padded};
 }
 
@@ -147,8 +146,7 @@ void panel_matmul(const T* input, int64_t input_stride, int64_t num_rows, int64_
     const int64_t count = min(num_rows - row, kScratchRows);
     const FloatRows rows = float_rows(input + row * input_stride, input_stride, count, packed_size, order, num_threads);
     T* first = out + row * out_stride;
-    const int64_t grain = ceil_div(kMinTaskBytes, panel_bytes * count);
-    parallel_for(num_panels, grain, num_threads, [&](int64_t begin, int64_t end) {
+    parallel_for(num_panels, task_grain(panel_bytes * count), num_threads, [&](int64_t begin, int64_t end) {
       if (count == 1) {
         multiply_panels<4>(rows, packed_size, first, out_stride, bias, out_features, unpack, begin, end);
       } else if (count == 2) {

@@ -51,8 +51,8 @@ void store_token(const KVCacheView& cache, const ReshapeAndCacheParams& p, int64
 void reshape_and_cache(const ReshapeAndCacheParams& p, int num_threads) {
   with_float_type(p.dtype, [&]<class T>(Type<T>) {
     with_cache_type(p.cache_dtype, [&]<class E>(Type<E>) {
-      const int64_t token_bytes = 2 * p.num_kv_heads * p.head_dim * static_cast<int64_t>(sizeof(T) + sizeof(E)) + 1;
-      parallel_for(p.num_tokens, ceil_div(kMinTaskBytes, token_bytes), num_threads, [&](int64_t begin, int64_t end) {
+      const int64_t token_bytes = 2 * p.num_kv_heads * p.head_dim * static_cast<int64_t>(sizeof(T) + sizeof(E));
+      parallel_for(p.num_tokens, task_grain(token_bytes), num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
           const int64_t slot = p.slot_mapping[t];
           if (slot < 0) continue;

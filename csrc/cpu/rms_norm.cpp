@@ -45,7 +45,7 @@ void norm_row(const RmsNormParams& p, int64_t row) {
 void rms_norm(const RmsNormParams& p, int num_threads) {
   with_float_type(p.dtype, [&]<class T>(Type<T>) {
     const int64_t row_bytes = p.hidden_size * static_cast<int64_t>(sizeof(T)) * (p.residual ? 4 : 2);
-    parallel_for(p.num_rows, ceil_div(kMinTaskBytes, row_bytes), num_threads, [&](int64_t begin, int64_t end) {
+    parallel_for(p.num_rows, task_grain(row_bytes), num_threads, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) norm_row<T>(p, row);
     });
   });

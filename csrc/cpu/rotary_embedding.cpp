@@ -72,8 +72,8 @@ void rotate_token(T* heads, int64_t num_heads, int64_t head_stride, const float*
 void rotary_embedding(const RotaryEmbeddingParams& p, int num_threads) {
   with_float_type(p.dtype, [&]<class T>(Type<T>) {
     const int64_t num_heads = p.num_query_heads + p.num_kv_heads;
-    const int64_t token_bytes = 2 * num_heads * p.rotary_dim * static_cast<int64_t>(sizeof(T)) + 1;
-    parallel_for(p.num_tokens, ceil_div(kMinTaskBytes, token_bytes), num_threads, [&](int64_t begin, int64_t end) {
+    const int64_t token_bytes = 2 * num_heads * p.rotary_dim * static_cast<int64_t>(sizeof(T));
+    parallel_for(p.num_tokens, task_grain(token_bytes), num_threads, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const float* cos_sin = p.cos_sin_cache + p.positions[t] * p.cos_sin_stride;
         rotate_token(static_cast<T*>(p.query) + t * p.query_stride, p.num_query_heads, p.query_head_stride, cos_sin, p);

@@ -265,7 +265,7 @@ int64_t sample_row(const SampleParams& p, int64_t r) {
 void sample(const SampleParams& p, int num_threads) {
   with_float_type(p.dtype, [&]<class T>(Type<T>) {
     const int64_t row_bytes = p.vocab_size * static_cast<int64_t>(sizeof(T));
-    parallel_for(p.num_rows, ceil_div(kMinTaskBytes, row_bytes), num_threads, [&](int64_t begin, int64_t end) {
+    parallel_for(p.num_rows, task_grain(row_bytes), num_threads, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) p.token_ids[r] = sample_row<T>(p, r);
     });
   });

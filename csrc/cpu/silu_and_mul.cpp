@@ -23,7 +23,7 @@ void activate_row(const SiluAndMulParams& p, int64_t row) {
 void silu_and_mul(const SiluAndMulParams& p, int num_threads) {
   with_float_type(p.dtype, [&]<class T>(Type<T>) {
     const int64_t row_bytes = 3 * p.size * static_cast<int64_t>(sizeof(T));
-    parallel_for(p.num_rows, ceil_div(kMinTaskBytes, row_bytes), num_threads, [&](int64_t begin, int64_t end) {
+    parallel_for(p.num_rows, task_grain(row_bytes), num_threads, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) activate_row<T>(p, row);
     });
   });

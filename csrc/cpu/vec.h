@@ -254,6 +254,11 @@ inline void parallel_for(int64_t count, int64_t grain, int num_threads, Body bod
 // A parallel region costs a few microseconds: give a task no less than this many bytes of traffic.
 constexpr int64_t kMinTaskBytes = 32 * 1024;
 
+// Items of a task at the least, each moving so many bytes (none at all, when a tensor is empty).
+inline int64_t task_grain(int64_t item_bytes) {
+  return ceil_div(kMinTaskBytes, max<int64_t>(item_bytes, 1));
+}
+
 template <class T>
 struct Type {};
 

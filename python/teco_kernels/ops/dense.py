@@ -20,12 +20,12 @@ def to_panels(columns: Tensor) -> Tensor:
     """Pack ``[rows, columns]`` into panels ``[ceil(columns / 16), rows, 16]``, the last one filled up with zeros."""
     rows, count = columns.shape
     padded = torch.nn.functional.pad(columns, (0, -count % PANEL))
-    return padded.view(rows, -1, PANEL).transpose(0, 1).contiguous()
+    return padded.view(rows, padded.shape[1] // PANEL, PANEL).transpose(0, 1).contiguous()
 
 
 def from_panels(panels: Tensor, count: int) -> Tensor:
     """Inverse of `to_panels`: ``[rows, count]``."""
-    return panels.transpose(0, 1).reshape(panels.shape[1], -1)[:, :count]
+    return panels.transpose(0, 1).flatten(1)[:, :count]
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,8 @@ def _check_checkpoint(qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int
         raise ValueError(f"qweight: expected shape [in_features * bits / 32, out_features], got {list(qweight.shape)}")
     if bits == 3 and qweight.shape[0] % 3:
         raise ValueError(f"qweight: expected a multiple of 3 rows with 3 bits, got {list(qweight.shape)}")
+    if not qweight.numel():
+        raise ValueError(f"qweight: expected at least one input and one output, got shape {list(qweight.shape)}")
     out_features = qweight.shape[1]
     if scales.dim() != 2 or scales.shape[1] != out_features or scales.shape[0] < 1:
         raise ValueError(f"scales: expected shape [num_groups, {out_features}], got {list(scales.shape)}")

@@ -11,7 +11,7 @@ from teco_kernels.ops import activation
 from teco_kernels.testing.case import TOLERANCE, Case, Inputs
 
 # (tokens, d)
-SHAPES = [(1, 1536), (3, 37), (0, 64), (512, 4096)]
+SHAPES = [(1, 1536), (3, 37), (0, 64), (3, 0), (512, 4096)]
 
 
 def _inputs(tokens: int, d: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:

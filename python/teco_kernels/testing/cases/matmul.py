@@ -15,8 +15,8 @@ from teco_kernels.testing.case import TOLERANCE, Case, Inputs
 #: Largest relative error with activations quantised to 8 bits.
 INT8_TOLERANCE = 1.5e-2
 
-# (rows, in_features, out_features): one row, ragged sizes, more rows than a tile, an empty batch.
-DENSE_SHAPES = [(1, 576, 192), (5, 37, 19), (33, 300, 72), (0, 64, 32)]
+# (rows, in_features, out_features): one row, ragged sizes, more rows than a tile, no rows, no inputs, no outputs.
+DENSE_SHAPES = [(1, 576, 192), (5, 37, 19), (33, 300, 72), (0, 64, 32), (3, 0, 32), (3, 64, 0)]
 BENCH_ROWS = (1, 4, 16, 512)
 
 
