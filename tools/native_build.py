@@ -27,8 +27,16 @@ COMMON_FLAGS = [
     "-Wextra",
     "-Wno-restrict",
 ]
-# Kernels are free-standing: no exceptions, no run-time type information, no guarded statics.
-KERNEL_FLAGS = ["-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-Wno-psabi", "-fno-math-errno"]
+# Kernels are free-standing: no exceptions, no run-time type information, no guarded statics. But an exception of the
+# thread pool (no memory for scratch) must find its way through their frames.
+KERNEL_FLAGS = [
+    "-fno-exceptions",
+    "-fasynchronous-unwind-tables",
+    "-fno-rtti",
+    "-fno-threadsafe-statics",
+    "-Wno-psabi",
+    "-fno-math-errno",
+]
 # Each includes those before it. 256-bit vectors throughout: there are twice as many registers, masks and VNNI to gain,
 # and no drop in frequency to fear.
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt"]

@@ -4,9 +4,13 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
-#include <new>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
+#include <utility>
 
 namespace teco::cpu {
 namespace {
@@ -65,12 +69,17 @@ class ThreadPool {
         std::this_thread::yield();
       }
     }
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
  private:
+  // Where the system gives no more threads there are fewer: the caller does what nobody else takes.
   void ensure_workers(int wanted) {
-    for (; num_workers_ < wanted; ++num_workers_)
-      std::thread([this, index = num_workers_, job = job_.load()] { worker(index, job); }).detach();
+    try {
+      for (; num_workers_ < wanted; ++num_workers_)
+        std::thread([this, index = num_workers_, job = job_.load()] { worker(index, job); }).detach();
+    } catch (const std::system_error&) {
+    }
   }
 
   void worker(int index, uint32_t job) {
@@ -91,7 +100,12 @@ class ThreadPool {
       const int64_t index = num_chunks_ - static_cast<uint32_t>(ticket);
       const int64_t begin = index * chunk_;
       const int64_t end = begin + chunk_ < count_ ? begin + chunk_ : count_;
-      body_(context_, begin, end);
+      try {
+        body_(context_, begin, end);
+      } catch (...) {  // a worker must not end the process, nor the caller leave while others are at work
+        const std::lock_guard lock(error_mutex_);
+        if (!error_) error_ = std::current_exception();
+      }
       done_.fetch_add(1, std::memory_order_release);
       ticket = ticket_.load(std::memory_order_acquire);
     }
@@ -99,6 +113,8 @@ class ThreadPool {
   }
 
   std::mutex mutex_;
+  std::mutex error_mutex_;
+  std::exception_ptr error_;  // the first one of the job
   int num_workers_ = 0;
   void (*body_)(void*, int64_t, int64_t) = nullptr;
   void* context_ = nullptr;
@@ -150,9 +166,11 @@ void* thread_scratch(Scratch kind, size_t bytes) {
   ScratchBuffer& buffer = scratch[static_cast<int>(kind)];
   if (buffer.size < bytes) {
     std::free(buffer.data);
-    buffer.size = (bytes + 4095) / 4096 * 4096;
-    buffer.data = std::aligned_alloc(4096, buffer.size);
-    if (!buffer.data) throw std::bad_alloc();
+    buffer.size = 0;
+    const size_t size = (bytes + 4095) / 4096 * 4096;
+    buffer.data = std::aligned_alloc(4096, size);
+    if (!buffer.data) throw std::runtime_error("MemoryError: no " + std::to_string(size) + " bytes of scratch memory");
+    buffer.size = size;
   }
   return buffer.data;
 }

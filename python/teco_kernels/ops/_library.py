@@ -9,7 +9,11 @@ from typing import Any
 import torch
 
 _LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
-_EXCEPTIONS: dict[str, type[Exception]] = {"ValueError": ValueError, "TypeError": TypeError}
+_EXCEPTIONS: dict[str, type[Exception]] = {
+    "ValueError": ValueError,
+    "TypeError": TypeError,
+    "MemoryError": MemoryError,
+}
 
 if not _LIBRARY.exists():
     raise ImportError(
@@ -30,7 +34,7 @@ def _translate(error: RuntimeError, name: str) -> Exception:
 
 
 def operator(name: str) -> Callable[..., Any]:
-    """The compiled operator `name`, with check failures raised as ValueError or TypeError."""
+    """The compiled operator `name`, with check failures raised as the exceptions they stand for."""
     packet = getattr(torch.ops.teco_kernels, name).default
 
     def call(*args: Any) -> Any:
