@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -156,6 +157,15 @@ def test_keys_that_a_row_must_not_see_may_be_nan() -> None:
             sees = (own >= position) & (own - position < 50)
             assert out[sees].isnan().all()
             assert torch.equal(out[~sees], clean[0][begin:end][~sees])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_window_beyond_all_keys_is_no_window(causal: bool) -> None:
+    sequences = Sequences([200])
+    [expected] = sequences.attend((0, 100, 200), causal=causal)
+    for window in (200, 2**31, sys.maxsize):
+        [actual] = sequences.attend((0, 100, 200), causal=causal, sliding_window=window)
+        assert_same(actual, expected)
 
 
 def test_blocks_that_are_not_read_may_be_anything() -> None:

@@ -110,7 +110,8 @@ void paged_attention(Tensor out, std::optional<Tensor> lse, Tensor query, Tensor
       .query_stride = query.stride(0),
       .query_head_stride = query.stride(1),
       .block_table_stride = block_table.stride(0),
-      .sliding_window = sliding_window,
+      // No distance between int32 lengths exceeds it, and positions may be added to it.
+      .sliding_window = std::min<int64_t>(sliding_window, std::numeric_limits<int32_t>::max()),
       .scale = static_cast<float>(scale),
       .soft_cap = static_cast<float>(soft_cap),
       .causal = causal,
