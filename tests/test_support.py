@@ -103,6 +103,7 @@ UNSUPPORTED: list[tuple[str, dict[str, Any], Any, str]] = [
     ("paged_attention", {"cache_dtype": "int16"}, lambda: _attention(cache_dtype=torch.int16), "cache_dtype"),
     ("paged_attention", {"head_dim": 513}, lambda: _attention(head_dim=513), "head_dim"),
     ("paged_attention", {"heads": (3, 2)}, lambda: _attention(heads=(3, 2)), "heads"),
+    ("paged_attention", {"heads": (3, 0)}, lambda: _attention(heads=(3, 0)), "heads"),
     ("reshape_and_cache", {"cache_dtype": "float64"}, lambda: _cache(torch.float64, None), "cache_dtype"),
     ("reshape_and_cache", {"cache_dtype": "int8", "scale": "none"}, lambda: _cache(torch.int8, None), "scale"),
     ("reshape_and_cache", {"cache_dtype": "float16", "scale": "one"}, lambda: _cache(torch.float16, 1.0), "scale"),

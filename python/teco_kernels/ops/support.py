@@ -171,6 +171,8 @@ def _paged_attention(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
     if not 1 <= case.get("head_dim", 1) <= MAX_HEAD_DIM:
         return f"head_dim: expected 1 to {MAX_HEAD_DIM}, got {case['head_dim']}"
     num_heads, num_kv_heads = case.get("heads", (1, 1))
+    if num_kv_heads < 1:
+        return f"heads: expected at least one KV head, got {num_kv_heads}"
     if num_heads % num_kv_heads:
         return f"heads: expected query heads to be a multiple of the {num_kv_heads} KV heads, got {num_heads}"
     return ""
