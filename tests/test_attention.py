@@ -264,6 +264,7 @@ def int32(*values: Any) -> Tensor:
         ({"key_cache": torch.randn(4, BLOCK, 16, KV_HEADS).mT}, r"key_cache: expected stride 1"),
         ({"value_cache": torch.randn(4, BLOCK, 1, 16)}, r"value_cache: .* Hkv = 2 \(from key_cache\)"),
         ({"out": torch.empty(4, HEADS, 16)}, r"out: expected shape .* T = 5"),
+        ({"out": torch.full((16,), 5.0).expand(5, HEADS, 16)}, r"out: expected memory of its own .* in dimension 0"),
         ({"sinks": torch.zeros(2)}, r"sinks: expected shape \[Hq\] with Hq = 6"),
         ({"alibi_slopes": torch.zeros(2)}, r"alibi_slopes: expected shape \[Hq\]"),
         ({"sliding_window": 0}, r"sliding_window: expected a number >= 1 or None, got 0"),

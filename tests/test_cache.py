@@ -155,6 +155,16 @@ def test_bad_writes_are_refused_and_write_nothing() -> None:
     refuse(r"key_scale: expected a positive number, got 0", cache_dtype=torch.int8, key_scale=0.0, value_scale=1.0)
     refuse(r"value_scale: expected one number or one per slot", cache_dtype=torch.int8, scale="per_slot", value_scale=1)
     refuse(r"key_scale: expected one number or shape", cache_dtype=torch.int8, scale="one", key_scale=torch.ones(4, 4))
+    refuse(
+        r"key_cache: expected memory of its own .* in dimension 1",
+        key_cache=torch.zeros(4, 1, 2, 12).expand(4, 4, 2, 12),
+    )
+    refuse(
+        r"value_scale: expected memory of its own .* in dimension 2",
+        cache_dtype=torch.int8,
+        scale="per_slot",
+        value_scale=torch.zeros(4, 4, 1).expand(4, 4, 2),
+    )
     refuse(r"expected all tensors on one device|devices", key=torch.empty(5, 2, 12, device="meta"))
 
 

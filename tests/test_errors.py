@@ -28,6 +28,42 @@ def test_shape_dtype_stride_and_device_are_named() -> None:
         tk.silu_and_mul(torch.randn(2, 7))
 
 
+def test_outputs_that_share_memory_are_refused() -> None:
+    x, weight, square = torch.randn(8, 64), torch.ones(64), tk.DenseWeight.from_tensor(torch.randn(64, 64))
+    expected = tk.dense_matmul(x, square)
+    with pytest.raises(
+        ValueError, match=r"rms_norm: out: expected memory of its own for every element, .* dimension 0"
+    ):
+        tk.rms_norm(x, weight, 1e-5, out=torch.empty(64).expand(8, 64))
+    with pytest.raises(ValueError, match="dense_matmul: out: expected memory apart from that of x"):
+        tk.dense_matmul(x, square, out=x)
+    with pytest.raises(ValueError, match="dense_matmul: out: expected memory apart from that of x"):
+        tk.dense_matmul(x[:1], square, out=x[:1])
+    shifted = torch.randn(9, 64)
+    with pytest.raises(ValueError, match="rms_norm: out: expected memory apart from that of input"):
+        tk.rms_norm(shifted[:8], weight, 1e-5, out=shifted[1:])
+    with pytest.raises(ValueError, match="fused_add_rms_norm: out: expected memory apart from that of residual_out"):
+        tk.fused_add_rms_norm(x, x, weight, 1e-5, out=(shifted[1:], shifted[1:]))
+    # Columns of one matrix are apart, and so are rows that take turns.
+    columns, turns = torch.cat((x, x), dim=1), torch.stack((x, x), dim=1)
+    assert torch.equal(tk.dense_matmul(columns[:, :64], square, out=columns[:, 64:]), expected)
+    assert torch.equal(tk.dense_matmul(turns[:, 1], square, out=turns[:, 0]), expected)
+    assert torch.equal(turns[:, 1], x)
+
+
+def test_norms_and_activation_work_in_place() -> None:
+    x, residual, weight = torch.randn(5, 64), torch.randn(5, 64), torch.randn(64)
+    expected = tk.rms_norm(x, weight, 1e-5)
+    assert torch.equal(tk.rms_norm(in_place := x.clone(), weight, 1e-5, out=in_place), expected)
+    normed, summed = tk.fused_add_rms_norm(x, residual, weight, 1e-5)
+    pair = x.clone(), residual.clone()
+    tk.fused_add_rms_norm(*pair, weight, 1e-5, out=pair)
+    assert torch.equal(pair[0], normed)
+    assert torch.equal(pair[1], summed)
+    gated = tk.silu_and_mul(x)
+    assert torch.equal(tk.silu_and_mul(x, out=x[:, :32]), gated)
+
+
 def test_unknown_instruction_set_is_refused() -> None:
     run = subprocess.run(
         [sys.executable, "-c", "import teco_kernels"],

@@ -89,6 +89,8 @@ def test_bad_arguments_are_named() -> None:
         tk.rotary_embedding(positions, q, k[..., :32], CACHE)
     with pytest.raises(ValueError, match=r"query: expected stride 1 in the last dimension"):
         tk.rotary_embedding(positions, torch.randn(3, 64, 4).transpose(1, 2), k, CACHE)
+    with pytest.raises(ValueError, match=r"key: expected memory of its own .* got stride 0 in dimension 1"):
+        tk.rotary_embedding(positions, q, k[:, :1].expand(3, 2, 64), CACHE)
     with pytest.raises(TypeError, match=r"cos_sin_cache: expected dtype float32"):
         tk.rotary_embedding(positions, q, k, CACHE.half())
     with pytest.raises(ValueError, match=r"cos_sin_cache: expected an even rotary_dim of at most D = 64, got 66"):

@@ -7,11 +7,12 @@ namespace teco::ops {
 
 void silu_and_mul(Tensor out, Tensor input) {
   Argument(input, "input").on_cpu().floating();
-  Argument(out, "out").on_cpu().same_dtype(input, "input");
+  Argument(out, "out").on_cpu().same_dtype(input, "input").written();
   const Rows rows = rows_of(input, "input"), out_rows = rows_of(out, "out");
   require(rows.size % 2 == 0, "input: expected an even last dimension (gate, then up), got ", rows.size);
   require(out_rows.count == rows.count && out_rows.size == rows.size / 2, "out: expected ", rows.count, " x ",
           rows.size / 2, " elements, got ", out_rows.count, " x ", out_rows.size);
+  check_apart(out, "out", out_rows, input, "input", rows, InPlace::kYes);
   cpu::kernels()->silu_and_mul(
       {
           .out = out.mutable_data_ptr(),

@@ -70,7 +70,7 @@ void paged_attention(Tensor out, std::optional<Tensor> lse, Tensor query, Tensor
   require(B.value >= 1, "key_cache: expected B >= 1, got ", B.value);
   require(Hkv.value >= 1 && Hq.value % Hkv.value == 0, "query: expected Hq to be a multiple of Hkv = ", Hkv.value,
           " (from key_cache), got ", Hq.value);
-  Argument(out, "out").on_cpu().same_dtype(query, "query").shape({&T, &Hq, &D}).unit_last_stride();
+  Argument(out, "out").on_cpu().same_dtype(query, "query").shape({&T, &Hq, &D}).unit_last_stride().written();
   require(std::isfinite(scale), "scale: expected a finite number, got ", scale);
   require(soft_cap >= 0 && soft_cap <= std::numeric_limits<float>::max(),
           "soft_cap: expected a finite number > 0, got ", soft_cap);
@@ -127,10 +127,10 @@ void merge_attention_states(Tensor out, Tensor lse, Tensor out_a, Tensor lse_a, 
   Size T{"T"}, Hq{"Hq"}, D{"D"};
   Argument(out_a, "out_a").on_cpu().floating().shape({&T, &Hq, &D}).unit_last_stride();
   Argument(out_b, "out_b").on_cpu().same_dtype(out_a, "out_a").shape({&T, &Hq, &D}).unit_last_stride();
-  Argument(out, "out").on_cpu().same_dtype(out_a, "out_a").shape({&T, &Hq, &D}).unit_last_stride();
+  Argument(out, "out").on_cpu().same_dtype(out_a, "out_a").shape({&T, &Hq, &D}).unit_last_stride().written();
   Argument(lse_a, "lse_a").on_cpu().dtype(ScalarType::Float).shape({&T, &Hq}).unit_last_stride();
   Argument(lse_b, "lse_b").on_cpu().dtype(ScalarType::Float).shape({&T, &Hq}).unit_last_stride();
-  Argument(lse, "lse").on_cpu().dtype(ScalarType::Float).shape({&T, &Hq}).unit_last_stride();
+  Argument(lse, "lse").on_cpu().dtype(ScalarType::Float).shape({&T, &Hq}).unit_last_stride().written();
   cpu::kernels()->merge_attention_states(
       {
           .out = out.mutable_data_ptr(),

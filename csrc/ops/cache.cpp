@@ -72,6 +72,12 @@ void reshape_and_cache(Tensor key, Tensor value, Tensor key_cache, Tensor value_
       kv_cache_view(value_cache, "value_cache", value_scale, "value_scale", num_blocks, B, Hkv, D);
   require(is_per_slot(key_scale) == is_per_slot(value_scale),
           "value_scale: expected one number or one per slot and head, whichever key_scale is");
+  Argument(key_cache, "key_cache").written();
+  Argument(value_cache, "value_cache").written();
+  if (is_per_slot(key_scale)) {
+    Argument(*key_scale, "key_scale").written();
+    Argument(*value_scale, "value_scale").written();
+  }
   Argument(slot_mapping, "slot_mapping").on_cpu().dtype(ScalarType::Long).shape({&T}).contiguous();
   const auto* slots = static_cast<const int64_t*>(slot_mapping.const_data_ptr());
   const int64_t num_slots = num_blocks.value * B.value;
@@ -102,6 +108,8 @@ void reshape_and_cache(Tensor key, Tensor value, Tensor key_cache, Tensor value_
 
 void copy_blocks(Tensor key_cache, Tensor value_cache, Tensor block_mapping) {
   check_blocks(key_cache, "key_cache", value_cache, "value_cache");
+  Argument(key_cache, "key_cache").written();
+  Argument(value_cache, "value_cache").written();
   require(key_cache.size(0) == value_cache.size(0), "value_cache: expected ", key_cache.size(0),
           " blocks, as key_cache has, got ", value_cache.size(0));
   const int64_t* mapping = check_mapping(block_mapping, key_cache.size(0), key_cache.size(0));
@@ -111,6 +119,7 @@ void copy_blocks(Tensor key_cache, Tensor value_cache, Tensor block_mapping) {
 
 void swap_blocks(Tensor source_cache, Tensor target_cache, Tensor block_mapping) {
   check_blocks(source_cache, "source_cache", target_cache, "target_cache");
+  Argument(target_cache, "target_cache").written();
   const int64_t* mapping = check_mapping(block_mapping, source_cache.size(0), target_cache.size(0));
   copy(source_cache, target_cache, mapping, block_mapping.size(0));
 }

@@ -121,6 +121,13 @@ const Argument& Argument::contiguous() const {
   return *this;
 }
 
+const Argument& Argument::written() const {
+  for (int64_t i = 0; i < tensor_.dim(); ++i)
+    require(tensor_.stride(i) != 0 || tensor_.size(i) <= 1 || tensor_.numel() == 0, name_,
+            ": expected memory of its own for every element, as they are written, got stride 0 in dimension ", i);
+  return *this;
+}
+
 Rows rows_of(const Tensor& tensor, const char* name) {
   Argument(tensor, name).unit_last_stride();
   const int64_t last = tensor.dim() - 1;
@@ -138,6 +145,26 @@ Rows rows_of(const Tensor& tensor, const char* name) {
     rows.count *= tensor.size(i);
   }
   return rows;
+}
+
+void check_apart(const Tensor& out, const char* out_name, const Rows& out_rows, const Tensor& input,
+                 const char* input_name, const Rows& input_rows, InPlace in_place) {
+  if (out.numel() == 0 || input.numel() == 0) return;
+  const auto bytes = static_cast<int64_t>(input.element_size());
+  const int64_t out_size = out_rows.size * bytes, out_stride = out_rows.stride * bytes;
+  const int64_t input_size = input_rows.size * bytes, input_stride = input_rows.stride * bytes;
+  // Where `out` begins, as seen from the beginning of `input`.
+  const int64_t begin =
+      static_cast<const char*>(out.const_data_ptr()) - static_cast<const char*>(input.const_data_ptr());
+  if (begin >= (input_rows.count - 1) * input_stride + input_size) return;
+  if (begin + (out_rows.count - 1) * out_stride + out_size <= 0) return;
+  if (out_stride == input_stride || out_rows.count == 1) {
+    if (begin == 0 && in_place == InPlace::kYes) return;
+    // Columns of one and the same wider matrix.
+    const int64_t column = input_stride > 0 ? (begin % input_stride + input_stride) % input_stride : 0;
+    if (out_rows.count > 1 && column >= input_size && column + out_size <= out_stride) return;
+  }
+  fail("ValueError", out_name, ": expected memory apart from that of ", input_name);
 }
 
 int num_threads() {

@@ -1,5 +1,5 @@
 // Argument checks of the operators. A failed check throws a runtime_error whose text begins with the Python exception
-// it stands for ("ValueError: ..."): only RuntimeError crosses the stable ABI, and ops/_call.py turns it back.
+// it stands for ("ValueError: ..."): only RuntimeError crosses the stable ABI, and ops/_library.py turns it back.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -57,6 +57,7 @@ class Argument {
   const Argument& shape(std::initializer_list<Size*> sizes) const;
   const Argument& unit_last_stride() const;
   const Argument& contiguous() const;
+  const Argument& written() const;  // not expanded: every element has memory of its own
 
  private:
   std::string shape_string() const;
@@ -70,6 +71,12 @@ struct Rows {
 };
 // Fails unless the leading dimensions collapse into one stride and the last one has stride 1.
 Rows rows_of(const Tensor& tensor, const char* name);
+
+// Fails when the rows of `out`, which is written, share memory with those of `input`. Where an operator reads a row
+// before it writes it, `out` may be `input` itself.
+enum class InPlace : bool { kNo, kYes };
+void check_apart(const Tensor& out, const char* out_name, const Rows& out_rows, const Tensor& input,
+                 const char* input_name, const Rows& input_rows, InPlace in_place);
 
 // torch.get_num_threads() of the calling thread.
 int num_threads();

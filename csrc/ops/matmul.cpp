@@ -17,12 +17,13 @@ struct Operands {
 Operands check_operands(const Tensor& out, const Tensor& input, const std::optional<Tensor>& bias, int64_t in_features,
                         int64_t out_features) {
   Argument(input, "x").on_cpu().floating();
-  Argument(out, "out").on_cpu().same_dtype(input, "x");
+  Argument(out, "out").on_cpu().same_dtype(input, "x").written();
   const Rows rows = rows_of(input, "x"), out_rows = rows_of(out, "out");
   require(rows.size == in_features, "x: expected ", in_features, " input features in the last dimension, got ",
           rows.size);
   require(out_rows.count == rows.count && out_rows.size == out_features, "out: expected ", rows.count, " x ",
           out_features, " elements, got ", out_rows.count, " x ", out_rows.size);
+  check_apart(out, "out", out_rows, input, "x", rows, InPlace::kNo);
   const float* bias_data = nullptr;
   if (bias) {
     Size features{"out_features", out_features, "weight"};

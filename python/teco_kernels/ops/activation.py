@@ -18,7 +18,7 @@ def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     x : Tensor
         ``[..., 2 * d]``, fp32, fp16 or bf16: the gate first, then the up projection.
     out : Tensor, optional
-        ``[..., d]``, dtype of `x`; written and returned. Must not overlap `x`.
+        ``[..., d]``, dtype of `x`; written and returned. Must not overlap `x`, but may be the gate's half.
 
     Returns
     -------
