@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
-from find_torch import find_torch
+from find_torch import OLDEST, find_torch
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -50,9 +51,10 @@ BASELINE_ONLY = {"dispatch.cpp", "thread_pool.cpp"}
 
 
 def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and (path := shutil.which(name.split()[0])):
-            return path
+    """The compiler as a command line; $CXX may hold more than a name ("ccache g++")."""
+    for command in (shlex.split(os.environ.get("CXX", "")), ["c++"], ["g++"], ["clang++"]):
+        if command and (path := shutil.which(command[0])):
+            return shlex.join([path, *command[1:]])
     raise SystemExit(
         "teco_kernels: no C++20 compiler found (tried $CXX, c++, g++, clang++); on Debian: apt-get install g++"
     )
@@ -71,9 +73,8 @@ def _ninja() -> str:
 
 def _torch() -> Path:
     if (torch := find_torch()) is None:
-        raise SystemExit(
-            "teco_kernels: no torch with stable-ABI headers found in this environment; pip install 'torch>=2.13'"
-        )
+        oldest = ".".join(map(str, OLDEST))
+        raise SystemExit(f"teco_kernels: no torch {oldest} or newer found in this environment; pip install torch")
     return torch
 
 
@@ -81,11 +82,16 @@ def _escape(path: Path | str) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+def _words(arguments: list[str]) -> str:
+    """Arguments of a command, in which paths may hold spaces."""
+    return shlex.join(arguments).replace("$", "$$")
+
+
 class _NinjaFile:
     def __init__(self, compiler: str) -> None:
         self.lines = [
             "ninja_required_version = 1.5",
-            f"cxx = {compiler}",
+            f"cxx = {compiler.replace('$', '$$')}",
             "rule compile",
             "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
@@ -99,23 +105,23 @@ class _NinjaFile:
     def compile(self, source: Path, flags: list[str], variant: str = "") -> str:
         stem = source.relative_to(CSRC).with_suffix("")
         target = f"{stem}{'.' + variant if variant else ''}.o"
-        self.lines += [f"build {_escape(target)}: compile {_escape(source)}", f"  flags = {' '.join(flags)}"]
+        self.lines += [f"build {_escape(target)}: compile {_escape(source)}", f"  flags = {_words(flags)}"]
         return target
 
     def link(self, target: Path, objects: list[str], libs: list[str]) -> None:
-        self.lines += [f"build {_escape(target)}: link {' '.join(map(_escape, objects))}", f"  libs = {' '.join(libs)}"]
+        self.lines += [f"build {_escape(target)}: link {' '.join(map(_escape, objects))}", f"  libs = {_words(libs)}"]
 
 
 def _operator_objects(ninja: _NinjaFile, torch: Path) -> list[str]:
     include = [f"-I{CSRC}"]
-    torch_flags = [f"-isystem {torch / 'include'}", "-DTORCH_TARGET_VERSION=0x020d000000000000"]
+    torch_flags = ["-isystem", str(torch / "include"), "-DTORCH_TARGET_VERSION=0x020d000000000000"]
     sources = [CSRC / "ops.cpp", *sorted((CSRC / "ops").glob("*.cpp"))]
     objects = [ninja.compile(source, COMMON_FLAGS + include + torch_flags) for source in sources]
     variants = INSTRUCTION_SETS.get(platform.machine(), {"baseline": []})
-    available = "".join(f" -DTECO_HAVE_{name.upper()}" for name in variants)
+    available = [f"-DTECO_HAVE_{name.upper()}" for name in variants]
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         if source.name in BASELINE_ONLY:
-            objects.append(ninja.compile(source, [*COMMON_FLAGS, *include, available]))
+            objects.append(ninja.compile(source, [*COMMON_FLAGS, *include, *available]))
             continue
         included: list[str] = []
         for name, flags in variants.items():
@@ -131,8 +137,8 @@ def _host_objects(ninja: _NinjaFile) -> list[str]:
     flags = [
         *COMMON_FLAGS,
         f"-I{CSRC}",
-        f"-isystem {pybind11.get_include()}",
-        f"-isystem {sysconfig.get_paths()['include']}",
+        *("-isystem", pybind11.get_include()),
+        *("-isystem", sysconfig.get_paths()["include"]),
     ]
     return [ninja.compile(source, flags) for source in sorted((CSRC / "host").glob("*.cpp"))]
 
