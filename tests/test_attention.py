@@ -141,6 +141,19 @@ def test_block_size_and_layout_change_no_bit(cache_dtype: torch.dtype) -> None:
         assert_same(part, alone)
 
 
+@pytest.mark.parametrize(("cache_dtype", "tolerance"), [(torch.int8, 1e-2), (torch.float8_e4m3fn, 4e-2)], ids=str)
+def test_a_quantised_cache_costs_little_accuracy(cache_dtype: torch.dtype, tolerance: float) -> None:
+    sequences = Sequences([500])
+    arguments = (sequences.table, torch.tensor([500], dtype=torch.int32))
+    query = sequences.queries[0][499:]
+    expected = paged_attention_reference(query, *sequences.caches, *arguments)
+    caches = [torch.zeros_like(cache, dtype=cache_dtype) for cache in sequences.caches]
+    scales = {name: torch.zeros(caches[0].shape[:3]) for name in ("key_scale", "value_scale")}
+    keys, values = (cache.flatten(0, 1) for cache in sequences.caches)
+    tk.reshape_and_cache(keys, values, *caches, torch.arange(len(keys)), **scales)
+    assert relative_error(tk.paged_attention(query, *caches, *arguments, **scales), expected) < tolerance
+
+
 def test_keys_that_a_row_must_not_see_may_be_nan() -> None:
     sequences = Sequences([200])
     [clean] = sequences.attend((0, 0, 200), sliding_window=50)
