@@ -21,7 +21,6 @@ DEFAULT_SETTINGS = QuantizationSettings(
     symmetric=False,
     dampening=0.05,
     clip_search=True,
-    refine_sweeps=2,
     layer_bits={r".*\.v_proj$": 8},
     num_sequences=32,
     sequence_length=512,
@@ -29,7 +28,7 @@ DEFAULT_SETTINGS = QuantizationSettings(
 
 
 def default_quantized_model(*, use_tqdm: bool = True) -> Path:
-    """Directory of SmolLM2-135M-Instruct quantised with `DEFAULT_SETTINGS`; made in a minute or two the first time.
+    """Directory of SmolLM2-135M-Instruct quantised with `DEFAULT_SETTINGS`; made in two or three minutes the first time.
 
     Raises
     ------
