@@ -28,7 +28,7 @@ DEFAULT_SETTINGS = QuantizationSettings(
 
 
 def default_quantized_model(*, use_tqdm: bool = True) -> Path:
-    """Directory of SmolLM2-135M-Instruct quantised with `DEFAULT_SETTINGS`; made in two or three minutes the first time.
+    """Directory of SmolLM2-135M-Instruct quantised with `DEFAULT_SETTINGS`; made in some three minutes the first time.
 
     Raises
     ------
