@@ -23,8 +23,9 @@ struct GptqPanels {
         for (int q = 0; q < kBlock / 4; ++q) {
           const U32x8 quad = quad_codes<kBits>(codes, q, v);
           for (int byte = 0; byte < 4; ++byte) {
-            const U32x8 code = (quad >> (8 * byte)) & 255;
-            store(out + (4 * q + byte) * kPanel, scale * (__builtin_convertvector(code, F32x8) - zero));
+            // Signed: AVX2 converts no other integers.
+            const I32x8 code = reinterpret_cast<I32x8>((quad >> (8 * byte)) & 255);
+            store(out + (4 * q + byte) * kPanel, scale * (to_float(code) - zero));
           }
         }
       }
