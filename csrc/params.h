@@ -77,13 +77,15 @@ struct DenseMatmulParams {
 //
 // Inputs are ordered group by group, each group padded to whole blocks of 32. A panel of 16 columns is one contiguous
 // stream of groups; a group is a header of 64 bytes (fp16 scale[16], fp16 zero[16]) and its blocks:
-//   2 bits, 128 bytes:  [2][16 columns][4]; bits 2s and 2s + 1 of byte (j, column, i) hold input 16j + 4s + i;
-//   3 bits, 192 bytes:  the low two bits like that, then [16 columns][4]: bit q of byte (column, i) is the high bit of
-//                       input 4q + i;
-//   4 bits, 256 bytes:  [4][16 columns][4]; byte (j, column, i) holds input 4j + i in its low and 16 + 4j + i in its
-//                       high nibble;
-//   8 bits, 512 bytes:  [8][16 columns][4]; byte (j, column, i) is input 4j + i.
-// Four neighbouring bytes are thus four inputs of one column, a quad: what one lane of an integer dot product takes.
+//   2 bits, 128 bytes:  [2][16 columns][4]; byte (j, column, i) holds quads 4j to 4j + 3, lowest bits first;
+//   3 bits, 192 bytes:  [3][16 columns][4]; byte (j, column, i) holds quads 2j and 2j + 1 in its six low bits; the two
+//                       low bits of quad 6 are on top of byte 0, those of quad 7 on top of byte 1, and on top of byte
+//                       2 the high bit of quad 6, then that of quad 7;
+//   4 bits, 256 bytes:  [4][16 columns][4]; byte (j, column, i) holds quads 2j (low nibble) and 2j + 1;
+//   8 bits, 512 bytes:  [8][16 columns][4]; byte (j, column, i) is quad j.
+// Quad q is the four inputs 4q to 4q + 3 of a column, input 4q + i in byte i: neighbouring bytes, as one lane of an
+// integer dot product takes them. A word of four bytes is unpacked with a shift and a mask per quad; only the last two
+// quads of 3 bits must be put together.
 struct GptqMatmulParams {
   void* out;                   // [num_rows, out_features]
   const void* input;           // [num_rows, in_features]

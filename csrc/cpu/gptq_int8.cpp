@@ -130,8 +130,7 @@ template <int kBits, int R, int V, int kShift = 0, uint32_t kMask = 0xffffffffu>
 inline void dot_codes(const uint8_t* weights, const int8_t* rows, I32x8 (&dot)[R][V]) {
   DotSum sum[R][V] = {};
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {                        // flat: GCC keeps the tile of a nested unrolled loop in memory
-    const int q = kBits == 4 ? i / 2 + i % 2 * 4 : i;  // both quads of a word in turn
+  for (int q = 0; q < 8; ++q) {  // flat: GCC keeps the tile of a nested unrolled loop in memory
     U8x32 codes[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {

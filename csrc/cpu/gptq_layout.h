@@ -44,20 +44,16 @@ struct GptqLayout {
   int32_t bits;
 };
 
-// Quads 0 to 7 of a block: four inputs, 4q to 4q + 3, of each of eight columns (the first or the second half of a
-// panel), a byte each.
+// Quad q of eight columns of a block, the first or the second half of a panel: four codes in every lane, a byte each.
 template <int kBits>
 inline U32x8 quad_codes(const uint8_t* block, int q, int half) {
-  const auto word = [&](int line) { return load_bits<U32x8>(block + line * 64 + half * 32); };
-  if constexpr (kBits == 2) {
-    return (word(q / 4) >> (2 * (q % 4))) & 0x03030303u;
-  } else if constexpr (kBits == 3) {
-    return quad_codes<2>(block, q, half) | (((word(2) >> q) & 0x01010101u) << 2);
-  } else if constexpr (kBits == 4) {
-    return (word(q % 4) >> (q / 4 * 4)) & 0x0f0f0f0fu;
-  } else {
-    return word(q);
+  constexpr int kQuads = 8 / kBits;  // that lie whole in a word
+  constexpr uint32_t kMask = 0x01010101u * ((1 << kBits) - 1);
+  const auto word = [&](int j) { return load_bits<U32x8>(block + j * 64 + half * 32); };
+  if constexpr (kBits == 3) {
+    if (q >= 6) return ((word(q - 6) >> 6) & 0x03030303u) | ((word(2) >> (q - 2)) & 0x04040404u);
   }
+  return (word(q / kQuads) >> (q % kQuads * kBits)) & kMask;
 }
 
 // Scales and zero points of eight columns: the first or the second half of a panel.

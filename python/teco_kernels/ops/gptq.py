@@ -24,38 +24,25 @@ Activation = Literal["exact", "int8"]
 def _pack_blocks(codes: Tensor, bits: int) -> Tensor:
     """Blocks of a panel as the kernel reads them: uint8 ``[..., 32, 16]`` to bytes ``[..., 64 * bits]``."""
     quads = codes.unflatten(-2, (-1, 4)).transpose(-1, -2)  # [..., 8, 16, 4]: four inputs of a column side by side
-    if bits == 2:
-        quads = _join(quads.unflatten(-3, (2, 4)), 2)
-    elif bits == 3:
-        quads = torch.cat((_join((quads & 3).unflatten(-3, (2, 4)), 2), _join((quads >> 2).unsqueeze(-4), 1)), dim=-3)
-    elif bits == 4:
-        quads = _join(quads.unflatten(-3, (2, 4)).transpose(-3, -4), 4)
-    return quads.flatten(-3)
+    whole = 8 // bits  # quads that lie whole in a word
+    words = torch.zeros_like(quads[..., :bits, :, :])
+    for place in range(whole):
+        words |= quads[..., place : bits * whole : whole, :, :] << bits * place
+    if bits == 3:
+        words[..., :2, :, :] |= quads[..., 6:, :, :] << 6
+        words[..., 2, :, :] |= quads[..., 6, :, :] >> 2 << 6 | quads[..., 7, :, :] >> 2 << 7
+    return words.flatten(-3)
 
 
 def _unpack_blocks(packed: Tensor, bits: int) -> Tensor:
     """Inverse of `_pack_blocks`."""
-    lines = packed.unflatten(-1, (-1, PANEL, 4))
-    if bits == 2:
-        lines = _split(lines, 2).flatten(-4, -3)
-    elif bits == 3:
-        low, high = _split(lines[..., :2, :, :], 2), _split(lines[..., 2:, :, :], 1)
-        lines = low.flatten(-4, -3) | high.flatten(-4, -3) << 2
-    elif bits == 4:
-        lines = _split(lines, 4).transpose(-3, -4).flatten(-4, -3)
-    return lines.transpose(-1, -2).flatten(-3, -2)
-
-
-def _join(parts: Tensor, width: int) -> Tensor:
-    """Bytes from parts of `width` bits, lowest first: ``[..., n, 16, 4]`` to ``[..., 16, 4]``."""
-    shifts = torch.arange(0, width * parts.shape[-3], width, dtype=torch.uint8).view(-1, 1, 1)
-    return (parts << shifts).sum(-3, dtype=torch.uint8)
-
-
-def _split(lines: Tensor, width: int) -> Tensor:
-    """Inverse of `_join`: ``[..., 16, 4]`` to ``[..., 8 / width, 16, 4]``."""
-    shifts = torch.arange(0, 8, width, dtype=torch.uint8).view(-1, 1, 1)
-    return (lines.unsqueeze(-3) >> shifts) & (2**width - 1)
+    words = packed.unflatten(-1, (bits, PANEL, 4))
+    places = [words >> bits * place & (1 << bits) - 1 for place in range(8 // bits)]
+    quads = torch.stack(places, dim=-3).flatten(-4, -3)
+    if bits == 3:
+        high = torch.stack([words[..., 2, :, :] >> shift & 4 for shift in (4, 5)], dim=-3)
+        quads = torch.cat((quads, words[..., :2, :, :] >> 6 | high), dim=-3)
+    return quads.transpose(-1, -2).flatten(-3, -2)
 
 
 @dataclass(frozen=True)
