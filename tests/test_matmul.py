@@ -16,7 +16,7 @@ from teco_kernels.ops import DenseWeight, GPTQWeight, dense_matmul, gptq_matmul
 from teco_kernels.ops._library import cpu_isa_choices
 from teco_kernels.ops._reference import relative_error
 from teco_kernels.ops.gptq import gptq_matmul_reference
-from teco_kernels.ops.packing import BITS, pack_rows, unpack_rows
+from teco_kernels.ops.packing import BITS, codes_per_period, pack_rows, unpack_rows
 from teco_kernels.testing.cases.matmul import INT8_TOLERANCE, random_checkpoint
 
 MODES = ("exact", "int8")
@@ -36,7 +36,24 @@ def plain_dequantize(tensors: dict[str, Any], zero_offset: int) -> torch.Tensor:
     return tensors["scales"][groups].float() * (codes - zeros[groups])
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("bits", BITS)
+def test_every_code_in_its_place(bits: int) -> None:
+    """Against the definition of the checkpoint, one little-endian string of bits; by the kernel, and undone."""
+
+    def codes(words: torch.Tensor) -> list[int]:
+        string = int.from_bytes(words.contiguous().numpy().tobytes(), "little")
+        return [string >> bits * place & 2**bits - 1 for place in range(len(words) * 32 // bits)]
+
+    tensors = checkpoint(64, 32, 32, bits)
+    expected = torch.tensor([codes(column) for column in tensors["qweight"].t()]).t()
+    zeros = torch.tensor([codes(row) for row in tensors["qzeros"]]) + 1
+    values = (expected.unflatten(0, (2, 32)) - zeros[:, None]) * tensors["scales"][:, None].float()
+    weight = GPTQWeight.from_checkpoint(**tensors)
+    assert torch.equal(weight.dequantize(), values.flatten(0, 1))
+    assert torch.equal(gptq_matmul(torch.eye(64), weight), values.flatten(0, 1))
+
+
+@settings(max_examples=60, deadline=None)
 @given(
     in_blocks=st.integers(1, 12),
     out_blocks=st.integers(1, 10),
@@ -46,7 +63,7 @@ def plain_dequantize(tensors: dict[str, Any], zero_offset: int) -> torch.Tensor:
     rows=st.integers(0, 12),
 )
 def test_any_shape(in_blocks: int, out_blocks: int, group_size: int, bits: int, act_order: bool, rows: int) -> None:
-    in_features, out_features = (blocks * {2: 16, 3: 32, 4: 8, 8: 4}[bits] for blocks in (in_blocks, out_blocks))
+    in_features, out_features = (blocks * codes_per_period(bits) for blocks in (in_blocks, out_blocks))
     tensors = checkpoint(in_features, out_features, group_size, bits, act_order=act_order)
     weight = GPTQWeight.from_checkpoint(**tensors)
     assert torch.equal(weight.dequantize(), plain_dequantize(tensors, 1))
@@ -66,7 +83,7 @@ def test_zero_point_formats(zero_point_format: Any) -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("activation", MODES)
 def test_rows_do_not_depend_on_the_batch(bits: int, activation: Any) -> None:
-    weight = GPTQWeight.from_checkpoint(**checkpoint(320, 224, bits=bits), bias=torch.randn(224))
+    weight = GPTQWeight.from_checkpoint(**checkpoint(320, 224, bits=bits, act_order=bits < 4), bias=torch.randn(224))
     x = torch.randn(40, 320)
     whole = gptq_matmul(x, weight, activation=activation)
     for rows in range(1, 40):
@@ -84,9 +101,10 @@ def test_dense_rows_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
         assert torch.equal(dense_matmul(x[rows:], weight), whole[rows:]), rows
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("activation", MODES)
-def test_thread_count_does_not_change_bits(activation: Any) -> None:
-    weight = GPTQWeight.from_checkpoint(**checkpoint(512, 1040))
+def test_thread_count_does_not_change_bits(activation: Any, bits: int) -> None:
+    weight = GPTQWeight.from_checkpoint(**checkpoint(512, 1056, bits=bits))
     before = torch.get_num_threads()
     try:
         for rows in (1, 20):
@@ -127,8 +145,9 @@ print(digest.hexdigest())
     assert len(digests) <= 1
 
 
-def test_exact_mode_is_the_dense_product_of_the_dequantised_weight() -> None:
-    weight = GPTQWeight.from_checkpoint(**checkpoint())
+@pytest.mark.parametrize("bits", BITS)
+def test_exact_mode_is_the_dense_product_of_the_dequantised_weight(bits: int) -> None:
+    weight = GPTQWeight.from_checkpoint(**checkpoint(out_features=96, bits=bits))
     dense = DenseWeight.from_tensor(weight.dequantize().t())
     x = torch.randn(9, 192)
     assert torch.equal(gptq_matmul(x, weight), dense_matmul(x, dense))

@@ -89,6 +89,8 @@ def _cache(dtype: torch.dtype, scale: float | None) -> None:
 UNSUPPORTED: list[tuple[str, dict[str, Any], Any, str]] = [
     ("gptq_matmul", {"bits": 5}, lambda: _gptq(5), "bits"),
     ("gptq_matmul", {"bits": 4, "out_features": 20}, lambda: _gptq(4, 20), "out_features"),
+    ("gptq_matmul", {"bits": 3, "out_features": 48}, lambda: _gptq(3, 48), "out_features"),
+    ("gptq_matmul", {"bits": 2, "out_features": 24}, lambda: _gptq(2, 24), "out_features"),
     ("gptq_matmul", {"activation": "int4"}, _gptq_activation, "activation"),
     ("dense_matmul", {"weight_dtype": torch.int8}, lambda: _dense(torch.int8), "weight_dtype"),
     ("rotary_embedding", {"D": 8, "rotary_dim": 3}, lambda: _rotary(8, 3), "rotary_dim"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from teco_kernels.decoder.loader import Source
 from teco_kernels.ops import DenseWeight, GPTQWeight, dense_matmul, gptq_matmul
 from teco_kernels.ops.gptq import Activation
-from teco_kernels.ops.packing import BITS
+from teco_kernels.ops.packing import BITS, codes_per_period
 
 
 class Linear:
@@ -120,6 +120,12 @@ class WeightLoader:
     def _gptq(self, name: str, in_features: int, out_features: int, bias: bool) -> GPTQWeight:
         settings = self._settings(name)
         bits, group_size = settings["bits"], settings["group_size"]
+        multiple = codes_per_period(bits)
+        if in_features % multiple or out_features % multiple:
+            raise ValueError(
+                f"{self._source.path}: layer {name!r}: expected sizes that are multiples of {multiple}, as {bits}-bit "
+                f"checkpoints pack them, got {in_features} to {out_features}"
+            )
         groups = 1 if group_size == -1 else -(-in_features // group_size)
         read, has = self._source.tensor, self._source.has
         qweight = read(f"{name}.qweight", (in_features * bits // 32, out_features))

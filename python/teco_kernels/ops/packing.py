@@ -43,7 +43,8 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     if codes.numel() and (codes.min() < 0 or codes.max() >= 2**bits):
         raise ValueError(f"codes: expected values from 0 to {2**bits - 1}, got {codes.min()} to {codes.max()}")
     words = codes.new_zeros(codes.shape[0] * bits // 32, codes.shape[1])
-    period, words_per_period = _period(bits)
+    period = codes_per_period(bits)
+    words_per_period = period * bits // 32
     for place in range(period):
         word, shift = divmod(place * bits, 32)
         shifted = codes[place::period] << shift
@@ -57,7 +58,8 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 def unpack_rows(words: Tensor, bits: int) -> Tensor:
     """Inverse of `pack_rows`: int32 ``[n * bits / 32, m]`` to uint8 ``[n, m]``."""
     _check_bits(bits)
-    period, words_per_period = _period(bits)
+    period = codes_per_period(bits)
+    words_per_period = period * bits // 32
     if words.dim() != 2 or words.dtype != torch.int32 or words.shape[0] % words_per_period:
         raise ValueError(
             f"words: expected int32 [n, m] with n a multiple of {words_per_period}, "
@@ -107,6 +109,6 @@ def _check_bits(bits: int) -> None:
         raise ValueError(f"bits: expected one of {BITS}, got {bits!r}")
 
 
-def _period(bits: int) -> tuple[int, int]:
-    """Codes after which the places in the words repeat, and the words they fill."""
-    return (32, 3) if bits == 3 else (32 // bits, 1)
+def codes_per_period(bits: int) -> int:
+    """Codes after which their places in the words repeat: the sizes of a layer are multiples of it."""
+    return 32 if bits == 3 else 32 // bits

@@ -11,7 +11,7 @@ import torch
 
 from teco_kernels.ops import _library
 from teco_kernels.ops.cache import ELEMENT_MAX
-from teco_kernels.ops.packing import BITS
+from teco_kernels.ops.packing import BITS, codes_per_period
 
 #: Every backend of the package's design, compiled into this build or not.
 BACKENDS = ("cpu", "cuda", "triton")
@@ -134,7 +134,7 @@ def _gptq_matmul(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
     ):
         return reason
     bits = case.get("bits", 8)
-    multiple = 32 if bits == 3 else 32 // bits
+    multiple = codes_per_period(bits)
     for size in ("in_features", "out_features"):  # codes along the inputs, zero points along the outputs
         if case.get(size, 0) % multiple:
             return f"{size}: expected a multiple of {multiple}, as {bits}-bit checkpoints pack them, got {case[size]}"

@@ -125,5 +125,7 @@ def cases() -> Iterator[Case]:
             yield _gptq_case(
                 rows, torch.float32, activation, True, in_features=4096, out_features=4096, bits=4, group_size=128
             )
+    for bits in (2, 3):
+        yield _gptq_case(1, torch.float32, "int8", True, in_features=4096, out_features=4096, bits=bits, group_size=128)
     for rows in (1, 16):
         yield _gptq_case(rows, torch.float32, "int8", True, in_features=576, out_features=49152, bits=8, group_size=64)
