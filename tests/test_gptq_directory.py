@@ -14,6 +14,7 @@ from tiny_models import logits_of, random_model, relative_error, save_model
 from torch import Tensor
 
 from teco_kernels import GPTQWeight
+from teco_kernels.decoder.weights import WeightLoader
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -169,6 +170,18 @@ def test_contradictions_are_named(settings: dict[str, Any], message: str, tmp_pa
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=rf"gptq: (layer .*: )?{message}"):
         load(tmp_path / "gptq")
+
+
+def test_sizes_that_no_checkpoint_packs_are_named() -> None:
+    class Source:
+        path, quantization_config = Path("gptq"), SETTINGS | {"bits": 3}
+
+        def has(self, name: str) -> bool:
+            return name.endswith(".qweight")
+
+    loader = WeightLoader(Source(), torch.float32, "exact")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"gptq: layer 'q': expected .* multiples of 32, as 3-bit .* got 40 to 64"):
+        loader.linear(["q"], 40, [64], bias=False)
 
 
 def test_damaged_layer_is_named(tmp_path: Path) -> None:
