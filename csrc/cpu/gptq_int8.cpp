@@ -124,49 +124,46 @@ QuantisedRows quantise_rows(const GptqMatmulParams& p, const T* input, int64_t n
   return rows;
 }
 
-// One block of 32 inputs, R rows by V vectors of 8 columns: exact integer dot products. With shift 0 or 4, and weights
-// of 8 bits, of the low or high nibbles alone.
-template <int kBits, int R, int V, int kShift = 0, uint32_t kMask = 0xffffffffu>
-inline void dot_codes(const uint8_t* weights, const int8_t* rows, I32x8 (&dot)[R][V]) {
-  DotSum sum[R][V] = {};
+// One block of 32 inputs, R rows by V vectors of 8 columns: exact integer dot products. Where products of whole bytes
+// have no room, both nibbles of 8-bit weights are summed apart.
+template <int kBits, int R, int V>
+inline void dot_block(const uint8_t* weights, const int8_t* rows, I32x8 (&dot)[R][V]) {
+  constexpr bool kNibbles = kBits == 8 && !kDotTakesBytes;
+  DotSum low[R][V] = {}, high[R][V] = {};
 #pragma GCC unroll 8
   for (int q = 0; q < 8; ++q) {  // flat: GCC keeps the tile of a nested unrolled loop in memory
-    U8x32 codes[V];
+    U8x32 low_codes[V], high_codes[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      codes[v] = reinterpret_cast<U8x32>((quad_codes<kBits>(weights, q, v) >> kShift) & kMask);
-      keep_in_register(codes[v]);
+      const U32x8 quad = quad_codes<kBits>(weights, q, v);
+      low_codes[v] = reinterpret_cast<U8x32>(kNibbles ? quad & 0x0f0f0f0fu : quad);
+      keep_in_register(low_codes[v]);
+      if constexpr (kNibbles) {
+        high_codes[v] = reinterpret_cast<U8x32>((quad >> 4) & 0x0f0f0f0fu);
+        keep_in_register(high_codes[v]);
+      }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const int8_t* x = rows + (q * R + r) * 4;
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
-        sum[r][v] = dot_add(sum[r][v], codes[v], x);
-        keep_in_register(sum[r][v]);
+        low[r][v] = dot_add(low[r][v], low_codes[v], x);
+        keep_in_register(low[r][v]);
+        if constexpr (kNibbles) {
+          high[r][v] = dot_add(high[r][v], high_codes[v], x);
+          keep_in_register(high[r][v]);
+        }
       }
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) dot[r][v] = dot_total(sum[r][v]);
-}
-
-// The same for any bit width: products with whole bytes where there is room for them, else with their nibbles.
-template <int kBits, int R, int V>
-inline void dot_block(const uint8_t* weights, const int8_t* rows, I32x8 (&dot)[R][V]) {
-  if constexpr (kBits == 8 && !kDotTakesBytes) {
-    I32x8 high[R][V];
-    dot_codes<kBits, R, V, 0, 0x0f0f0f0fu>(weights, rows, dot);
-    dot_codes<kBits, R, V, 4, 0x0f0f0f0fu>(weights, rows, high);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) dot[r][v] += high[r][v] << 4;
-  } else {
-    dot_codes<kBits>(weights, rows, dot);
-  }
+    for (int v = 0; v < V; ++v) {
+      dot[r][v] = dot_total(low[r][v]);
+      if constexpr (kNibbles) dot[r][v] += dot_total(high[r][v]) << 4;
+    }
 }
 
 // Consecutive groups of a panel by a tile of R rows, continuing acc[R][16].
