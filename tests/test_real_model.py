@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import transformers
 
 from teco_kernels import LLM, SamplingParams
+from teco_kernels.assets import held_out_text
 from teco_kernels.decoder.loader import load_source
 
 pytestmark = pytest.mark.model
@@ -78,6 +80,18 @@ def test_4_bit_model_knows_berlin(kv_cache_dtype: str, model_4bit: Path) -> None
         (alone,) = small.generate(prompt, params, use_tqdm=False)
         for copy in together[number :: len(PROMPTS)]:
             assert copy.outputs[0].token_ids == alone.outputs[0].token_ids
+
+
+def test_4_bit_model_loses_little(model_4bit: Path, default_gguf: Path) -> None:
+    """On text it was not calibrated on: the figures of the README."""
+    perplexity = {}
+    for path in (default_gguf, model_4bit):
+        llm = LLM(path, max_model_len=1024, kv_cache_memory=1 << 28)
+        token_ids = llm.tokenizer.encode(held_out_text())
+        scores = [score for start in range(0, 8192, 1024) for score in llm.score(token_ids[start : start + 1024])]
+        perplexity[path] = math.exp(-sum(scores) / len(scores))
+    assert perplexity[default_gguf] == pytest.approx(14.31, abs=0.01)
+    assert perplexity[model_4bit] < 1.06 * perplexity[default_gguf]
 
 
 def test_4_bit_model_chats(model_4bit: Path) -> None:
