@@ -65,14 +65,13 @@ def unpack_rows(words: Tensor, bits: int) -> Tensor:
             f"words: expected int32 [n, m] with n a multiple of {words_per_period}, "
             f"got {str(words.dtype).removeprefix('torch.')} {list(words.shape)}"
         )
-    wide = words.to(torch.int64) & 0xFFFFFFFF
     codes = torch.empty(words.shape[0] * 32 // bits, words.shape[1], dtype=torch.uint8)
     for place in range(period):
         word, shift = divmod(place * bits, 32)
-        value = wide[word::words_per_period] >> shift
-        if shift + bits > 32:
-            value = value | wide[word + 1 :: words_per_period] << (32 - shift)
-        codes[place::period] = (value & (2**bits - 1)).to(torch.uint8)
+        code = words[word::words_per_period] >> shift
+        if shift + bits > 32:  # what the sign has filled in makes room for the next word
+            code = code & (1 << 32 - shift) - 1 | words[word + 1 :: words_per_period] << 32 - shift
+        codes[place::period] = code & (1 << bits) - 1
     return codes
 
 
