@@ -6,6 +6,7 @@
 
 #include "cpu/isa.h"
 #include "ops/checks.h"
+#include "ops/plan.h"
 
 namespace teco::ops {
 namespace {
@@ -42,6 +43,7 @@ STABLE_TORCH_LIBRARY(teco_kernels, m) {
   m.def("cpu_isa_compiled() -> str");
   m.def("compiler() -> str");
 
+  m.def("embedding(Tensor(a!) out, Tensor token_ids, Tensor weight) -> ()");
   m.def("rms_norm(Tensor(a!) out, Tensor input, Tensor weight, float eps) -> ()");
   m.def(
       "fused_add_rms_norm(Tensor(a!) out, Tensor(b!) residual_out, Tensor input, Tensor residual, Tensor weight, "
@@ -70,6 +72,11 @@ STABLE_TORCH_LIBRARY(teco_kernels, m) {
       "merge_attention_states(Tensor(a!) out, Tensor(b!) lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
       "-> ()");
 
+  m.def("_plan_begin() -> ()");
+  m.def("_plan_end() -> int");
+  m.def("_plan_run(int plan) -> ()");
+  m.def("_plan_free(int plan) -> ()");
+
   m.def("_read_probe(Tensor data, int num_streams) -> ()");
   m.def("_fma_probe(int iterations) -> int");
   m.def("_int8_probe(int iterations) -> int");
@@ -80,11 +87,16 @@ STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa_choices", TORCH_BOX(&cpu_isa_choices));
   m.impl("cpu_isa_compiled", TORCH_BOX(&cpu_isa_compiled));
   m.impl("compiler", TORCH_BOX(&compiler));
+  m.impl("_plan_begin", TORCH_BOX(&plan_begin));
+  m.impl("_plan_end", TORCH_BOX(&plan_end));
+  m.impl("_plan_run", TORCH_BOX(&plan_run));
+  m.impl("_plan_free", TORCH_BOX(&plan_free));
   m.impl("_fma_probe", TORCH_BOX(&fma_probe));
   m.impl("_int8_probe", TORCH_BOX(&int8_probe));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CPU, m) {
+  m.impl("embedding", TORCH_BOX(&embedding));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("fused_add_rms_norm", TORCH_BOX(&fused_add_rms_norm));
   m.impl("silu_and_mul", TORCH_BOX(&silu_and_mul));

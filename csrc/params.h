@@ -8,16 +8,30 @@ namespace teco {
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kInt8, kFloat8E4M3 };
 
+// out[t] = weight[token_ids[t]]
+struct EmbeddingParams {
+  void* out;                 // [num_tokens, hidden_size]
+  const int64_t* token_ids;  // [num_tokens], checked to lie within the vocabulary
+  const void* weight;        // [vocab_size, hidden_size]
+  int64_t num_tokens, hidden_size;
+  int64_t out_stride, weight_stride;
+  DType dtype;  // of out
+  DType weight_dtype;
+};
+
 // out[r, i] = input[r, i] * weight[i] / sqrt(mean_i(input[r, i]^2) + eps)
 // With a residual: first residual_out = input + residual (rounded to the tensors' dtype), then the norm of that sum.
+// Without one, rows may lie in two strides, as heads do in the tokens of a wider matrix: `inner_rows` rows with the
+// inner stride (input_stride, out_stride), one such run after the other with the outer one.
 struct RmsNormParams {
   void* out;
   void* residual_out;    // null without a residual
   const void* input;     // [num_rows, hidden_size]
   const void* residual;  // [num_rows, hidden_size] or null
   const void* weight;    // [hidden_size]
-  int64_t num_rows, hidden_size;
+  int64_t num_rows, hidden_size, inner_rows;
   int64_t out_stride, residual_out_stride, input_stride, residual_stride;
+  int64_t out_outer_stride, input_outer_stride;
   float eps;
   DType dtype;
 };

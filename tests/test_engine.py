@@ -268,14 +268,14 @@ def test_a_step_that_failed_leaves_nothing_behind(path: Path, monkeypatch: pytes
     alone = each_alone(llm, requests)
     stream = llm.stream([6] * 9, params)
     next(stream)
-    forward, steps = llm.engine.model.forward, iter(range(100))
+    run, steps = llm.engine.runner.run, iter(range(100))
 
     def interrupted(*args: Any) -> torch.Tensor:
         if next(steps) == 3:
             raise KeyboardInterrupt
-        return forward(*args)
+        return run(*args)
 
-    monkeypatch.setattr(llm.engine.model, "forward", interrupted)
+    monkeypatch.setattr(llm.engine.runner, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([1, 2, 3, 4, 5], params, use_tqdm=False)
     assert together(llm, requests) == alone

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from teco_kernels import LLM
-from teco_kernels.decoder.batch import Batch, Span
+from teco_kernels.decoder.batch import Span
 from teco_kernels.decoder.tokenizer import Tokenizer
 
 VOCAB_SIZE = 320
@@ -111,7 +111,7 @@ def logits_of(llm: LLM, token_ids: list[int], chunks: list[int] | None = None) -
     with torch.inference_mode():
         for size in chunks or [len(token_ids)]:
             span = Span(token_ids, start, size, blocks, all_logits=True)
-            logits.append(llm.engine.model.forward(Batch.from_spans([span], cache.block_size), cache))
+            logits.append(llm.engine.runner.run([span]).clone())
             start += size
     cache.pool.free(blocks)
     return torch.cat(logits).float()

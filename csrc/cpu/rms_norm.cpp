@@ -10,9 +10,10 @@ namespace {
 template <class T>
 void norm_row(const RmsNormParams& p, int64_t row) {
   const int64_t size = p.hidden_size, tail = size % kLanes, body = size - tail;
-  const T* input = static_cast<const T*>(p.input) + row * p.input_stride;
+  const int64_t outer = row / p.inner_rows, inner = row % p.inner_rows;
+  const T* input = static_cast<const T*>(p.input) + outer * p.input_outer_stride + inner * p.input_stride;
   const T* weight = static_cast<const T*>(p.weight);
-  T* out = static_cast<T*>(p.out) + row * p.out_stride;
+  T* out = static_cast<T*>(p.out) + outer * p.out_outer_stride + inner * p.out_stride;
 
   const T* summand = input;
   if (p.residual) {

@@ -3,6 +3,7 @@
 
 namespace teco::cpu::TECO_ISA {
 
+void embedding(const EmbeddingParams& p, int num_threads);
 void rms_norm(const RmsNormParams& p, int num_threads);
 void silu_and_mul(const SiluAndMulParams& p, int num_threads);
 void rotary_embedding(const RotaryEmbeddingParams& p, int num_threads);
@@ -19,6 +20,7 @@ int64_t int8_probe(int64_t iterations, int num_threads);
 
 extern const KernelTable table;
 const KernelTable table = {
+    .embedding = embedding,
     .rms_norm = rms_norm,
     .silu_and_mul = silu_and_mul,
     .rotary_embedding = rotary_embedding,

@@ -2,6 +2,7 @@
 #include "cpu/kernels.h"
 #include "ops/checks.h"
 #include "ops/ops.h"
+#include "ops/plan.h"
 
 namespace teco::ops {
 
@@ -13,17 +14,16 @@ void silu_and_mul(Tensor out, Tensor input) {
   require(out_rows.count == rows.count && out_rows.size == rows.size / 2, "out: expected ", rows.count, " x ",
           rows.size / 2, " elements, got ", out_rows.count, " x ", out_rows.size);
   check_apart(out, "out", out_rows, input, "input", rows, InPlace::kYes);
-  cpu::kernels()->silu_and_mul(
-      {
-          .out = out.mutable_data_ptr(),
-          .input = input.const_data_ptr(),
-          .num_rows = out_rows.size ? rows.count : 0,
-          .size = out_rows.size,
-          .out_stride = out_rows.stride,
-          .input_stride = rows.stride,
-          .dtype = to_dtype(input.scalar_type(), "input"),
-      },
-      num_threads());
+  const SiluAndMulParams params = {
+      .out = out.mutable_data_ptr(),
+      .input = input.const_data_ptr(),
+      .num_rows = out_rows.size ? rows.count : 0,
+      .size = out_rows.size,
+      .out_stride = out_rows.stride,
+      .input_stride = rows.stride,
+      .dtype = to_dtype(input.scalar_type(), "input"),
+  };
+  launch(cpu::kernels()->silu_and_mul, params);
 }
 
 }  // namespace teco::ops

@@ -7,6 +7,7 @@
 #include "ops/checks.h"
 #include "ops/kv_cache_view.h"
 #include "ops/ops.h"
+#include "ops/plan.h"
 
 namespace teco::ops {
 namespace {
@@ -120,7 +121,7 @@ void paged_attention(Tensor out, std::optional<Tensor> lse, Tensor query, Tensor
   };
   check_sequences(params, max_blocks.value, num_blocks.value);
   if (T.value == 0 || Hq.value == 0) return;
-  cpu::kernels()->paged_attention(params, num_threads());
+  launch(cpu::kernels()->paged_attention, params);
 }
 
 void merge_attention_states(Tensor out, Tensor lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
@@ -131,29 +132,28 @@ void merge_attention_states(Tensor out, Tensor lse, Tensor out_a, Tensor lse_a, 
   Argument(lse_a, "lse_a").on_cpu().dtype(ScalarType::Float).shape({&T, &Hq}).unit_last_stride();
   Argument(lse_b, "lse_b").on_cpu().dtype(ScalarType::Float).shape({&T, &Hq}).unit_last_stride();
   Argument(lse, "lse").on_cpu().dtype(ScalarType::Float).shape({&T, &Hq}).unit_last_stride().written();
-  cpu::kernels()->merge_attention_states(
-      {
-          .out = out.mutable_data_ptr(),
-          .lse = lse.mutable_data_ptr<float>(),
-          .out_a = out_a.const_data_ptr(),
-          .lse_a = lse_a.const_data_ptr<float>(),
-          .out_b = out_b.const_data_ptr(),
-          .lse_b = lse_b.const_data_ptr<float>(),
-          .num_tokens = T.value,
-          .num_heads = Hq.value,
-          .head_dim = D.value,
-          .out_stride = out.stride(0),
-          .out_head_stride = out.stride(1),
-          .out_a_stride = out_a.stride(0),
-          .out_a_head_stride = out_a.stride(1),
-          .out_b_stride = out_b.stride(0),
-          .out_b_head_stride = out_b.stride(1),
-          .lse_stride = lse.stride(0),
-          .lse_a_stride = lse_a.stride(0),
-          .lse_b_stride = lse_b.stride(0),
-          .dtype = to_dtype(out_a.scalar_type(), "out_a"),
-      },
-      num_threads());
+  const MergeAttentionStatesParams params = {
+      .out = out.mutable_data_ptr(),
+      .lse = lse.mutable_data_ptr<float>(),
+      .out_a = out_a.const_data_ptr(),
+      .lse_a = lse_a.const_data_ptr<float>(),
+      .out_b = out_b.const_data_ptr(),
+      .lse_b = lse_b.const_data_ptr<float>(),
+      .num_tokens = T.value,
+      .num_heads = Hq.value,
+      .head_dim = D.value,
+      .out_stride = out.stride(0),
+      .out_head_stride = out.stride(1),
+      .out_a_stride = out_a.stride(0),
+      .out_a_head_stride = out_a.stride(1),
+      .out_b_stride = out_b.stride(0),
+      .out_b_head_stride = out_b.stride(1),
+      .lse_stride = lse.stride(0),
+      .lse_a_stride = lse_a.stride(0),
+      .lse_b_stride = lse_b.stride(0),
+      .dtype = to_dtype(out_a.scalar_type(), "out_a"),
+  };
+  launch(cpu::kernels()->merge_attention_states, params);
 }
 
 }  // namespace teco::ops

@@ -3,6 +3,7 @@
 #include "ops/checks.h"
 #include "ops/kv_cache_view.h"
 #include "ops/ops.h"
+#include "ops/plan.h"
 
 namespace teco::ops {
 namespace {
@@ -56,7 +57,7 @@ void copy(const Tensor& source, Tensor& target, const int64_t* mapping, int64_t 
     params.run_bytes *= params.inner;
     params.inner = 1;
   }
-  cpu::kernels()->copy_blocks(params, num_threads());
+  launch(cpu::kernels()->copy_blocks, params);
 }
 
 }  // namespace
@@ -84,26 +85,25 @@ void reshape_and_cache(Tensor key, Tensor value, Tensor key_cache, Tensor value_
   for (int64_t t = 0; t < T.value; ++t)
     require(slots[t] >= -1 && slots[t] < num_slots, "slot_mapping: expected -1 or a slot from 0 to ", num_slots - 1,
             ", got ", slots[t], " at index ", t);
-  cpu::kernels()->reshape_and_cache(
-      {
-          .key = key.const_data_ptr(),
-          .value = value.const_data_ptr(),
-          .key_cache = key_view,
-          .value_cache = value_view,
-          .slot_mapping = slots,
-          .num_tokens = T.value,
-          .num_kv_heads = Hkv.value,
-          .head_dim = D.value,
-          .block_size = B.value,
-          .key_stride = key.stride(0),
-          .key_head_stride = key.stride(1),
-          .value_stride = value.stride(0),
-          .value_head_stride = value.stride(1),
-          .dtype = to_dtype(key.scalar_type(), "key"),
-          .cache_dtype = to_dtype(key_cache.scalar_type(), "key_cache"),
-          .writes_scales = is_per_slot(key_scale),
-      },
-      num_threads());
+  const ReshapeAndCacheParams params = {
+      .key = key.const_data_ptr(),
+      .value = value.const_data_ptr(),
+      .key_cache = key_view,
+      .value_cache = value_view,
+      .slot_mapping = slots,
+      .num_tokens = T.value,
+      .num_kv_heads = Hkv.value,
+      .head_dim = D.value,
+      .block_size = B.value,
+      .key_stride = key.stride(0),
+      .key_head_stride = key.stride(1),
+      .value_stride = value.stride(0),
+      .value_head_stride = value.stride(1),
+      .dtype = to_dtype(key.scalar_type(), "key"),
+      .cache_dtype = to_dtype(key_cache.scalar_type(), "key_cache"),
+      .writes_scales = is_per_slot(key_scale),
+  };
+  launch(cpu::kernels()->reshape_and_cache, params);
 }
 
 void copy_blocks(Tensor key_cache, Tensor value_cache, Tensor block_mapping) {

@@ -2,6 +2,7 @@
 #include "cpu/kernels.h"
 #include "ops/checks.h"
 #include "ops/ops.h"
+#include "ops/plan.h"
 
 namespace teco::ops {
 namespace {
@@ -45,21 +46,20 @@ void dense_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor>
   Argument(weight, "weight").on_cpu().floating().shape({&panels, &in_features, &columns}).contiguous();
   const Operands operands = check_operands(out, input, bias, in_features.value, out_features);
   if (out_features == 0) return;
-  cpu::kernels()->dense_matmul(
-      {
-          .out = out.mutable_data_ptr(),
-          .input = input.const_data_ptr(),
-          .weight = weight.const_data_ptr(),
-          .bias = operands.bias,
-          .num_rows = operands.input.count,
-          .in_features = in_features.value,
-          .out_features = out_features,
-          .out_stride = operands.out.stride,
-          .input_stride = operands.input.stride,
-          .dtype = to_dtype(input.scalar_type(), "x"),
-          .weight_dtype = to_dtype(weight.scalar_type(), "weight"),
-      },
-      num_threads());
+  const DenseMatmulParams params = {
+      .out = out.mutable_data_ptr(),
+      .input = input.const_data_ptr(),
+      .weight = weight.const_data_ptr(),
+      .bias = operands.bias,
+      .num_rows = operands.input.count,
+      .in_features = in_features.value,
+      .out_features = out_features,
+      .out_stride = operands.out.stride,
+      .input_stride = operands.input.stride,
+      .dtype = to_dtype(input.scalar_type(), "x"),
+      .weight_dtype = to_dtype(weight.scalar_type(), "weight"),
+  };
+  launch(cpu::kernels()->dense_matmul, params);
 }
 
 void gptq_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> input_order, std::optional<Tensor> bias,
@@ -84,25 +84,24 @@ void gptq_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> 
             "; padding needs an input_order");
   }
   const Operands operands = check_operands(out, input, bias, in_features, out_features);
-  cpu::kernels()->gptq_matmul(
-      {
-          .out = out.mutable_data_ptr(),
-          .input = input.const_data_ptr(),
-          .weight = weight.const_data_ptr<uint8_t>(),
-          .input_order = order,
-          .bias = operands.bias,
-          .num_rows = operands.input.count,
-          .in_features = in_features,
-          .out_features = out_features,
-          .num_groups = groups.value,
-          .blocks_per_group = blocks_per_group,
-          .out_stride = operands.out.stride,
-          .input_stride = operands.input.stride,
-          .bits = static_cast<int32_t>(bits),
-          .int8_activation = int8_activation,
-          .dtype = to_dtype(input.scalar_type(), "x"),
-      },
-      num_threads());
+  const GptqMatmulParams params = {
+      .out = out.mutable_data_ptr(),
+      .input = input.const_data_ptr(),
+      .weight = weight.const_data_ptr<uint8_t>(),
+      .input_order = order,
+      .bias = operands.bias,
+      .num_rows = operands.input.count,
+      .in_features = in_features,
+      .out_features = out_features,
+      .num_groups = groups.value,
+      .blocks_per_group = blocks_per_group,
+      .out_stride = operands.out.stride,
+      .input_stride = operands.input.stride,
+      .bits = static_cast<int32_t>(bits),
+      .int8_activation = int8_activation,
+      .dtype = to_dtype(input.scalar_type(), "x"),
+  };
+  launch(cpu::kernels()->gptq_matmul, params);
 }
 
 }  // namespace teco::ops

@@ -12,6 +12,7 @@ namespace teco::ops {
 
 using torch::stable::Tensor;
 
+void embedding(Tensor out, Tensor token_ids, Tensor weight);
 void rms_norm(Tensor out, Tensor input, Tensor weight, double eps);
 void fused_add_rms_norm(Tensor out, Tensor residual_out, Tensor input, Tensor residual, Tensor weight, double eps);
 void silu_and_mul(Tensor out, Tensor input);

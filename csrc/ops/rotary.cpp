@@ -2,6 +2,7 @@
 #include "cpu/kernels.h"
 #include "ops/checks.h"
 #include "ops/ops.h"
+#include "ops/plan.h"
 
 namespace teco::ops {
 
@@ -21,25 +22,24 @@ void rotary_embedding(Tensor positions, Tensor query, Tensor key, Tensor cos_sin
   for (int64_t t = 0; t < T.value; ++t)
     require(position[t] >= 0 && position[t] < max_position.value, "positions: expected 0 to ", max_position.value - 1,
             " (the rows of cos_sin_cache), got ", position[t], " at index ", t);
-  cpu::kernels()->rotary_embedding(
-      {
-          .positions = position,
-          .query = query.mutable_data_ptr(),
-          .key = key.mutable_data_ptr(),
-          .cos_sin_cache = static_cast<const float*>(cos_sin_cache.const_data_ptr()),
-          .num_tokens = T.value,
-          .num_query_heads = Hq.value,
-          .num_kv_heads = Hkv.value,
-          .rotary_dim = rotary_dim.value,
-          .query_stride = query.stride(0),
-          .query_head_stride = query.stride(1),
-          .key_stride = key.stride(0),
-          .key_head_stride = key.stride(1),
-          .cos_sin_stride = cos_sin_cache.stride(0),
-          .interleaved = interleaved,
-          .dtype = to_dtype(query.scalar_type(), "query"),
-      },
-      num_threads());
+  const RotaryEmbeddingParams params = {
+      .positions = position,
+      .query = query.mutable_data_ptr(),
+      .key = key.mutable_data_ptr(),
+      .cos_sin_cache = static_cast<const float*>(cos_sin_cache.const_data_ptr()),
+      .num_tokens = T.value,
+      .num_query_heads = Hq.value,
+      .num_kv_heads = Hkv.value,
+      .rotary_dim = rotary_dim.value,
+      .query_stride = query.stride(0),
+      .query_head_stride = query.stride(1),
+      .key_stride = key.stride(0),
+      .key_head_stride = key.stride(1),
+      .cos_sin_stride = cos_sin_cache.stride(0),
+      .interleaved = interleaved,
+      .dtype = to_dtype(query.scalar_type(), "query"),
+  };
+  launch(cpu::kernels()->rotary_embedding, params);
 }
 
 }  // namespace teco::ops

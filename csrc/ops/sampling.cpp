@@ -4,6 +4,7 @@
 #include "cpu/kernels.h"
 #include "ops/checks.h"
 #include "ops/ops.h"
+#include "ops/plan.h"
 
 namespace teco::ops {
 namespace {
@@ -50,7 +51,7 @@ void sample(Tensor out, Tensor logits, Tensor temperature, Tensor top_k, Tensor 
       .logits_stride = logits.stride(0),
       .dtype = to_dtype(logits.scalar_type(), "logits"),
   };
-  cpu::kernels()->sample(params, num_threads());
+  launch(cpu::kernels()->sample, params);
   for (int64_t r = 0; r < S.value; ++r)
     require(token_ids[r] != kInvalidRow,
             "logits: expected numbers and -inf, with one number at least, got NaN, +inf or "

@@ -80,3 +80,15 @@ class Batch:
             query_start_loc=None if len(token_ids) == len(spans) else torch.tensor(starts, dtype=torch.int32),
             logit_rows=None if len(rows) == len(token_ids) else torch.tensor(rows, dtype=torch.int64),
         )
+
+    def first(self, num_seqs: int) -> Batch:
+        """The first sequences of a batch that has one token of each, all with logits; in the same memory."""
+        return Batch(
+            token_ids=self.token_ids[:num_seqs],
+            positions=self.positions[:num_seqs],
+            slot_mapping=self.slot_mapping[:num_seqs],
+            block_table=self.block_table[:num_seqs],
+            seq_lens=self.seq_lens[:num_seqs],
+            query_start_loc=None,
+            logit_rows=None,
+        )

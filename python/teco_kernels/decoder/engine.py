@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from teco_kernels.decoder.answer import Answer
-from teco_kernels.decoder.batch import Batch, Span
+from teco_kernels.decoder.batch import Span
 from teco_kernels.decoder.kv_cache import KVCache
 from teco_kernels.decoder.model import Transformer
+from teco_kernels.decoder.runner import Runner
 from teco_kernels.decoder.sampler import INVALID_TOKEN, sample_tokens, token_logprobs
 from teco_kernels.decoder.sampling_params import RequestMetrics, RequestOutput, SamplingParams
 from teco_kernels.decoder.scheduler import Scheduler, Sequence
@@ -83,6 +84,9 @@ class Engine:
         self.cache = cache
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
+        self.runner = Runner(
+            model, cache, max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_tokens=max_num_batched_tokens
+        )
         self.scheduler = Scheduler(cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
         self._requests: dict[str, Request] = {}
         self._request_of: dict[Sequence, tuple[Request, Answer]] = {}
@@ -185,7 +189,7 @@ class Engine:
             )
             if is_complete:
                 complete.append(sequence)
-        logits = self.model.forward(Batch.from_spans(spans, self.cache.block_size), self.cache)
+        logits = self.runner.run(spans)
         for sequence, num_tokens in batch:
             self.scheduler.commit(sequence, num_tokens)
         return self._sample(complete, logits)
@@ -263,7 +267,7 @@ class Engine:
             for start in range(0, len(token_ids) - 1, chunk):
                 end = min(start + chunk, len(token_ids) - 1)
                 span = Span(token_ids, start, end - start, blocks, all_logits=True)
-                logits = self.model.forward(Batch.from_spans([span], self.cache.block_size), self.cache)
+                logits = self.runner.run([span])
                 targets = torch.tensor(token_ids[start + 1 : end + 1]).unsqueeze(-1)
                 scores += logits.float().log_softmax(-1).gather(-1, targets).squeeze(-1).tolist()
         finally:

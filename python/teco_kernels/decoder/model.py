@@ -14,6 +14,7 @@ from teco_kernels.decoder.kv_cache import KVCache, LayerCache
 from teco_kernels.decoder.loader import Source
 from teco_kernels.decoder.weights import Linear, WeightLoader
 from teco_kernels.ops import (
+    embedding,
     fused_add_rms_norm,
     paged_attention,
     reshape_and_cache,
@@ -40,38 +41,45 @@ class Layer:
     sliding_window: int | None
 
 
-class _Buffers(NamedTuple):
-    """Where a layer of this step puts what it computes; the next layer writes over it.
+class Buffers(NamedTuple):
+    """Where a step puts what it computes; every layer writes over what the one before has left.
 
     Attributes
     ----------
+    hidden, residual : Tensor
+        ``[T, hidden_size]``: input and output of a branch, and the stream that branches are added to.
     qkv : Tensor
-        ``[T, (num_heads + 2 * num_kv_heads) * head_dim]``; `query`, `key` and `value` are views of it by heads.
+        ``[T, (num_heads + 2 * num_kv_heads) * head_dim]``.
     attended : Tensor
-        ``[T, num_heads, head_dim]``; `attended_rows` is a view of it, ``[T, num_heads * head_dim]``.
+        ``[T, num_heads * head_dim]``.
     gate_up, activated : Tensor
         ``[T, 2 * intermediate_size]`` and ``[T, intermediate_size]``.
     """
 
+    hidden: Tensor
+    residual: Tensor
     qkv: Tensor
-    query: Tensor
-    key: Tensor
-    value: Tensor
     attended: Tensor
-    attended_rows: Tensor
     gate_up: Tensor
     activated: Tensor
 
     @classmethod
-    def allocate(cls, config: ModelConfig, hidden: Tensor) -> _Buffers:
-        """For a step whose hidden states are `hidden` ``[T, hidden_size]``."""
-        num_tokens, heads = len(hidden), [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        qkv = hidden.new_empty(num_tokens, sum(heads) * config.head_dim)
-        query, key, value = qkv.view(num_tokens, -1, config.head_dim).split(heads, dim=1)
-        attended = hidden.new_empty(num_tokens, config.num_heads, config.head_dim)
-        gate_up = hidden.new_empty(num_tokens, 2 * config.intermediate_size)
-        activated = hidden.new_empty(num_tokens, config.intermediate_size)
-        return cls(qkv, query, key, value, attended, attended.flatten(1), gate_up, activated)
+    def allocate(cls, config: ModelConfig, num_tokens: int, dtype: torch.dtype) -> Buffers:
+        """For steps of up to `num_tokens` tokens. The system gives memory to a row when it is first written."""
+        heads = config.num_heads + 2 * config.num_kv_heads
+        sizes = (
+            config.hidden_size,
+            config.hidden_size,
+            heads * config.head_dim,
+            config.num_heads * config.head_dim,
+            2 * config.intermediate_size,
+            config.intermediate_size,
+        )
+        return cls(*(torch.empty(num_tokens, size, dtype=dtype) for size in sizes))
+
+    def rows(self, num_tokens: int) -> Buffers:
+        """The first rows, for a smaller step."""
+        return Buffers(*(buffer[:num_tokens] for buffer in self))
 
 
 class Transformer:
@@ -120,32 +128,44 @@ class Transformer:
         linears = [linear for layer in self.layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)]
         return self.embedding.nbytes + sum(linear.nbytes for linear in [*linears, self.lm_head])
 
-    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Run a step: write the tokens' keys and values into `cache`, return logits ``[R, vocab_size]``."""
-        eps = self.config.rms_norm_eps
-        # What the last branch adds to the residual stream, and then the normed sum of both.
-        hidden = self.embedding[batch.token_ids].to(self.dtype)
-        residual = torch.zeros_like(hidden)
-        buffers = _Buffers.allocate(self.config, hidden)
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            fused_add_rms_norm(hidden, residual, layer.input_norm, eps, out=(hidden, residual))
+    def forward(self, batch: Batch, cache: KVCache, buffers: Buffers, *, out: Tensor | None = None) -> Tensor:
+        """Run a step: write the tokens' keys and values into `cache`, return logits ``[R, vocab_size]``.
+
+        Parameters
+        ----------
+        batch : Batch
+        cache : KVCache
+        buffers : Buffers
+            Of at least the batch's tokens.
+        out : Tensor, optional
+            ``[R, vocab_size]``, for the logits. With it, and logits of every token, all of the step's work is done by
+            this package's operators, so that it can be recorded as a plan.
+        """
+        config, buffers = self.config, buffers.rows(len(batch.token_ids))
+        hidden, residual, eps = buffers.hidden, buffers.residual, config.rms_norm_eps
+        embedding(batch.token_ids, self.embedding, out=residual)
+        rms_norm(residual, self.layers[0].input_norm, eps, out=hidden)
+        next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
+        for layer, layer_cache, next_norm in zip(self.layers, cache.layers, next_norms, strict=True):
             layer.qkv(hidden, out=buffers.qkv)
             self._attend(layer, batch, layer_cache, buffers)
-            layer.output(buffers.attended_rows, out=hidden)
+            layer.output(buffers.attended, out=hidden)
             fused_add_rms_norm(hidden, residual, layer.post_attention_norm, eps, out=(hidden, residual))
             layer.gate_up(hidden, out=buffers.gate_up)
             silu_and_mul(buffers.gate_up, out=buffers.activated)
             layer.down(buffers.activated, out=hidden)
+            fused_add_rms_norm(hidden, residual, next_norm, eps, out=(hidden, residual))
         if batch.logit_rows is not None:
-            hidden, residual = hidden[batch.logit_rows], residual[batch.logit_rows]
-        normed, _ = fused_add_rms_norm(hidden, residual, self.norm, eps)
-        return self.lm_head(normed)
+            hidden = hidden[batch.logit_rows]
+        return self.lm_head(hidden, out=out)
 
-    def _attend(self, layer: Layer, batch: Batch, cache: LayerCache, buffers: _Buffers) -> None:
-        query, key, value = buffers.query, buffers.key, buffers.value
+    def _attend(self, layer: Layer, batch: Batch, cache: LayerCache, buffers: Buffers) -> None:
+        config = self.config
+        heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        query, key, value = buffers.qkv.unflatten(-1, (-1, config.head_dim)).split(heads, dim=1)
         if layer.query_norm is not None and layer.key_norm is not None:
-            query = rms_norm(query.contiguous(), layer.query_norm, self.config.rms_norm_eps)
-            key = rms_norm(key.contiguous(), layer.key_norm, self.config.rms_norm_eps)
+            rms_norm(query, layer.query_norm, config.rms_norm_eps, out=query)
+            rms_norm(key, layer.key_norm, config.rms_norm_eps, out=key)
         rotary_embedding(batch.positions, query, key, self.cos_sin)
         reshape_and_cache(
             key,
@@ -166,7 +186,7 @@ class Transformer:
             sliding_window=layer.sliding_window,
             key_scale=cache.key_scale,
             value_scale=cache.value_scale,
-            out=buffers.attended,
+            out=buffers.attended.view_as(query),
         )
 
 

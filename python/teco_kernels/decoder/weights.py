@@ -29,18 +29,19 @@ class Linear:
     def __init__(self, weights: Sequence[DenseWeight | GPTQWeight], activation: Activation) -> None:
         self.weights = _merge_gptq(weights)
         self.activation = activation
+        self._sizes = [weight.out_features for weight in self.weights]
         self.nbytes = sum(weight.nbytes for weight in self.weights)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Multiply; `out` ``[T, out_features]``, which must not overlap `x`, is written and returned when given."""
-        if len(self.weights) == 1:
-            return self._multiply(x, self.weights[0], out)
-        return torch.cat([self._multiply(x, weight, None) for weight in self.weights], dim=-1, out=out)
-
-    def _multiply(self, x: Tensor, weight: DenseWeight | GPTQWeight, out: Tensor | None) -> Tensor:
-        if isinstance(weight, GPTQWeight):
-            return gptq_matmul(x, weight, activation=self.activation, out=out)
-        return dense_matmul(x, weight, out=out)
+        if out is None:
+            out = x.new_empty(*x.shape[:-1], sum(self._sizes))
+        for weight, columns in zip(self.weights, out.split(self._sizes, dim=-1), strict=True):
+            if isinstance(weight, GPTQWeight):
+                gptq_matmul(x, weight, activation=self.activation, out=columns)
+            else:
+                dense_matmul(x, weight, out=columns)
+        return out
 
 
 def _merge_gptq(weights: Sequence[DenseWeight | GPTQWeight]) -> list[DenseWeight | GPTQWeight]:

@@ -6,8 +6,10 @@ from teco_kernels.ops.activation import silu_and_mul
 from teco_kernels.ops.attention import merge_attention_states, paged_attention
 from teco_kernels.ops.cache import copy_blocks, reshape_and_cache, swap_blocks
 from teco_kernels.ops.dense import DenseWeight, dense_matmul
+from teco_kernels.ops.embeddings import embedding
 from teco_kernels.ops.gptq import GPTQWeight, gptq_matmul
 from teco_kernels.ops.norm import fused_add_rms_norm, rms_norm
+from teco_kernels.ops.plan import Plan
 from teco_kernels.ops.rotary import rotary_embedding
 from teco_kernels.ops.sampling import sample
 from teco_kernels.ops.support import Support, supports
@@ -15,9 +17,11 @@ from teco_kernels.ops.support import Support, supports
 __all__ = [
     "DenseWeight",
     "GPTQWeight",
+    "Plan",
     "Support",
     "copy_blocks",
     "dense_matmul",
+    "embedding",
     "fused_add_rms_norm",
     "gptq_matmul",
     "merge_attention_states",

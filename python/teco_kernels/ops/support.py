@@ -147,6 +147,10 @@ def _dense_matmul(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
     return _dtype_problem(dtype, case) or _choice_problem(case, "weight_dtype", _FLOATING)
 
 
+def _embedding(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
+    return _dtype_problem(dtype, case) or _choice_problem(case, "weight_dtype", _FLOATING)
+
+
 def _rotary_embedding(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
     if reason := _dtype_problem(dtype, case):
         return reason
@@ -196,6 +200,7 @@ def _any_dtype(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
 
 
 _OPERATORS: dict[str, _Problem] = {
+    "embedding": _embedding,
     "rms_norm": _dtype_problem,
     "fused_add_rms_norm": _dtype_problem,
     "silu_and_mul": _dtype_problem,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from teco_kernels.testing.case import Case
-from teco_kernels.testing.cases import activation, attention, cache, matmul, norm, rotary, sampling
+from teco_kernels.testing.cases import activation, attention, cache, embedding, matmul, norm, rotary, sampling
 
-FAMILIES = (norm, activation, matmul, rotary, cache, attention, sampling)
+FAMILIES = (embedding, norm, activation, matmul, rotary, cache, attention, sampling)
 
 
 def all_cases() -> Iterator[Case]:

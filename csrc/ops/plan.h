@@ -1,0 +1,32 @@
+// A plan: kernel calls, recorded once with their params and replayed without dispatcher, checks or Python.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <type_traits>
+
+#include "ops/checks.h"
+
+namespace teco::ops {
+
+using KernelCall = std::function<void(int num_threads)>;
+
+// Whether this thread records, and what it does then.
+bool recording();
+void record(KernelCall call);
+
+// The end of every operator: runs the kernel, and makes it part of the plan that is being recorded.
+template <class Params>
+void launch(void (*kernel)(const Params&, int), const std::type_identity_t<Params>& params) {
+  if (recording()) record([kernel, params](int num_threads) { kernel(params, num_threads); });
+  kernel(params, num_threads());
+}
+
+// From plan_begin to plan_end the thread's operators are recorded (and run); plan_end names the plan. plan_run replays
+// it over the memory that the calls were recorded with, which must still be there.
+void plan_begin();
+int64_t plan_end();
+void plan_run(int64_t plan);
+void plan_free(int64_t plan);
+
+}  // namespace teco::ops
