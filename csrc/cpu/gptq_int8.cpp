@@ -19,11 +19,8 @@
 namespace teco::cpu::TECO_ISA {
 namespace {
 
-constexpr int kBatchRows = 8;                      // rows that share one reading of a group
 constexpr int kTileRows = kDotTakesBytes ? 8 : 4;  // with 32 registers, with 16
-constexpr int kStreams = 4;
-constexpr int64_t kVisitBytes = 512;  // of a stream before the next one has its turn
-constexpr int64_t kPrefetch = 1024;   // bytes ahead
+constexpr int64_t kPrefetch = 1024;                // bytes ahead
 // Past all caches into L1; but into L2 where the loop outruns memory and its own loads fill up the miss buffers of L1.
 constexpr int kPrefetchLocality = kDotTakesBytes ? 1 : 0;
 constexpr float kTiny = 1e-30f;  // a block whose inputs are all below this counts as zero
@@ -124,22 +121,25 @@ QuantisedRows quantise_rows(const GptqMatmulParams& p, const T* input, int64_t n
   return rows;
 }
 
-// One block of 32 inputs, R rows by V vectors of 8 columns: exact integer dot products. Where products of whole bytes
+// One block of 32 inputs, R rows by V vectors of columns: exact integer dot products. Where products of whole bytes
 // have no room, both nibbles of 8-bit weights are summed apart.
 template <int kBits, int R, int V>
-inline void dot_block(const uint8_t* weights, const int8_t* rows, I32x8 (&dot)[R][V]) {
+inline void dot_block(const uint8_t* weights, int part, const int8_t* rows, WideI32 (&dot)[R][V]) {
   constexpr bool kNibbles = kBits == 8 && !kDotTakesBytes;
-  DotSum low[R][V] = {}, high[R][V] = {};
+  // Few rows make few chains of dependent products, and a processor looks only so far ahead: cut them into shorter
+  // ones.
+  constexpr int kChains = max(1, 4 / (R * V));
+  DotSum low[R][V][kChains] = {}, high[R][V] = {};
 #pragma GCC unroll 8
   for (int q = 0; q < 8; ++q) {  // flat: GCC keeps the tile of a nested unrolled loop in memory
-    U8x32 low_codes[V], high_codes[V];
+    WideU8 low_codes[V], high_codes[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      const U32x8 quad = quad_codes<kBits>(weights, q, v);
-      low_codes[v] = reinterpret_cast<U8x32>(kNibbles ? quad & 0x0f0f0f0fu : quad);
+      const WideU32 quad = quad_codes<kBits, WideU32>(weights, q, part + v);
+      low_codes[v] = reinterpret_cast<WideU8>(kNibbles ? quad & 0x0f0f0f0fu : quad);
       keep_in_register(low_codes[v]);
       if constexpr (kNibbles) {
-        high_codes[v] = reinterpret_cast<U8x32>((quad >> 4) & 0x0f0f0f0fu);
+        high_codes[v] = reinterpret_cast<WideU8>((quad >> 4) & 0x0f0f0f0fu);
         keep_in_register(high_codes[v]);
       }
     }
@@ -148,8 +148,8 @@ inline void dot_block(const uint8_t* weights, const int8_t* rows, I32x8 (&dot)[R
       const int8_t* x = rows + (q * R + r) * 4;
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
-        low[r][v] = dot_add(low[r][v], low_codes[v], x);
-        keep_in_register(low[r][v]);
+        low[r][v][q % kChains] = dot_add(low[r][v][q % kChains], low_codes[v], x);
+        keep_in_register(low[r][v][q % kChains]);
         if constexpr (kNibbles) {
           high[r][v] = dot_add(high[r][v], high_codes[v], x);
           keep_in_register(high[r][v]);
@@ -161,101 +161,126 @@ inline void dot_block(const uint8_t* weights, const int8_t* rows, I32x8 (&dot)[R
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      dot[r][v] = dot_total(low[r][v]);
+      for (int c = 1; c < kChains; ++c) low[r][v][0] += low[r][v][c];
+      dot[r][v] = dot_total(low[r][v][0]);
       if constexpr (kNibbles) dot[r][v] += dot_total(high[r][v]) << 4;
     }
 }
 
-// Consecutive groups of a panel by a tile of R rows, continuing acc[R][16].
-struct GroupRun {
-  const uint8_t* weights;  // of the first group
-  int64_t begin, end;      // groups
-};
-
-// Never inlined: in a frame of its own GCC keeps the tile of sums in registers.
-template <int kBits, int R>
-[[gnu::noinline]] void accumulate_groups(const GroupRun& run, const GptqLayout& layout, const QuantisedRows& rows,
-                                         int64_t row, float* acc) {
+// S whole panels, group by group in turns, by a tile of R rows; acc[S][R][16]. Never inlined: in a frame of its own GCC
+// keeps the tile of sums in registers.
+template <int kBits, int R, int S>
+[[gnu::noinline]] void multiply_tile(const uint8_t* const* panels, const GptqLayout& layout, const QuantisedRows& rows,
+                                     int64_t row, float* acc) {
+  constexpr int kParts = kPanel / kWideLanes;
   // What fits into the registers: integer sums and fp32 sums of R x V, weights, an input.
-  constexpr int V = R > 4 || (kBits == 8 && R > 2 && !kDotTakesBytes) ? 1 : kPanelVectors;
-  const int64_t blocks = layout.blocks_per_group;
-#pragma GCC unroll 1
-  for (int half = 0; half < kPanelVectors; half += V) {
-    const uint8_t* group = run.weights;
-    const int8_t* codes = rows.tile_codes(row) + run.begin * blocks * kBlock * R;
-    const float* scales = rows.tile_scales(row) + run.begin * blocks * R;
-    const float* sums = rows.tile_sums(row) + run.begin * R;
-    F32x8 total[R][V];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) total[r][v] = load(acc + r * kPanel + (half + v) * kLanes);
-#pragma GCC unroll 1
-    for (int64_t g = run.begin; g < run.end; ++g, sums += R) {
-      const uint8_t* weights = group + kHeaderBytes + half * 32;
-      F32x8 partial[R][V];
+  constexpr int V = R > 4 || (kBits == 8 && R > 2 && !kDotTakesBytes) ? 1 : kParts;
+  const int64_t blocks = layout.blocks_per_group, group_bytes = layout.group_bytes();
+  const bool first_visit = row == 0;
+  for (int part = 0; part < kParts; part += V) {
+    const int8_t* codes = rows.tile_codes(row);
+    const float* scales = rows.tile_scales(row);
+    const float* sums = rows.tile_sums(row);
+    WideF32 total[S][R][V];
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s)
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) partial[r][v] = splat(0.f);
-#pragma GCC unroll 1
-      for (int64_t b = 0; b < blocks; ++b, weights += kBits * 64, codes += kBlock * R, scales += R) {
-        I32x8 dot[R][V];
-        if (half == 0)
-          for (int line = 0; line < kBits; ++line)
-            __builtin_prefetch(weights + kPrefetch + line * 64, 0, kPrefetchLocality);
-        dot_block<kBits>(weights, codes, dot);
+        for (int v = 0; v < V; ++v) total[s][r][v] = wide_splat(0.f);
+    for (int64_t offset = 0; offset < layout.panel_bytes(); offset += group_bytes) {
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) {
+        const uint8_t *group = panels[s] + offset, *weights = group + kHeaderBytes;
+        WideF32 partial[R][V];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-          for (int v = 0; v < V; ++v) partial[r][v] = fma(splat(scales[r]), to_float(dot[r][v]), partial[r][v]);
-      }
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) {
-        const F32x8 scale = header_scale(group, half + v), zero = header_zero(group, half + v);
+          for (int v = 0; v < V; ++v) partial[r][v] = wide_splat(0.f);
+#pragma GCC unroll 1
+        for (int64_t b = 0; b < blocks; ++b, weights += kBits * 64) {
+          if (part == 0 && first_visit)
+            for (int line = 0; line < kBits; ++line)
+              __builtin_prefetch(weights + kPrefetch + line * 64, 0, kPrefetchLocality);
+          WideI32 dot[R][V];
+          dot_block<kBits>(weights, part, codes + b * kBlock * R, dot);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) total[r][v] = fma(scale, fma(-zero, splat(sums[r]), partial[r][v]), total[r][v]);
+          for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v)
+              partial[r][v] = fma(wide_splat(scales[b * R + r]), wide_to_float(dot[r][v]), partial[r][v]);
+        }
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+          const WideF32 scale = header_scale<WideU16>(group, part + v), zero = header_zero<WideU16>(group, part + v);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r)
+            total[s][r][v] = fma(scale, fma(-zero, wide_splat(sums[r]), partial[r][v]), total[s][r][v]);
+        }
       }
-      group += layout.group_bytes();
+      codes += blocks * kBlock * R;
+      scales += blocks * R;
+      sums += R;
     }
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s)
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) store(acc + r * kPanel + (half + v) * kLanes, total[r][v]);
+        for (int v = 0; v < V; ++v) store_bits(acc + (s * R + r) * kPanel + (part + v) * kWideLanes, total[s][r][v]);
   }
 }
 
 // The same for 1 to R rows.
-template <int kBits, int R = kTileRows>
-inline void accumulate_rows(int64_t num_rows, const GroupRun& run, const GptqLayout& layout, const QuantisedRows& rows,
-                            int64_t row, float* acc) {
+template <int kBits, int S, int R>
+inline void multiply_tile_of(int64_t num_rows, const uint8_t* const* panels, const GptqLayout& layout,
+                             const QuantisedRows& rows, int64_t row, float* acc) {
   if constexpr (R > 1) {
-    if (num_rows < R) return accumulate_rows<kBits, R - 1>(num_rows, run, layout, rows, row, acc);
+    if (num_rows < R) return multiply_tile_of<kBits, S, R - 1>(num_rows, panels, layout, rows, row, acc);
   }
-  accumulate_groups<kBits, R>(run, layout, rows, row, acc);
+  multiply_tile<kBits, R, S>(panels, layout, rows, row, acc);
 }
 
-// Up to 8 rows by panels [begin, end), S panels at a time; a stream is left after `visit` groups.
-template <int S, int kBits, class T>
-void multiply_rows(const GptqMatmulParams& p, const GptqLayout& layout, const QuantisedRows& rows, int64_t row0,
-                   int64_t num_rows, T* out, int64_t begin, int64_t end) {
-  const int64_t visit = S > 1 ? ceil_div<int64_t>(kVisitBytes, layout.group_bytes()) : layout.num_groups;
-  const int64_t step = ceil_div<int64_t>(end - begin, S);  // each stream walks panels of its own
-  for (int64_t i = begin; i < begin + step; ++i) {
-    alignas(64) float acc[S][kBatchRows * kPanel];
-    __builtin_memset(acc, 0, sizeof acc);
-    for (int64_t g = 0; g < layout.num_groups; g += visit)
-      for (int s = 0; s < S && i + s * step < end; ++s) {
-        const GroupRun run{layout.group(i + s * step, g), g, min(g + visit, layout.num_groups)};
-        for (int64_t r = 0; r < num_rows; r += kTileRows)
-          accumulate_rows<kBits>(num_rows - r, run, layout, rows, row0 + r, acc[s] + r * kPanel);
-      }
-    for (int s = 0; s < S && i + s * step < end; ++s)
-      for (int64_t r = 0; r < num_rows; ++r) {
-        const int64_t column = (i + s * step) * kPanel;
-        store_panel_row(out + (row0 + r) * p.out_stride + column, acc[s] + r * kPanel,
+// All rows of a tile by panels [begin, end), in S streams: each walks panels of its own.
+template <int kBits, int S, int R, class T>
+void multiply_streams(const GptqMatmulParams& p, const GptqLayout& layout, const QuantisedRows& rows, T* out,
+                      int64_t begin, int64_t end) {
+  alignas(64) float acc[S * R * kPanel];
+  const int64_t step = ceil_div<int64_t>(end - begin, S);
+  for (int64_t first = begin; first < begin + step; ++first) {
+    const uint8_t* panels[S];
+    int active = 0;
+    for (int64_t panel = first; panel < end && active < S; panel += step) panels[active++] = layout.group(panel, 0);
+    if (active == S) {
+      multiply_tile_of<kBits, S, R>(rows.count, panels, layout, rows, 0, acc);
+    } else {
+      for (int s = 0; s < active; ++s)
+        multiply_tile_of<kBits, 1, R>(rows.count, panels + s, layout, rows, 0, acc + s * rows.count * kPanel);
+    }
+    for (int s = 0; s < active; ++s)
+      for (int64_t r = 0; r < rows.count; ++r) {
+        const int64_t column = (first + s * step) * kPanel;
+        store_panel_row(out + r * p.out_stride + column, acc + (s * rows.count + r) * kPanel,
                         p.bias ? p.bias + column : nullptr, p.out_features - column);
       }
+  }
+}
+
+// All rows by panels [begin, end), tile after tile.
+template <int kBits, class T>
+void multiply_panels_by_tiles(const GptqMatmulParams& p, const GptqLayout& layout, const QuantisedRows& rows, T* out,
+                              int64_t begin, int64_t end) {
+  alignas(64) float acc[kTileRows * kPanel];
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const uint8_t* weights = layout.group(panel, 0);
+    const int64_t column = panel * kPanel;
+    for (int64_t row = 0; row < rows.count; row += kTileRows) {
+      const int64_t count = rows.tile_rows(row);
+      multiply_tile_of<kBits, 1, kTileRows>(count, &weights, layout, rows, row, acc);
+      for (int64_t r = 0; r < count; ++r)
+        store_panel_row(out + (row + r) * p.out_stride + column, acc + r * kPanel, p.bias ? p.bias + column : nullptr,
+                        p.out_features - column);
+    }
   }
 }
 
@@ -264,14 +289,13 @@ void multiply(const GptqMatmulParams& p, const QuantisedRows& rows, T* out, int 
   const GptqLayout layout(p);
   const int64_t num_panels = ceil_div<int64_t>(p.out_features, kPanel);
   parallel_for(num_panels, task_grain(layout.panel_bytes() * rows.count), num_threads, [&](int64_t begin, int64_t end) {
-    if (rows.count <= kBatchRows) {
-      multiply_rows<kStreams, kBits>(p, layout, rows, 0, rows.count, out, begin, end);
-      return;
+    if (rows.count <= 2) {
+      multiply_streams<kBits, 4, 2>(p, layout, rows, out, begin, end);
+    } else if (rows.count <= 4) {
+      multiply_streams<kBits, 2, 4>(p, layout, rows, out, begin, end);
+    } else {
+      multiply_panels_by_tiles<kBits>(p, layout, rows, out, begin, end);
     }
-    for (int64_t panel = begin; panel < end; ++panel)
-      for (int64_t row = 0; row < rows.count; row += kBatchRows)
-        multiply_rows<1, kBits>(p, layout, rows, row, min<int64_t>(rows.count - row, kBatchRows), out, panel,
-                                panel + 1);
   });
 }
 

@@ -1,7 +1,7 @@
 // Where things lie in a packed GPTQ weight; the layout itself is described at GptqMatmulParams.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/wide.h"
 
 namespace teco::cpu::TECO_ISA {
 
@@ -44,24 +44,26 @@ struct GptqLayout {
   int32_t bits;
 };
 
-// Quad q of eight columns of a block, the first or the second half of a panel: four codes in every lane, a byte each.
-template <int kBits>
-inline U32x8 quad_codes(const uint8_t* block, int q, int half) {
+// Quad q of a part of a panel's columns, as many as a vector U has lanes: four codes in every lane, a byte each.
+template <int kBits, class U>
+inline U quad_codes(const uint8_t* block, int q, int part) {
   constexpr int kQuads = 8 / kBits;  // that lie whole in a word
   constexpr uint32_t kMask = 0x01010101u * ((1 << kBits) - 1);
-  const auto word = [&](int j) { return load_bits<U32x8>(block + j * 64 + half * 32); };
+  const auto word = [&](int j) { return load_bits<U>(block + j * 64 + part * static_cast<int>(sizeof(U))); };
   if constexpr (kBits == 3) {
     if (q >= 6) return ((word(q - 6) >> 6) & 0x03030303u) | ((word(2) >> (q - 2)) & 0x04040404u);
   }
   return (word(q / kQuads) >> (q % kQuads * kBits)) & kMask;
 }
 
-// Scales and zero points of eight columns: the first or the second half of a panel.
-inline F32x8 header_scale(const uint8_t* group, int half) {
-  return half_to_float(load_bits<U16x8>(group + half * 16));
+// Scales and zero points of a part of the columns, as many as a vector H of halves has lanes.
+template <class H>
+inline auto header_scale(const uint8_t* group, int part) {
+  return half_to_float(load_bits<H>(group + part * sizeof(H)));
 }
-inline F32x8 header_zero(const uint8_t* group, int half) {
-  return half_to_float(load_bits<U16x8>(group + 32 + half * 16));
+template <class H>
+inline auto header_zero(const uint8_t* group, int part) {
+  return half_to_float(load_bits<H>(group + 32 + part * sizeof(H)));
 }
 
 }  // namespace teco::cpu::TECO_ISA

@@ -18,10 +18,10 @@ struct GptqPanels {
       const uint8_t* group = layout.group(panel, block / layout.blocks_per_group);
       const uint8_t* codes = group + kHeaderBytes + block % layout.blocks_per_group * layout.block_bytes();
       for (int v = 0; v < kPanelVectors; ++v) {
-        const F32x8 scale = header_scale(group, v), zero = header_zero(group, v);
+        const F32x8 scale = header_scale<U16x8>(group, v), zero = header_zero<U16x8>(group, v);
         float* out = scratch + i * kPanel + v * kLanes;
         for (int q = 0; q < kBlock / 4; ++q) {
-          const U32x8 quad = quad_codes<kBits>(codes, q, v);
+          const U32x8 quad = quad_codes<kBits, U32x8>(codes, q, v);
           for (int byte = 0; byte < 4; ++byte) {
             // Signed: AVX2 converts no other integers.
             const I32x8 code = reinterpret_cast<I32x8>((quad >> (8 * byte)) & 255);

@@ -38,11 +38,11 @@ inline To bit_cast(From from) {
 }
 
 template <class T>
-inline T min(T a, T b) {
+constexpr inline T min(T a, T b) {
   return b < a ? b : a;
 }
 template <class T>
-inline T max(T a, T b) {
+constexpr inline T max(T a, T b) {
   return a < b ? b : a;
 }
 template <class T>

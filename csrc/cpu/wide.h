@@ -1,0 +1,45 @@
+// Vectors as wide as the registers, for a panel of 16 columns: one of 16 lanes, or two of 8. Lanes are columns, which
+// never meet, so the width changes no bit.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace teco::cpu::TECO_ISA {
+
+#if defined(TECO_ISA_AVX512)
+constexpr int kWideLanes = 16;
+#else
+constexpr int kWideLanes = kLanes;
+#endif
+typedef float WideF32 __attribute__((vector_size(kWideLanes * 4)));
+typedef int32_t WideI32 __attribute__((vector_size(kWideLanes * 4)));
+typedef uint32_t WideU32 __attribute__((vector_size(kWideLanes * 4)));
+typedef int16_t WideI16 __attribute__((vector_size(kWideLanes * 4)));
+typedef uint8_t WideU8 __attribute__((vector_size(kWideLanes * 4)));
+typedef uint16_t WideU16 __attribute__((vector_size(kWideLanes * 2)));
+
+inline WideF32 wide_to_float(WideI32 x) {
+  return __builtin_convertvector(x, WideF32);
+}
+
+#if defined(TECO_ISA_AVX512)
+
+inline WideF32 wide_splat(float x) {
+  return _mm512_set1_ps(x);
+}
+inline WideF32 fma(WideF32 a, WideF32 b, WideF32 c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+inline WideF32 half_to_float(WideU16 h) {
+  return _mm512_cvtph_ps(reinterpret_cast<__m256i>(h));
+}
+
+#else
+
+inline WideF32 wide_splat(float x) {
+  return splat(x);
+}
+
+#endif
+
+}  // namespace teco::cpu::TECO_ISA
