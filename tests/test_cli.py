@@ -134,7 +134,7 @@ def test_bench_quick(tmp_path: Path) -> None:
     ("arguments", "code", "message"),
     [
         (["verify", "--device", "cuda"], 1, "teco-kernels: device: this build has kernels for cpu only, got 'cuda'"),
-        (["verify", "--operator", "rms_morn"], 2, "teco-kernels: --operator: expected one of rms_norm, "),
+        (["verify", "--operator", "rms_morn"], 2, "teco-kernels: --operator: expected one of embedding, "),
         (["bench", "--json", "/nowhere/report.json"], 1, "teco-kernels: /nowhere: No such directory"),
         (["verify", "--json", "/nowhere/report.json"], 1, "teco-kernels: /nowhere: No such directory"),
         (["generate", "/nowhere/model", "Hello"], 1, "teco-kernels: /nowhere/model: No such file or directory"),
