@@ -73,3 +73,12 @@ def test_unknown_instruction_set_is_refused() -> None:
     )
     assert run.returncode != 0
     assert "TECO_CPU_ISA: expected one of" in run.stderr
+
+
+def test_embedding_names_tokens_and_memory() -> None:
+    weight = torch.randn(8, 4)
+    with pytest.raises(ValueError, match=r"embedding: token_ids: expected 0 to 7 .* got 8 at index 1"):
+        tk.embedding(torch.tensor([0, 8]), weight)
+    for dtype in (torch.float32, torch.float16):
+        with pytest.raises(ValueError, match=r"embedding: out: expected memory apart from that of weight"):
+            tk.embedding(torch.tensor([0]), weight, out=weight[2:3].view(dtype)[:, :4])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from tiny_models import random_model, save_model
 
 import teco_kernels as tk
-from teco_kernels import LLM
+from teco_kernels import LLM, SamplingParams
 from teco_kernels.decoder.batch import Batch, Span
 from teco_kernels.ops import Plan
 
@@ -65,3 +67,16 @@ def test_a_replayed_step_has_the_bits_of_an_eager_one(family: str, tmp_path: Pat
                 assert torch.equal(runner.run(batch), eager)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_model_goes_with_its_last_reference(tmp_path: Path) -> None:
+    """Gigabytes must not wait for the cycle collector: plans hold what they replay over, not who made them."""
+    llm = LLM(save_model(tmp_path, random_model()), max_model_len=64, block_size=4)
+    llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3), use_tqdm=False)
+    runner = weakref.ref(llm.engine.runner)
+    gc.disable()
+    try:
+        del llm
+        assert runner() is None
+    finally:
+        gc.enable()

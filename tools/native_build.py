@@ -38,8 +38,8 @@ KERNEL_FLAGS = [
     "-Wno-psabi",
     "-fno-math-errno",
 ]
-# Each includes those before it. 256-bit vectors throughout: there are twice as many registers, masks and VNNI to gain,
-# and no drop in frequency to fear.
+# Each includes those before it. The compiler keeps to 256-bit vectors, but where a kernel asks for more (cpu/wide.h):
+# there are twice as many registers, masks and VNNI to gain, and no drop in frequency to fear.
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt"]
 AVX512_FLAGS = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=256"]
 INSTRUCTION_SETS = {

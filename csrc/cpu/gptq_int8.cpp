@@ -6,10 +6,10 @@
 //
 // row_sum is the sum of the quantised activations of a group, so that zero points cost one fma per group.
 //
-// Up to 8 rows: bound by reading the packed weights once; four panels are walked at a time as four streams from memory
-// (one stream leaves a third of the bandwidth unused). More rows: bound by the multiply units; a panel is read from
-// memory once and from L1 or L2 for every further 8 rows. Per 32 inputs, a row and 8 columns cost 8 dot products of 32
-// bytes (with AVX2 a multiplication and an addition each, and one widening) and one fma.
+// Up to 4 rows: bound by reading the packed weights once; four panels (two, from 3 rows on) are walked at a time as
+// streams from memory, as one stream leaves a third of the bandwidth unused. More rows: bound by the multiply units; a
+// panel is read from memory once and from L1 or L2 for every further tile of rows. Per 32 inputs, a row and a vector of
+// columns cost 8 dot products (with AVX2 a multiplication and an addition each, and one widening) and one fma.
 #include "cpu/gptq_int8.h"
 
 #include "cpu/gptq_layout.h"
@@ -208,7 +208,7 @@ template <int kBits, int R, int S>
           for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
             for (int v = 0; v < V; ++v)
-              partial[r][v] = fma(wide_splat(scales[b * R + r]), wide_to_float(dot[r][v]), partial[r][v]);
+              partial[r][v] = fma(wide_splat(scales[b * R + r]), to_float(dot[r][v]), partial[r][v]);
         }
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
@@ -258,11 +258,8 @@ void multiply_streams(const GptqMatmulParams& p, const GptqLayout& layout, const
         multiply_tile_of<kBits, 1, R>(rows.count, panels + s, layout, rows, 0, acc + s * rows.count * kPanel);
     }
     for (int s = 0; s < active; ++s)
-      for (int64_t r = 0; r < rows.count; ++r) {
-        const int64_t column = (first + s * step) * kPanel;
-        store_panel_row(out + r * p.out_stride + column, acc + (s * rows.count + r) * kPanel,
-                        p.bias ? p.bias + column : nullptr, p.out_features - column);
-      }
+      store_panel(out, p.out_stride, rows.count, acc + s * rows.count * kPanel, first + s * step, p.bias,
+                  p.out_features);
   }
 }
 
@@ -273,13 +270,10 @@ void multiply_panels_by_tiles(const GptqMatmulParams& p, const GptqLayout& layou
   alignas(64) float acc[kTileRows * kPanel];
   for (int64_t panel = begin; panel < end; ++panel) {
     const uint8_t* weights = layout.group(panel, 0);
-    const int64_t column = panel * kPanel;
     for (int64_t row = 0; row < rows.count; row += kTileRows) {
       const int64_t count = rows.tile_rows(row);
       multiply_tile_of<kBits, 1, kTileRows>(count, &weights, layout, rows, row, acc);
-      for (int64_t r = 0; r < count; ++r)
-        store_panel_row(out + (row + r) * p.out_stride + column, acc + r * kPanel, p.bias ? p.bias + column : nullptr,
-                        p.out_features - column);
+      store_panel(out + row * p.out_stride, p.out_stride, count, acc, panel, p.bias, p.out_features);
     }
   }
 }

@@ -74,6 +74,16 @@ inline void store_panel_row(T* out, const float* acc, const float* bias, int64_t
   }
 }
 
+// Rows of one panel, acc[count][16], to where the first of them begins in `out`.
+template <class T>
+inline void store_panel(T* out, int64_t out_stride, int64_t count, const float* acc, int64_t panel, const float* bias,
+                        int64_t out_features) {
+  const int64_t column = panel * kPanel;
+  for (int64_t r = 0; r < count; ++r)
+    store_panel_row(out + r * out_stride + column, acc + r * kPanel, bias ? bias + column : nullptr,
+                    out_features - column);
+}
+
 // All rows by panels [begin, end), P panels at a time. `unpack(panel, k, count, scratch)` returns fp32 weights
 // [count][16] of the panel's inputs k, k + 1, ...: in `scratch`, or wherever they lie already.
 template <int P, class T, class Unpack>
@@ -103,11 +113,7 @@ void multiply_panels(const FloatRows& input, int64_t in_features, T* out, int64_
                                                acc + r * kPanel, rows * kPanel);
       }
       for (int s = 0; s < P && begin + i + s * step < end; ++s)
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t column = panel[s] * kPanel;
-          store_panel_row(out + (row0 + r) * out_stride + column, acc + (s * rows + r) * kPanel,
-                          bias ? bias + column : nullptr, out_features - column);
-        }
+        store_panel(out + row0 * out_stride, out_stride, rows, acc + s * rows * kPanel, panel[s], bias, out_features);
     }
   }
 }

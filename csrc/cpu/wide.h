@@ -18,14 +18,13 @@ typedef int16_t WideI16 __attribute__((vector_size(kWideLanes * 4)));
 typedef uint8_t WideU8 __attribute__((vector_size(kWideLanes * 4)));
 typedef uint16_t WideU16 __attribute__((vector_size(kWideLanes * 2)));
 
-inline WideF32 wide_to_float(WideI32 x) {
-  return __builtin_convertvector(x, WideF32);
-}
-
 #if defined(TECO_ISA_AVX512)
 
 inline WideF32 wide_splat(float x) {
   return _mm512_set1_ps(x);
+}
+inline WideF32 to_float(WideI32 x) {
+  return __builtin_convertvector(x, WideF32);
 }
 inline WideF32 fma(WideF32 a, WideF32 b, WideF32 c) {
   return _mm512_fmadd_ps(a, b, c);

@@ -150,8 +150,8 @@ Rows rows_of(const Tensor& tensor, const char* name) {
 void check_apart(const Tensor& out, const char* out_name, const Rows& out_rows, const Tensor& input,
                  const char* input_name, const Rows& input_rows, InPlace in_place) {
   if (out.numel() == 0 || input.numel() == 0) return;
-  const auto bytes = static_cast<int64_t>(input.element_size());
-  const int64_t out_size = out_rows.size * bytes, out_stride = out_rows.stride * bytes;
+  const auto bytes = static_cast<int64_t>(input.element_size()), out_bytes = static_cast<int64_t>(out.element_size());
+  const int64_t out_size = out_rows.size * out_bytes, out_stride = out_rows.stride * out_bytes;
   const int64_t input_size = input_rows.size * bytes, input_stride = input_rows.stride * bytes;
   // Where `out` begins, as seen from the beginning of `input`.
   const int64_t begin =

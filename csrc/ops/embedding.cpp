@@ -11,9 +11,7 @@ void embedding(Tensor out, Tensor token_ids, Tensor weight) {
   Argument(token_ids, "token_ids").on_cpu().dtype(ScalarType::Long).shape({&T}).contiguous();
   Argument(weight, "weight").on_cpu().floating().shape({&vocab_size, &hidden_size}).unit_last_stride();
   Argument(out, "out").on_cpu().floating().shape({&T, &hidden_size}).unit_last_stride().written();
-  const Rows rows = rows_of(weight, "weight"), out_rows = rows_of(out, "out");
-  if (out.scalar_type() == weight.scalar_type())
-    check_apart(out, "out", out_rows, weight, "weight", rows, InPlace::kNo);
+  check_apart(out, "out", rows_of(out, "out"), weight, "weight", rows_of(weight, "weight"), InPlace::kNo);
   const auto* ids = token_ids.const_data_ptr<int64_t>();
   for (int64_t t = 0; t < T.value; ++t)
     require(ids[t] >= 0 && ids[t] < vocab_size.value, "token_ids: expected 0 to ", vocab_size.value - 1,

@@ -20,6 +20,10 @@ class Span(NamedTuple):
     want_logits: bool = True
     all_logits: bool = False
 
+    def slot(self, position: int, block_size: int) -> int:
+        """Where the key and the value of the token at `position` go."""
+        return self.blocks[position // block_size] * block_size + position % block_size
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -63,10 +67,7 @@ class Batch:
             end = span.start + span.num_tokens
             token_ids += span.token_ids[span.start : end]
             positions += range(span.start, end)
-            slots += [
-                span.blocks[position // block_size] * block_size + position % block_size
-                for position in range(span.start, end)
-            ]
+            slots += [span.slot(position, block_size) for position in range(span.start, end)]
             table.append([*span.blocks, *[0] * (width - len(span.blocks))])
             if span.want_logits:
                 rows += range(starts[-1] if span.all_logits else len(token_ids) - 1, len(token_ids))

@@ -67,8 +67,9 @@ class Runner:
             self._plans[num_seqs].replay()
         else:
             batch = self._decode.first(num_seqs)
+            memory = (self.model, self.cache, self.buffers, batch, logits)
             self._plans[num_seqs] = Plan(
-                lambda: self.model.forward(batch, self.cache, self.buffers, out=logits), keep_alive=(self, batch)
+                lambda: self.model.forward(batch, self.cache, self.buffers, out=logits), keep_alive=memory
             )
         return logits
 
@@ -78,10 +79,7 @@ class Runner:
         decode.token_ids.numpy()[:num_seqs] = [span.token_ids[span.start] for span in spans]
         decode.positions.numpy()[:num_seqs] = positions
         decode.seq_lens.numpy()[:num_seqs] = [position + 1 for position in positions]
-        decode.slot_mapping.numpy()[:num_seqs] = [
-            span.blocks[position // block_size] * block_size + position % block_size
-            for span, position in zip(spans, positions, strict=True)
-        ]
+        decode.slot_mapping.numpy()[:num_seqs] = [span.slot(span.start, block_size) for span in spans]
         table = decode.block_table.numpy()
         for row, span in enumerate(spans):
             table[row, : len(span.blocks)] = span.blocks
