@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch import Tensor
 from teco_kernels.ops.packing import BITS, ZeroPointFormat, pack_rows, pack_zeros, unpack_rows, unpack_zeros
 from teco_kernels.quantization.grid import Grid, fit_grid
 from teco_kernels.quantization.refine import refine
+
+#: How inputs are ordered for rounding, see `gptq_quantize`.
+ActOrder = bool | Literal["static_groups", "group_aware"]
 
 _OUTPUTS_AT_ONCE = 2048
 
@@ -81,6 +85,10 @@ class HessianFactor:
         float64: the upper triangular U with ``U^T U`` the inverse of the damped Hessian, in that order.
     dampening : float
         As in `GPTQTensors`.
+    act_order : ActOrder
+        What made the order.
+    group_size : int or None
+        The only one for which the order is right; None for any.
     """
 
     hessian: Tensor = field(repr=False)
@@ -88,28 +96,45 @@ class HessianFactor:
     order: Tensor = field(repr=False)
     upper: Tensor = field(repr=False)
     dampening: float
+    act_order: ActOrder = False
+    group_size: int | None = None
 
     @classmethod
-    def from_hessian(cls, hessian: Tensor, *, act_order: bool = False, dampening: float = 0.01) -> HessianFactor:
-        """Factorise; parameters as in `gptq_quantize`."""
+    def from_hessian(
+        cls, hessian: Tensor, *, act_order: ActOrder = False, dampening: float = 0.01, group_size: int | None = None
+    ) -> HessianFactor:
+        """Factorise; parameters as in `gptq_quantize`. The group size is needed for a group-aware order only."""
         _check_hessian(hessian)
+        check_act_order(act_order)
         if not 0 <= dampening <= 1:
             raise ValueError(f"dampening: expected 0 to 1, got {dampening}")
         hessian = hessian.double()
         diagonal = hessian.diagonal()
         dead = diagonal == 0
-        order = torch.arange(len(hessian))
-        if act_order:
-            order = torch.argsort(diagonal, descending=True, stable=True)
+        if act_order == "group_aware":
+            group_size = len(hessian) if group_size == -1 else group_size
+            if group_size is None or group_size < 1 or len(hessian) % group_size:
+                raise ValueError(
+                    f"group_size: expected -1 or a divisor of {len(hessian)} input features, got {group_size}"
+                )
+            order = _group_aware_order(diagonal, group_size)
+        else:
+            group_size = None
+            order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(hessian))
         # A Hessian from fewer tokens than inputs is singular: more is added until the factorisation succeeds.
         for share in [dampening, *(d for d in (0.01, 0.03, 0.1, 0.3, 1.0) if d > dampening)]:
             if (upper := _inverse_factor(_damped(hessian, dead, order, share))) is not None:
-                return cls(hessian, dead, order, upper, share)
+                return cls(hessian, dead, order, upper, share, act_order, group_size)
         raise ValueError("hessian: expected a positive semidefinite matrix, it is not even with its diagonal doubled")
 
+    @property
+    def layout(self) -> Tensor:
+        """The order of inputs in which those of a group stand side by side, int64 ``[in_features]``."""
+        return self.order if self.act_order is True else torch.arange(len(self.order))
+
     def damped(self) -> Tensor:
-        """The damped Hessian in the order of rounding, whose inverse `upper` factorises."""
-        return _damped(self.hessian, self.dead, self.order, self.dampening)
+        """The damped Hessian in the order of `layout`."""
+        return _damped(self.hessian, self.dead, self.layout, self.dampening)
 
 
 def gptq_quantize(
@@ -119,7 +144,7 @@ def gptq_quantize(
     bits: int = 4,
     group_size: int = 128,
     symmetric: bool = True,
-    act_order: bool = False,
+    act_order: ActOrder = False,
     dampening: float = 0.01,
     clip_search: bool = False,
     refine_sweeps: int = 0,
@@ -145,9 +170,16 @@ def gptq_quantize(
         Inputs that share a scale and a zero point; divides `in_features`. -1: one group.
     symmetric : bool
         Zero point fixed in the middle.
-    act_order : bool
+    act_order : bool or {"static_groups", "group_aware"}
         Round inputs in descending order of their energy, so that those that matter most are rounded while most weights
-        can still make up for it. Groups then hold inputs from all over, and `g_idx` is in no order.
+        can still make up for it.
+
+        - False: in the order they have.
+        - True: groups hold inputs of like energy, from all over; `g_idx` is in no order, which costs a matmul a gather.
+        - "static_groups": groups hold neighbours, and their grids are fitted to the weight as it came, before the first
+          input is rounded.
+        - "group_aware": groups hold neighbours; sorted are the inputs inside each group, and then the groups by
+          the largest energy in them. Grids are fitted to corrected weights, as they are without an order.
     dampening : float
         Added to the Hessian's diagonal, as a share of its mean; raised by itself when the factorisation fails.
     clip_search : bool
@@ -173,7 +205,8 @@ def gptq_quantize(
     References
     ----------
     Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
-    arXiv 2210.17323.
+    arXiv 2210.17323; Gafni et al., "Dual Precision Quantization for Efficient and Accurate Deep Neural Networks
+    Inference", arXiv 2505.14638 (the group-aware order).
     """
     group_size = _check_weight(weight, bits, group_size)
     if isinstance(hessian, Tensor) and hessian.shape != (weight.shape[1],) * 2:
@@ -183,8 +216,14 @@ def gptq_quantize(
     if refine_sweeps < 0:
         raise ValueError(f"refine_sweeps: expected 0 or more, got {refine_sweeps}")
     if isinstance(hessian, Tensor):
-        hessian = HessianFactor.from_hessian(hessian, act_order=act_order, dampening=dampening)
+        hessian = HessianFactor.from_hessian(
+            hessian, act_order=act_order, dampening=dampening, group_size=group_size
+        )
     factor = hessian
+    if factor.group_size not in (None, group_size):
+        raise ValueError(
+            f"group_size: expected {factor.group_size}, for which the Hessian's factor was ordered, got {group_size}"
+        )
     # Outputs do not know of each other: taking some at a time bounds the float64 copies and keeps them in the cache.
     parts = [
         _quantize_outputs(part, factor, bits, group_size, symmetric, clip_search, refine_sweeps, block_size)
@@ -192,7 +231,7 @@ def gptq_quantize(
     ]
     error, rounding_error, norm = (sum(part.squares[i] for part in parts) for i in range(3))
     return _Quantised.concatenate([part.quantised for part in parts]).pack(
-        factor.order,
+        factor.layout,
         bits,
         zero_point_format,
         error=_ratio(error, norm),
@@ -238,34 +277,43 @@ def _quantize_outputs(
     refine_sweeps: int,
     block_size: int,
 ) -> _Part:
+    layout = factor.layout
     target = weight.double().t().contiguous()  # [in_features, out_features]: an input is one contiguous row
     target[factor.dead] = 0
-    target = target[factor.order]
-    hessian = factor.hessian[factor.order][:, factor.order]
+    target = target[layout]
+    hessian = factor.hessian[layout][:, layout]
     energy = hessian.diagonal()
 
-    def fit(weights: Tensor, start: int) -> Grid:
-        group = slice(start, start + group_size)
-        return fit_grid(weights[group], bits, symmetric=symmetric, clip_search=clip_search, importance=energy[group])
+    def fit(weights: Tensor, energy: Tensor) -> Grid:
+        return fit_grid(weights, bits, symmetric=symmetric, clip_search=clip_search, importance=energy)
 
     rounded = _Quantised.empty_like(target, group_size)
     for start in range(0, len(target), group_size):
-        rounded.round_group(start, target, fit(target, start))
+        group = slice(start, start + group_size)
+        rounded.round_group(start, target, fit(target[group], energy[group]))
 
     solved = _Quantised.empty_like(target, group_size)
-    remaining, pivots = target.clone(), factor.upper.diagonal().tolist()
-    for start, end in _blocks(len(target), block_size, group_size):
-        if start % group_size == 0:
-            grid = fit(remaining, start)
-            solved.set_grid(start, grid)
+    static = factor.act_order == "static_groups"
+    if static:
+        solved.scales.copy_(rounded.scales)
+        solved.zeros.copy_(rounded.zeros)
+    # From here to the end of the loop rows are in the order of rounding; `places` are theirs in the layout.
+    places = torch.argsort(layout)[factor.order]
+    group_of = (places // group_size).tolist()
+    remaining, energy, pivots = target[places], energy[places], factor.upper.diagonal().tolist()
+    for start, end in _blocks(len(target), block_size, len(target) if static else group_size):
+        if start % group_size == 0 and not static:
+            group = slice(start, start + group_size)
+            solved.set_grid(group_of[start], fit(remaining[group], energy[group]))
         # Weights of the block are corrected when their turn comes, all later ones by one product at its end.
         codes, errors = torch.empty_like(remaining[start:end]), torch.empty_like(remaining[start:end])
         for place, row in enumerate(range(start, end)):
+            grid = solved.grid(group_of[row], bits)
             corrections = factor.upper[start:row, row]
             current = torch.addmv(remaining[row], errors[:place].t(), corrections, alpha=-1)
             codes[place] = grid.codes(current)
             torch.sub(current, grid.values(codes[place]), out=errors[place]).div_(pivots[row])
-        solved.codes[start:end] = codes.to(torch.uint8)
+        solved.codes[places[start:end]] = codes.to(torch.uint8)
         remaining[end:].addmm_(factor.upper[start:end, end:].t(), errors, alpha=-1)
 
     if refine_sweeps:
@@ -280,7 +328,7 @@ def _quantize_outputs(
 
 @dataclass(frozen=True)
 class _Quantised:
-    """Codes, scales and zero points in the order of rounding: [in, out], [groups, out], [groups, out]."""
+    """Codes, scales and zero points, groups side by side: [in, out], [groups, out], [groups, out]."""
 
     codes: Tensor
     scales: Tensor
@@ -299,14 +347,17 @@ class _Quantised:
         )
         return cls(codes, scales, zeros, parts[0].group_size)
 
-    def set_grid(self, row: int, grid: Grid) -> None:
-        self.scales[row // self.group_size] = grid.scale
-        self.zeros[row // self.group_size] = grid.zero
+    def grid(self, group: int, bits: int) -> Grid:
+        return Grid(self.scales[group], self.zeros[group], bits)
+
+    def set_grid(self, group: int, grid: Grid) -> None:
+        self.scales[group] = grid.scale
+        self.zeros[group] = grid.zero
 
     def round_group(self, row: int, target: Tensor, grid: Grid) -> None:
         group = slice(row, row + self.group_size)
         self.codes[group] = grid.codes(target[group]).to(torch.uint8)
-        self.set_grid(row, grid)
+        self.set_grid(row // self.group_size, grid)
 
     def values(self) -> Tensor:
         codes = self.codes.double().unflatten(0, (-1, self.group_size))
@@ -323,7 +374,7 @@ class _Quantised:
 
     def pack(
         self,
-        order: Tensor,
+        layout: Tensor,
         bits: int,
         zero_point_format: ZeroPointFormat,
         *,
@@ -331,9 +382,9 @@ class _Quantised:
         rounding_error: float = float("nan"),
         dampening: float = 0.0,
     ) -> GPTQTensors:
-        codes, g_idx = torch.empty_like(self.codes), torch.empty(len(order), dtype=torch.int32)
-        codes[order] = self.codes
-        g_idx[order] = torch.arange(len(order), dtype=torch.int32) // self.group_size
+        codes, g_idx = torch.empty_like(self.codes), torch.empty(len(layout), dtype=torch.int32)
+        codes[layout] = self.codes
+        g_idx[layout] = torch.arange(len(layout), dtype=torch.int32) // self.group_size
         return GPTQTensors(
             qweight=pack_rows(codes, bits),
             qzeros=pack_zeros(self.zeros, bits, zero_point_format),
@@ -353,6 +404,20 @@ def _damped(hessian: Tensor, dead: Tensor, order: Tensor, share: float) -> Tenso
     ordered.diagonal()[dead[order]] = 1.0
     ordered.diagonal().add_(share * (hessian.diagonal().mean().item() or 1.0))
     return ordered
+
+
+def check_act_order(act_order: ActOrder) -> None:
+    """ValueError for anything but what `gptq_quantize` takes."""
+    names = get_args(get_args(ActOrder)[1])
+    if not isinstance(act_order, bool) and act_order not in names:
+        raise ValueError(f"act_order: expected one of {(False, True, *names)}, got {act_order!r}")
+
+
+def _group_aware_order(energy: Tensor, group_size: int) -> Tensor:
+    groups = energy.unflatten(0, (-1, group_size))
+    inside = torch.argsort(groups, dim=1, descending=True, stable=True)
+    across = torch.argsort(groups.amax(1), descending=True, stable=True)
+    return (inside + torch.arange(0, len(energy), group_size).unsqueeze(1))[across].flatten()
 
 
 def _inverse_factor(matrix: Tensor) -> Tensor | None:
