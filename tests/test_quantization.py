@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +26,22 @@ from teco_kernels.ops import GPTQWeight
 from teco_kernels.ops.packing import BITS, pack_rows, pack_zeros, unpack_rows, unpack_zeros
 from teco_kernels.quantization import (
     HessianFactor,
+    LayerReport,
     QuantizationSettings,
     gptq_quantize,
+    model,
     quantize_model,
     round_to_nearest,
 )
 from teco_kernels.quantization.calibration import Hessian, token_windows
+from teco_kernels.quantization.gptq import ActOrder
 from teco_kernels.quantization.grid import fit_grid
 from teco_kernels.quantization.perplexity import perplexity
 from teco_kernels.quantization.refine import refine
+from teco_kernels.quantization.report import REPORT_NAME, by_layer, draw
+from teco_kernels.quantization.unfinished import Part, fingerprint, unfinished
+
+ORDERS: tuple[ActOrder, ...] = (False, True, "static_groups", "group_aware")
 
 
 def random_problem(
@@ -153,12 +163,12 @@ def test_weights_of_zero_and_near_it(symmetric: bool) -> None:
     bits=st.sampled_from(BITS),
     group_size=st.sampled_from([8, 32, 96, -1]),
     symmetric=st.booleans(),
-    act_order=st.booleans(),
+    act_order=st.sampled_from(ORDERS),
     clip_search=st.booleans(),
     tokens=st.sampled_from([3, 60, 400]),
 )
 def test_error_is_never_above_rounding(
-    seed: int, bits: int, group_size: int, symmetric: bool, act_order: bool, clip_search: bool, tokens: int
+    seed: int, bits: int, group_size: int, symmetric: bool, act_order: ActOrder, clip_search: bool, tokens: int
 ) -> None:
     weight, hessian = random_problem(32, 96, tokens, seed)
     options: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
@@ -166,17 +176,17 @@ def test_error_is_never_above_rounding(
     error, norm = squared_error(weight, quantised.dequantize(), hessian), squared_error(weight * 0, weight, hessian)
     assert quantised.error <= quantised.rounding_error
     assert math.isclose(quantised.error, (error / norm) ** 0.5, rel_tol=1e-4, abs_tol=1e-6)
-    if not act_order and not clip_search:  # the grids are then those of plain rounding
+    if act_order is not True and not clip_search:  # the grids are then those of plain rounding
         rounded = round_to_nearest(weight, **options)
         rounding_error = squared_error(weight, rounded.dequantize(), hessian)
         assert error <= rounding_error * (1 + 1e-4)
         assert math.isclose(quantised.rounding_error, (rounding_error / norm) ** 0.5, rel_tol=1e-4, abs_tol=1e-6)
 
 
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("act_order", ORDERS)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", BITS)
-def test_error_is_well_below_rounding(bits: int, symmetric: bool, act_order: bool) -> None:
+def test_error_is_well_below_rounding(bits: int, symmetric: bool, act_order: ActOrder) -> None:
     weight, hessian = random_problem()
     quantised = gptq_quantize(weight, hessian, bits=bits, group_size=32, symmetric=symmetric, act_order=act_order)
     assert quantised.error < 0.9 * quantised.rounding_error
@@ -187,14 +197,15 @@ def test_error_is_well_below_rounding(bits: int, symmetric: bool, act_order: boo
     seed=st.integers(0, 2**31),
     block_size=st.sampled_from([1, 5, 16, 33, 96, 1000]),
     group_size=st.sampled_from([16, 24, 96]),
-    act_order=st.booleans(),
+    bits=st.sampled_from(BITS),
+    act_order=st.sampled_from(ORDERS),
     refine_sweeps=st.sampled_from([0, 2]),
 )
 def test_block_size_does_not_matter(
-    seed: int, block_size: int, group_size: int, act_order: bool, refine_sweeps: int
+    seed: int, block_size: int, group_size: int, bits: int, act_order: ActOrder, refine_sweeps: int
 ) -> None:
     weight, hessian = random_problem(seed=seed)
-    options: dict[str, Any] = {"group_size": group_size, "act_order": act_order, "symmetric": False}
+    options: dict[str, Any] = {"bits": bits, "group_size": group_size, "act_order": act_order, "symmetric": False}
     options["refine_sweeps"] = refine_sweeps
     one, other = (gptq_quantize(weight, hessian, block_size=size, **options) for size in (64, block_size))
     # Sums are taken in another order, but in float64: no weight is so close to the middle between two codes.
@@ -202,13 +213,15 @@ def test_block_size_does_not_matter(
         assert torch.equal(tensor, other.tensors()[name]), name
 
 
+@pytest.mark.parametrize("act_order", ORDERS)
 @pytest.mark.parametrize("clip_search", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", BITS)
-def test_identity_hessian_is_rounding(bits: int, symmetric: bool, clip_search: bool) -> None:
+def test_identity_hessian_is_rounding(bits: int, symmetric: bool, clip_search: bool, act_order: ActOrder) -> None:
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(3))
     options: dict[str, Any] = {"bits": bits, "group_size": 32, "symmetric": symmetric, "clip_search": clip_search}
-    quantised, rounded = gptq_quantize(weight, torch.eye(96), **options), round_to_nearest(weight, **options)
+    quantised = gptq_quantize(weight, torch.eye(96), act_order=act_order, **options)
+    rounded = round_to_nearest(weight, **options)
     for name, tensor in rounded.tensors().items():
         assert torch.equal(quantised.tensors()[name], tensor), name
 
@@ -262,10 +275,10 @@ def test_refined_scales_are_those_of_least_squares() -> None:
     assert torch.allclose(scales, right, rtol=1e-3)
 
 
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("act_order", ORDERS)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", BITS)
-def test_refining_pays(bits: int, symmetric: bool, act_order: bool) -> None:
+def test_refining_pays(bits: int, symmetric: bool, act_order: ActOrder) -> None:
     weight, hessian = random_problem()
     options: dict[str, Any] = {"bits": bits, "group_size": 32, "symmetric": symmetric, "act_order": act_order}
     plain, refined = (gptq_quantize(weight, hessian, refine_sweeps=sweeps, **options) for sweeps in (0, 2))
@@ -274,16 +287,35 @@ def test_refining_pays(bits: int, symmetric: bool, act_order: bool) -> None:
     assert torch.equal(refined.qzeros, plain.qzeros)
 
 
-def plain_gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
+def plain_gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, bits: int, group_size: int, act_order: ActOrder
+) -> torch.Tensor:
     """The paper's algorithm as it is written down, column by column, with H^-1 updated by Gaussian elimination."""
     weight, inverse = (
         weight.double().clone(),
         torch.linalg.inv(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))),
     )
-    quantised = torch.empty_like(weight)
-    for column in range(weight.shape[1]):
-        if column % group_size == 0:
-            grid = fit_grid(weight[:, column : column + group_size].t(), bits, symmetric=True)
+    energy = hessian.diagonal().tolist()
+    groups = [list(range(start, start + group_size)) for start in range(0, len(energy), group_size)]
+    columns = range(len(energy))
+    if act_order == "group_aware":
+        groups.sort(key=lambda group: -max(energy[i] for i in group))
+        columns = [i for group in groups for i in sorted(group, key=lambda i: -energy[i])]
+    elif act_order:
+        columns = sorted(columns, key=lambda i: -energy[i])
+        if act_order is True:
+            groups = [columns[start : start + group_size] for start in range(0, len(energy), group_size)]
+
+    def grids() -> list[Any]:
+        return [fit_grid(weight[:, group].t(), bits, symmetric=True) for group in groups]
+
+    fitted, quantised, seen = grids(), torch.empty_like(weight), set()
+    for column in columns:
+        number = next(number for number, group in enumerate(groups) if column in group)
+        if act_order != "static_groups" and number not in seen:
+            seen.add(number)
+            fitted[number] = grids()[number]
+        grid = fitted[number]
         quantised[:, column] = grid.values(grid.codes(weight[:, column]))
         error = (weight[:, column] - quantised[:, column]) / inverse[column, column]
         weight -= torch.outer(error, inverse[column])
@@ -291,10 +323,11 @@ def plain_gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group_siz
     return quantised
 
 
-def test_agrees_with_the_plain_algorithm() -> None:
+@pytest.mark.parametrize("act_order", ORDERS)
+def test_agrees_with_the_plain_algorithm(act_order: ActOrder) -> None:
     weight, hessian = random_problem()
-    expected = plain_gptq(weight, hessian, 4, 32)
-    found = gptq_quantize(weight, hessian, group_size=32).dequantize().double()
+    expected = plain_gptq(weight, hessian, 4, 32, act_order)
+    found = gptq_quantize(weight, hessian, group_size=32, act_order=act_order).dequantize().double()
     rows = (expected - found).abs().amax(1) < 1e-4
     assert rows.float().mean() > 0.9  # the others keep their rounded codes, which serve them better
     difference = squared_error(weight, found, hessian) - squared_error(weight, expected, hessian)
@@ -319,6 +352,42 @@ def test_act_order_groups_by_energy() -> None:
     assert energy[quantised.g_idx == 0].min() >= energy[quantised.g_idx == 1].max()
 
 
+@pytest.mark.parametrize("act_order", ["static_groups", "group_aware"])
+def test_orders_that_keep_neighbours_in_a_group(act_order: ActOrder) -> None:
+    """And gain by the order: on inputs whose energies differ, and lie scattered."""
+    weight, hessian = random_problem(in_features=192)
+    scattered = torch.randperm(192, generator=torch.Generator().manual_seed(1))
+    hessian = hessian[scattered][:, scattered]
+    options: dict[str, Any] = {"group_size": 32, "symmetric": False}
+    plain, ordered = (gptq_quantize(weight, hessian, act_order=order, **options) for order in (False, act_order))
+    assert torch.equal(ordered.g_idx, plain.g_idx)
+    assert math.isclose(ordered.rounding_error, plain.rounding_error)
+    assert ordered.error < plain.error
+
+
+def test_group_aware_order() -> None:
+    energy = torch.tensor([1.0, 2.0, 3.0, 3.0, 9.0, 1.0])
+    factor = HessianFactor.from_hessian(energy.diag(), act_order="group_aware", group_size=2)
+    assert factor.order.tolist() == [4, 5, 2, 3, 1, 0]
+    with pytest.raises(ValueError, match="group_size: expected -1 or a divisor of 6 input features, got None"):
+        HessianFactor.from_hessian(energy.diag(), act_order="group_aware")
+    weight, hessian = random_problem()
+    factor = HessianFactor.from_hessian(hessian, act_order="group_aware", group_size=32)
+    with pytest.raises(ValueError, match="group_size: expected 32, for which the Hessian's factor was ordered, got 96"):
+        gptq_quantize(weight, factor, group_size=-1)
+
+
+def test_static_groups_have_the_grids_of_rounding() -> None:
+    weight, hessian = random_problem()
+    options: dict[str, Any] = {"group_size": 32, "symmetric": False}
+    quantised, rounded = (
+        gptq_quantize(weight, hessian, act_order="static_groups", **options),
+        round_to_nearest(weight, **options),
+    )
+    assert torch.equal(quantised.scales, rounded.scales)
+    assert torch.equal(quantised.qzeros, rounded.qzeros)
+
+
 def test_dead_inputs() -> None:
     weight, hessian = random_problem()
     hessian[5] = hessian[:, 5] = 0
@@ -340,11 +409,11 @@ def test_scale_of_the_hessian_does_not_matter() -> None:
     assert torch.equal(one.qweight, other.qweight)
 
 
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("act_order", ORDERS)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("zero_point_format", ["v1", "v2"])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_operators_read_the_result(bits: int, zero_point_format: Any, symmetric: bool, act_order: bool) -> None:
+@pytest.mark.parametrize("bits", BITS)
+def test_operators_read_the_result(bits: int, zero_point_format: Any, symmetric: bool, act_order: ActOrder) -> None:
     weight, hessian = random_problem()
     quantised = gptq_quantize(
         weight,
@@ -374,6 +443,7 @@ def test_operators_read_the_result(bits: int, zero_point_format: Any, symmetric:
         ({"hessian": torch.eye(96) * float("nan")}, "hessian: expected finite values"),
         ({"hessian": -torch.eye(96)}, "hessian: expected a positive semidefinite matrix"),
         ({"dampening": -1.0}, "dampening: expected 0 to 1, got -1"),
+        ({"act_order": "random"}, r"act_order: expected one of \(False, True, 'static_groups', 'group_aware'\), got"),
         ({"refine_sweeps": -1}, "refine_sweeps: expected 0 or more, got -1"),
         ({"block_size": 0}, "block_size: expected a positive number, got 0"),
         ({"zero_point_format": "v3"}, "zero_point_format"),
@@ -490,8 +560,10 @@ def test_forward_pass_is_that_of_transformers(tmp_path: Path, family: str) -> No
         {"head_bits": None},
         {"symmetric": False, "act_order": True, "clip_search": True},
         {"bits": 8, "group_size": -1},
+        {"bits": 2, "act_order": "group_aware", "refine_sweeps": 1},
+        {"bits": 3, "act_order": "static_groups"},
     ],
-    ids=["default", "dense_head", "all_options", "8bit"],
+    ids=["default", "dense_head", "all_options", "8bit", "group_aware", "static_groups"],
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_model_end_to_end(tmp_path: Path, changes: dict[str, Any], tied: bool) -> None:
@@ -511,7 +583,7 @@ def test_model_end_to_end(tmp_path: Path, changes: dict[str, Any], tied: bool) -
         "group_size": options.group_size,
         "sym": options.symmetric,
     }
-    expected |= {"desc_act": options.act_order, "checkpoint_format": "gptq"}
+    expected |= {"desc_act": options.act_order is True, "checkpoint_format": "gptq"}
     assert quantization | expected == quantization
     assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
     assert source.has("lm_head.weight") == (not tied and options.head_bits is None)
@@ -570,16 +642,125 @@ def test_text_is_tokenised_with_the_model(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tiny_model(tmp_path / "model")
+def test_goes_on_after_being_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a signal that no process can catch, in the middle of the second layer."""
+    path, out = tiny_model(tmp_path / "model"), tmp_path / "out"
+    quantize_model(path, tmp_path / "whole", TINY, calibration=tokens(1000), use_tqdm=False)
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+from test_quantization import TINY, tokens
+from teco_kernels.quantization import model, quantize_model
+
+torch.set_num_threads({torch.get_num_threads()})
+quantise = model._quantise
+def kill_at_last(name, *arguments):
+    if name == "model.layers.1.self_attn.o_proj":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return quantise(name, *arguments)
+model._quantise = kill_at_last
+quantize_model({str(path)!r}, {str(out)!r}, TINY, calibration=tokens(1000), use_tqdm=False)
+"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert not out.exists()
+    (folder,) = [entry for entry in (tmp_path / ".out.unfinished").iterdir() if entry.is_dir()]
+    assert [file.name for file in folder.iterdir()] == ["layer-0.safetensors"]
+
+    made: list[str] = []
+    quantise = model._quantise
+
+    def watch(name: str, *arguments: Any) -> Any:
+        made.append(name)
+        return quantise(name, *arguments)
+
+    monkeypatch.setattr(model, "_quantise", watch)
+    other = replace(TINY, symmetric=False)  # not the same run: nothing is taken over, nothing taken away
 
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("teco_kernels.decoder.tokenizer.Tokenizer.save", interrupt)  # when the tensors are written
-    with pytest.raises(KeyboardInterrupt):
-        quantize_model(path, tmp_path / "out", TINY, calibration=tokens(1000), use_tqdm=False)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("teco_kernels.decoder.tokenizer.Tokenizer.save", interrupt)  # when the tensors are written
+        quantize_model(path, out, other, calibration=tokens(1000), use_tqdm=False)
+    assert len(made) == 15
+    assert not out.exists()
+    made.clear()
+    reports = quantize_model(path, out, TINY, calibration=tokens(1000), use_tqdm=False)
+    assert len(made) == 8
+    assert all("layers.0" not in name for name in made)
+    assert len(reports) == 15
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model", "out", "whole"]
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_what_a_finished_layer_belongs_to(tmp_path: Path) -> None:
+    path, windows = tiny_model(tmp_path / "model"), token_windows(tokens(100), 2, 32)
+    keys = {fingerprint(load_source(path), windows, vars(TINY))}
+    assert fingerprint(load_source(path), windows.clone(), vars(TINY)) in keys
+    keys.add(fingerprint(load_source(path), windows, vars(TINY) | {"dampening": 0.02}))
+    keys.add(fingerprint(load_source(path), windows + 1, vars(TINY)))
+    keys.add(fingerprint(load_source(tiny_model(tmp_path / "other", rope_theta=1e5)), windows, vars(TINY)))
+    tensors = load_file(path / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * 2}, path / "model.safetensors")
+    keys.add(fingerprint(load_source(path), windows, vars(TINY)))
+    assert len(keys) == 5
+
+
+def test_one_process_at_a_time_and_damaged_parts(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with unfinished(out, "key") as finished:
+        with pytest.raises(ValueError, match="out: another process is making it"), unfinished(out, "key"):
+            pass
+        part = Part([LayerReport("a", 0.1, 0.2, 0.01)], {"a.qweight": torch.arange(4)})
+        finished.write("layer-0", part)
+        read = finished.read("layer-0")
+        assert read is not None
+        assert read.reports == part.reports
+        assert torch.equal(read.tensors["a.qweight"], part.tensors["a.qweight"])
+        file = tmp_path / ".out.unfinished/key/layer-0.safetensors"
+        file.write_bytes(file.read_bytes()[:-9])
+        assert finished.read("layer-0") is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_report(tmp_path: Path) -> None:
+    settings = replace(TINY, layer_bits={".*v_proj": 8})
+    reports = quantize_model(
+        tiny_model(tmp_path / "model"), tmp_path / "out", settings, calibration=tokens(1000), use_tqdm=False
+    )
+    report = json.loads((tmp_path / "out" / REPORT_NAME).read_text())
+    assert report["settings"]["layer_bits"] == {".*v_proj": 8}
+    assert report["peak_memory_bytes"] > 1 << 20
+    assert [LayerReport(**{k: v for k, v in row.items() if k != "ratio"}) for row in report["matrices"]] == reports
+    assert math.isclose(report["seconds"], sum(row.seconds for row in reports), abs_tol=1e-3)
+    assert {row["bits"] for row in report["matrices"] if "v_proj" in row["name"]} == {8}
+    assert all(row["seconds"] > 0 and 0 < row["ratio"] <= 1 for row in report["matrices"])
+    assert list(by_layer(reports)) == ["0", "1", "lm_head"]
+    draw(reports, "tiny", tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 5}, r"model.layers.0.self_attn.q_proj: bits: expected one of"),
+        ({"group_size": 40}, r"model.layers.0.self_attn.q_proj: group_size: expected -1 or a divisor of 64"),
+        ({"group_size": 64}, r"model.layers.0.mlp.down_proj: group_size: expected -1 or a divisor of 96"),
+        ({"layer_bits": {r".*1\.mlp\.up": 5}}, r"model.layers.1.mlp.up_proj: bits: expected one of"),
+        ({"layer_bits": {"(": 4}}, r"layer_bits: expected a regular expression, got '\('"),
+        ({"act_order": "yes"}, "act_order: expected one of"),
+        ({"dampening": 2.0}, "dampening: expected 0 to 1, got 2"),
+        ({"num_sequences": 0}, "num_sequences: expected a positive number, got 0"),
+        ({"head_bits": 5}, "head_bits: expected one of .*, or None to leave the head, got 5"),
+        ({"head_group_size": 48}, "lm_head: head_group_size: expected -1 or a divisor of 64 input features, got 48"),
+    ],
+)
+def test_settings_that_do_not_fit_are_told_at_once(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **changes).check(load_source(tiny_model(tmp_path / "model")).config)
 
 
 def test_model_refuses(tmp_path: Path) -> None:

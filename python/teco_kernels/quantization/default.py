@@ -8,10 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from teco_kernels.assets import SMOLLM2, WIKIPEDIA, cache_folder, default_model, exclusive
-from teco_kernels.quantization.model import QuantizationSettings, quantize_model
-
-#: To be raised when the quantizer gives other tensors for the same settings: cached models are then made anew.
-QUANTIZER_VERSION = 2
+from teco_kernels.quantization.model import quantize_model
+from teco_kernels.quantization.settings import QuantizationSettings
+from teco_kernels.quantization.unfinished import QUANTIZER_VERSION
 
 #: A hidden size of 576 has no groups of 128, and a model as small as this one needs all that 4 bits can give: groups of
 #: 32 with their own zero points and fitted grids. With few tokens to learn from, more dampening serves unseen text. The

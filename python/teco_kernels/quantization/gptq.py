@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -105,9 +105,7 @@ class HessianFactor:
     ) -> HessianFactor:
         """Factorise; parameters as in `gptq_quantize`. The group size is needed for a group-aware order only."""
         _check_hessian(hessian)
-        check_act_order(act_order)
-        if not 0 <= dampening <= 1:
-            raise ValueError(f"dampening: expected 0 to 1, got {dampening}")
+        check_options(act_order=act_order, dampening=dampening)
         hessian = hessian.double()
         diagonal = hessian.diagonal()
         dead = diagonal == 0
@@ -213,12 +211,9 @@ def gptq_quantize(
         raise ValueError(f"hessian: expected shape [{weight.shape[1]}, {weight.shape[1]}], got {list(hessian.shape)}")
     if block_size < 1:
         raise ValueError(f"block_size: expected a positive number, got {block_size}")
-    if refine_sweeps < 0:
-        raise ValueError(f"refine_sweeps: expected 0 or more, got {refine_sweeps}")
+    check_options(refine_sweeps=refine_sweeps)
     if isinstance(hessian, Tensor):
-        hessian = HessianFactor.from_hessian(
-            hessian, act_order=act_order, dampening=dampening, group_size=group_size
-        )
+        hessian = HessianFactor.from_hessian(hessian, act_order=act_order, dampening=dampening, group_size=group_size)
     factor = hessian
     if factor.group_size not in (None, group_size):
         raise ValueError(
@@ -406,13 +401,6 @@ def _damped(hessian: Tensor, dead: Tensor, order: Tensor, share: float) -> Tenso
     return ordered
 
 
-def check_act_order(act_order: ActOrder) -> None:
-    """ValueError for anything but what `gptq_quantize` takes."""
-    names = get_args(get_args(ActOrder)[1])
-    if not isinstance(act_order, bool) and act_order not in names:
-        raise ValueError(f"act_order: expected one of {(False, True, *names)}, got {act_order!r}")
-
-
 def _group_aware_order(energy: Tensor, group_size: int) -> Tensor:
     groups = energy.unflatten(0, (-1, group_size))
     inside = torch.argsort(groups, dim=1, descending=True, stable=True)
@@ -450,21 +438,37 @@ def _ratio(squared: float, squared_norm: float) -> float:
     return math.sqrt(max(squared, 0.0) / squared_norm) if squared_norm > 0 else 0.0
 
 
-def _check_weight(weight: Tensor, bits: int, group_size: int) -> int:
-    """Check the arguments and return the group size, in inputs."""
-    if not weight.is_floating_point():
-        raise TypeError(f"weight: expected a floating dtype, got {str(weight.dtype).removeprefix('torch.')}")
-    if weight.dim() != 2:
-        raise ValueError(f"weight: expected shape [out_features, in_features], got {list(weight.shape)}")
+def check_options(*, act_order: ActOrder = False, dampening: float = 0.0, refine_sweeps: int = 0) -> None:
+    """Raise what `gptq_quantize` raises for these, whatever the weight."""
+    names = ("static_groups", "group_aware")
+    if not isinstance(act_order, bool) and act_order not in names:
+        raise ValueError(f"act_order: expected one of {(False, True, *names)}, got {act_order!r}")
+    if not 0 <= dampening <= 1:
+        raise ValueError(f"dampening: expected 0 to 1, got {dampening}")
+    if refine_sweeps < 0:
+        raise ValueError(f"refine_sweeps: expected 0 or more, got {refine_sweeps}")
+
+
+def check_sizes(out_features: int, in_features: int, bits: int, group_size: int) -> int:
+    """Raise what `gptq_quantize` raises for a weight of these sizes; return the group size, in inputs."""
     if bits not in BITS:
         raise ValueError(f"bits: expected one of {BITS}, got {bits!r}")
-    out_features, in_features = weight.shape
     for name, size in (("in_features", in_features), ("out_features", out_features)):
         if not size or size * bits % 32:
             raise ValueError(f"weight: expected {name} * {bits} bits to fill 32-bit words, got {name} {size}")
     group_size = in_features if group_size == -1 else group_size
     if group_size < 1 or in_features % group_size:
         raise ValueError(f"group_size: expected -1 or a divisor of {in_features} input features, got {group_size}")
+    return group_size
+
+
+def _check_weight(weight: Tensor, bits: int, group_size: int) -> int:
+    """Check the arguments and return the group size, in inputs."""
+    if not weight.is_floating_point():
+        raise TypeError(f"weight: expected a floating dtype, got {str(weight.dtype).removeprefix('torch.')}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected shape [out_features, in_features], got {list(weight.shape)}")
+    group_size = check_sizes(weight.shape[0], weight.shape[1], bits, group_size)
     if not weight.isfinite().all():
         raise ValueError("weight: expected finite values, got NaN or infinity")
     return group_size

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import resource
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,50 +17,13 @@ from teco_kernels.decoder.loader import Source, load_source
 from teco_kernels.ops.rope import cos_sin_cache
 from teco_kernels.quantization.calibration import Hessian, token_windows
 from teco_kernels.quantization.gptq import GPTQTensors, HessianFactor, gptq_quantize
+from teco_kernels.quantization.report import REPORT_NAME, LayerReport, to_json
 from teco_kernels.quantization.save import save_model
+from teco_kernels.quantization.settings import QuantizationSettings
 from teco_kernels.quantization.torch_layer import STAGES, Activations, TorchLayer
+from teco_kernels.quantization.unfinished import FinishedParts, Part, fingerprint, unfinished
 
 _SEQUENCES_AT_ONCE = 8
-
-
-@dataclass(frozen=True)
-class QuantizationSettings:
-    """How `quantize_model` quantises; the fields of `gptq_quantize`, the head's own, and the size of the calibration.
-
-    Attributes
-    ----------
-    layer_bits : mapping of str to int
-        Other bits for the layers whose names a regular expression matches from their beginning on (`re.match`); the
-        first that matches counts. Saved as `dynamic` rules.
-    head_bits : int or None
-        Bits of the language-model head; None leaves it as it is.
-    head_group_size : int
-    num_sequences, sequence_length : int
-        Windows of the calibration text, and their tokens.
-    """
-
-    bits: int = 4
-    group_size: int = 128
-    symmetric: bool = True
-    act_order: bool = False
-    dampening: float = 0.01
-    clip_search: bool = False
-    refine_sweeps: int = 0
-    layer_bits: Mapping[str, int] = field(default_factory=dict)
-    head_bits: int | None = 8
-    head_group_size: int = 64
-    num_sequences: int = 64
-    sequence_length: int = 512
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """Errors of one linear layer, as in `GPTQTensors`."""
-
-    name: str
-    error: float
-    rounding_error: float
-    dampening: float
 
 
 def quantize_model(
@@ -72,14 +36,17 @@ def quantize_model(
 ) -> list[LayerReport]:
     """Quantise a model with GPTQ and save it as a directory that this package and others load.
 
-    Holds one layer's weights and activations at a time, beside the quantised tensors and the residual stream.
+    Holds one layer's weights and activations at a time, beside the residual stream. Finished layers are kept in a
+    hidden folder beside `out_path`; after an interruption the same call goes on with the layer that it was at, and with
+    the same number of threads gives the bits that it would have given in one go. Another model, text or setting begins
+    anew.
 
     Parameters
     ----------
     source_path : str or Path
         An unquantised Hugging Face directory, or a GGUF file (dequantised first).
     out_path : str or Path
-        Directory to make. It appears when it is complete; whatever interrupts the run, nothing of that name is left.
+        Directory to make. It appears when it is complete, with a report (`REPORT_NAME`) among its files.
     settings : QuantizationSettings, optional
     calibration : str or sequence of int, optional
         Text like that which the model will see, or its tokens. None: Wikipedia articles (`assets.calibration_text`).
@@ -94,8 +61,8 @@ def quantize_model(
     Raises
     ------
     ValueError
-        When `out_path` exists, the source is quantised already, damaged or unknown, the text is too short, or the
-        settings do not fit the model's sizes.
+        When `out_path` exists or another process is making it, the source is quantised already, damaged or unknown, the
+        text is too short, or the settings do not fit the model's sizes.
     """
     out_path = Path(out_path)
     if out_path.exists():
@@ -104,21 +71,28 @@ def quantize_model(
     source = load_source(source_path)
     if source.quantization_config is not None:
         raise ValueError(f"{source.path}: expected an unquantised model, this one is quantised already")
+    settings.check(source.config)
     windows = _calibration_windows(source, settings, calibration)
     reports: list[LayerReport] = []
     tensors: dict[str, Tensor] = {}
-    with torch.inference_mode():
-        for name, quantised in tqdm(
-            _quantised_layers(source, windows, settings),
-            desc="quantising",
-            total=source.config.num_layers * sum(map(len, STAGES)) + (settings.head_bits is not None),
-            unit="matrix",
-            disable=not use_tqdm,
-        ):
-            tensors |= {f"{name}.{key}": tensor for key, tensor in quantised.tensors().items()}
-            reports.append(LayerReport(name, quantised.error, quantised.rounding_error, quantised.dampening))
-        save_model(out_path, source, tensors, asdict(settings))
+    with (
+        torch.inference_mode(),
+        unfinished(out_path, fingerprint(source, windows, asdict(settings))) as finished,
+        _progress(source, settings, use_tqdm) as bar,
+    ):
+        for part in _parts(source, windows, settings, finished, bar):
+            reports += part.reports
+            tensors |= part.tensors
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        texts = {REPORT_NAME: to_json(reports, asdict(settings), peak)}
+        save_model(out_path, source, tensors, asdict(settings), texts=texts)
     return reports
+
+
+def _progress(source: Source, settings: QuantizationSettings, use_tqdm: bool) -> tqdm:
+    total = source.config.num_layers * sum(map(len, STAGES)) + (settings.head_bits is not None)
+    # Layers cost the same, the matrices of one do not: the time left is told from the mean.
+    return tqdm(desc="quantising", total=total, unit="matrix", smoothing=0, disable=not use_tqdm)
 
 
 def _calibration_windows(
@@ -134,10 +108,10 @@ def _calibration_windows(
     return token_windows(list(calibration), settings.num_sequences, length)
 
 
-def _quantised_layers(
-    source: Source, windows: Tensor, settings: QuantizationSettings
-) -> Iterator[tuple[str, GPTQTensors]]:
-    """Names and tensors of all linear layers, in the order of the model."""
+def _parts(
+    source: Source, windows: Tensor, settings: QuantizationSettings, finished: FinishedParts, bar: tqdm
+) -> Iterator[Part]:
+    """The layers of the model in order, then the head when it is to be quantised: made now, or found finished."""
     config = source.config
     cos_sin = cos_sin_cache(config.head_dim, windows.shape[1], config.rope_theta, config.rope_scaling)
 
@@ -153,26 +127,76 @@ def _quantised_layers(
     del embedding
     for index in range(config.num_layers):
         layer = TorchLayer(config, index, read_linear, read_tensor, cos_sin)
-        for stage, names in enumerate(STAGES):
-            hessian = Hessian(layer.weights[names[0]].shape[1])
-            for batch in batches:
-                hessian.add(layer.stage_input(stage, batch))
-            factor = HessianFactor.from_hessian(
-                hessian.matrix(), act_order=settings.act_order, dampening=settings.dampening
-            )
-            for name in names:
-                quantised = _quantise(layer.prefix + name, layer.weights[name], factor, settings)
-                layer.weights[name] = quantised.dequantize()
-                yield layer.prefix + name, quantised
+        part = finished.read(f"layer-{index}")
+        if part is None:
+            part = _record(_quantise_layer(layer, batches, settings), bar)
+            finished.write(f"layer-{index}", part)
+        else:
+            # The residual stream is computed by the same operations as before, and gets the bits that it had.
+            for name in layer.weights:
+                layer.weights[name] = part.quantised(layer.prefix + name).dequantize()
             for place, batch in enumerate(batches):
-                batches[place] = layer.advance(stage, batch)
+                batches[place] = Activations(layer(batch.hidden))
+            _skip(part, bar)
+        yield part
     if settings.head_bits is not None:
-        yield "lm_head", _quantise_head(source, batches, settings, settings.head_bits)
+        part = finished.read("lm_head")
+        if part is None:
+            part = _record(_quantise_head(source, batches, settings, settings.head_bits), bar)
+            finished.write("lm_head", part)
+        else:
+            _skip(part, bar)
+        yield part
+
+
+def _record(quantised: Iterable[tuple[str, GPTQTensors]], bar: tqdm) -> Part:
+    reports: list[LayerReport] = []
+    tensors: dict[str, Tensor] = {}
+    start = time.monotonic()
+    for name, result in quantised:
+        now = time.monotonic()
+        reports.append(
+            LayerReport(name, result.error, result.rounding_error, result.dampening, result.bits, now - start)
+        )
+        tensors |= {f"{name}.{key}": tensor for key, tensor in result.tensors().items()}
+        bar.update()
+        start = now
+    return Part(reports, tensors)
+
+
+def _skip(part: Part, bar: tqdm) -> None:
+    """Count a finished part without taking it for a sign of how fast the work goes."""
+    bar.n += len(part.reports)
+    bar.initial = bar.last_print_n = bar.n
+    bar.unpause()
+    bar.refresh()
+
+
+def _quantise_layer(
+    layer: TorchLayer, batches: list[Activations], settings: QuantizationSettings
+) -> Iterator[tuple[str, GPTQTensors]]:
+    """Names and tensors of a layer's matrices. Its weights are overwritten, its inputs turned into its outputs."""
+    for stage, names in enumerate(STAGES):
+        hessian = Hessian(layer.weights[names[0]].shape[1])
+        for batch in batches:
+            hessian.add(layer.stage_input(stage, batch))
+        factor = HessianFactor.from_hessian(
+            hessian.matrix(),
+            act_order=settings.act_order,
+            dampening=settings.dampening,
+            group_size=settings.group_size,
+        )
+        for name in names:
+            quantised = _quantise(layer.prefix + name, layer.weights[name], factor, settings)
+            layer.weights[name] = quantised.dequantize()
+            yield layer.prefix + name, quantised
+        for place, batch in enumerate(batches):
+            batches[place] = layer.advance(stage, batch)
 
 
 def _quantise_head(
     source: Source, batches: list[Activations], settings: QuantizationSettings, bits: int
-) -> GPTQTensors:
+) -> Iterator[tuple[str, GPTQTensors]]:
     config = source.config
     norm = source.tensor("model.norm.weight", (config.hidden_size,)).float()
     hessian = Hessian(config.hidden_size)
@@ -181,16 +205,15 @@ def _quantise_head(
     head = "lm_head" if source.has("lm_head.weight") else "model.embed_tokens"
     weight = source.tensor(f"{head}.weight", (config.vocab_size, config.hidden_size))
     head_settings = QuantizationSettings(bits=bits, group_size=settings.head_group_size, dampening=settings.dampening)
-    return _quantise("lm_head", weight, HessianFactor.from_hessian(hessian.matrix()), head_settings)
+    yield "lm_head", _quantise("lm_head", weight, HessianFactor.from_hessian(hessian.matrix()), head_settings)
 
 
 def _quantise(name: str, weight: Tensor, factor: HessianFactor, settings: QuantizationSettings) -> GPTQTensors:
-    bits = next((bits for rule, bits in settings.layer_bits.items() if re.match(rule, name)), settings.bits)
     try:
         return gptq_quantize(
             weight,
             factor,
-            bits=bits,
+            bits=settings.bits_of(name),
             group_size=settings.group_size,
             symmetric=settings.symmetric,
             clip_search=settings.clip_search,

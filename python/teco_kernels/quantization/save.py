@@ -18,7 +18,14 @@ from teco_kernels.assets import temporary_folder_beside
 from teco_kernels.decoder.loader import Source
 
 
-def save_model(path: Path, source: Source, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+def save_model(
+    path: Path,
+    source: Source,
+    tensors: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    *,
+    texts: Mapping[str, str] | None = None,
+) -> None:
     """Write a directory with the quantised `tensors` and everything else of `source`.
 
     Parameters
@@ -31,6 +38,8 @@ def save_model(path: Path, source: Source, tensors: Mapping[str, Tensor], settin
         Quantised tensors by full name; ``lm_head.qweight`` and so on when the head is quantised.
     settings : mapping
         Fields of `QuantizationSettings`.
+    texts : mapping of str to str, optional
+        Further files by name.
     """
     quantised = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
     dtype = _dense_dtype(source)
@@ -46,6 +55,8 @@ def save_model(path: Path, source: Source, tensors: Mapping[str, Tensor], settin
         save_file({**dense, **tensors}, out / "model.safetensors", metadata={"format": "pt"})
         _write_json(out / "config.json", _config(source, dtype, quantised, settings))
         source.tokenizer.save(out)
+        for name, text in (texts or {}).items():
+            (out / name).write_text(text, encoding="utf-8")
         # safetensors makes files that only their owner may read.
         shutil.copymode(out / "config.json", out / "model.safetensors")
         os.rename(out, path)
@@ -69,7 +80,7 @@ def _config(source: Source, dtype: torch.dtype, quantised: set[str], settings: M
         "bits": settings["bits"],
         "group_size": settings["group_size"],
         "sym": settings["symmetric"],
-        "desc_act": settings["act_order"],
+        "desc_act": settings["act_order"] is True,  # the other orders leave groups of neighbours
         "damp_percent": settings["dampening"],
         "checkpoint_format": "gptq",
         "meta": {"quantizer": [f"teco_kernels:{__version__}"]},

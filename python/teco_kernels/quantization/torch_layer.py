@@ -25,6 +25,15 @@ STAGES = (
 )
 
 
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """``(out_features, in_features)`` of the linear layers in `STAGES`."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
+    sizes = [*attention, (inner, hidden), (inner, hidden), (hidden, inner)]
+    return dict(zip((name for stage in STAGES for name in stage), sizes, strict=True))
+
+
 @dataclass
 class Activations:
     """Some sequences on their way through a layer.

@@ -1,0 +1,195 @@
+"""Measures what quantisation costs a real model, and writes the table of docs/quality.md.
+
+Each row is made in a process of its own, with one thread unless told otherwise, and remembered in a JSON file of the
+cache folder: whatever interrupts the run, the next one goes on with the rows that are missing.
+
+    python bench/quality.py                              # SmolLM2-135M-Instruct
+    python bench/quality.py --model qwen.gguf --out q.md # any other that the package loads; rows are chosen by its sizes
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import multiprocessing
+import resource
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from teco_kernels.assets import cache_folder, default_model, held_out_text
+from teco_kernels.decoder.loader import Source, load_source
+from teco_kernels.quantization import QuantizationSettings, quantize_model, round_to_nearest
+from teco_kernels.quantization.default import DEFAULT_SETTINGS, QUANTIZER_VERSION
+from teco_kernels.quantization.perplexity import perplexity
+from teco_kernels.quantization.save import save_model
+from teco_kernels.quantization.torch_layer import STAGES
+
+WINDOW, TOKENS = 1024, 8192
+ORDERS = {False: "", True: "act-order", "static_groups": "static groups", "group_aware": "group-aware order"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of quantising. `settings` None: not at all."""
+
+    method: str
+    settings: QuantizationSettings | None = None
+    remark: str = ""
+
+    def key(self, model: Path) -> str:
+        """Of what decides the result; settings that have their default value do not count."""
+        given = asdict(self.settings) if self.settings else {}
+        changed = {name: value for name, value in given.items() if value != getattr(QuantizationSettings(), name)}
+        fields = [model.name, file_bytes(model), QUANTIZER_VERSION, WINDOW, TOKENS, self.method, changed]
+        return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:16]
+
+
+def rows(source: Source, windows: int) -> list[Row]:
+    """The rows of the table, with the largest group size of 128 and 64 that divides all inputs, and with 32."""
+    config = source.config
+    inputs = (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
+    group = next((size for size in (128, 64) if not any(n % size for n in inputs)), 32)
+    rtn = QuantizationSettings(group_size=group, symmetric=False, head_bits=None)
+    gptq = replace(rtn, clip_search=True, dampening=0.05, num_sequences=windows)
+    best = replace(gptq, act_order="group_aware")
+    table = [Row("source")]
+    for bits in (8, 4, 3):
+        table.append(Row("RTN", replace(rtn, bits=bits)))
+        if bits != 8:
+            table.append(Row("RTN", replace(rtn, bits=bits, clip_search=True), "clip search"))
+        table.append(Row("GPTQ", replace(gptq, bits=bits)))
+        if bits != 8:
+            table.append(Row("GPTQ", replace(best, bits=bits)))
+        if bits == 4:
+            table += [Row("GPTQ", replace(gptq, act_order=order)) for order in ("static_groups", True)]
+            eight = {r".*\.v_proj$": 8}
+            table.append(Row("GPTQ", replace(best, layer_bits=eight), "v_proj in 8 bits"))
+    for bits in (4, 3, 2):
+        table.append(Row("RTN", replace(rtn, bits=bits, group_size=32)))
+        table.append(Row("GPTQ", replace(best, bits=bits, group_size=32)))
+    table.append(Row("GPTQ", replace(best, bits=2, group_size=32, refine_sweeps=3), "3 sweeps of refine"))
+    table.append(Row("GPTQ", DEFAULT_SETTINGS, "default model: v_proj and head in 8 bits"))
+    return table
+
+
+def measure(model: Path, row: Row, threads: int, folder: Path) -> dict[str, Any]:
+    """Quantise and measure; to be run in a process of its own, whose peak memory is then that of quantising."""
+    torch.set_num_threads(threads)
+    path, start = model, time.process_time()
+    if row.settings is not None:
+        path = folder / "model"
+        if row.method == "RTN":
+            save_rounded(model, path, row.settings)
+        else:
+            quantize_model(model, path, row.settings, use_tqdm=False)
+    result: dict[str, Any] = {"cpu_seconds": time.process_time() - start, "threads": threads}
+    result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    result["bytes"] = file_bytes(path)
+    result["perplexity"] = perplexity(
+        path, load_source(model).tokenizer.encode(held_out_text())[:TOKENS], window=WINDOW
+    )
+    return result
+
+
+def file_bytes(model: Path) -> int:
+    """Size of the weights."""
+    files = model.glob("*.safetensors") if model.is_dir() else [model]
+    return sum(file.stat().st_size for file in files)
+
+
+def save_rounded(model: Path, path: Path, settings: QuantizationSettings) -> None:
+    """Round every linear layer to nearest."""
+    source = load_source(model)
+    options = {name: getattr(settings, name) for name in ("bits", "group_size", "symmetric", "clip_search")}
+    tensors: dict[str, torch.Tensor] = {}
+    for index in range(source.config.num_layers):
+        for name in (f"model.layers.{index}.{name}" for stage in STAGES for name in stage):
+            rounded = round_to_nearest(source.tensor(f"{name}.weight"), **options)
+            tensors |= {f"{name}.{part}": tensor for part, tensor in rounded.tensors().items()}
+    save_model(path, source, tensors, asdict(settings))
+
+
+def markdown(model: Path, table: list[Row], results: list[dict[str, Any]]) -> str:
+    """The whole document."""
+    base = results[0]["perplexity"]
+    windows = next(row.settings for row in table if row.method == "GPTQ" and row.settings)
+    lines = [
+        "# What quantisation costs",
+        "",
+        f"Made by `make quality` from {model.name}, dequantised: the unquantised model is not to be had from a registry of",
+        "packages, so the source stands for it. A grid like the file's own flatters rounding: Q4_1 has blocks of 32 with",
+        "minima of their own, and groups of 32 here nearly fall on them.",
+        "",
+        f"Perplexity is that of the weights (fp32 arithmetic) on the first {TOKENS} tokens of held-out Wikipedia articles,",
+        f"in windows of {WINDOW}. Calibration: {windows.num_sequences} windows of {windows.sequence_length} tokens from other articles (the default model:",
+        f"{DEFAULT_SETTINGS.num_sequences}); clip search and dampening 0.05. All grids have zero points. The embedding, which is the head as well,",
+        "stays in fp16 but where a row says otherwise; bytes are those of the weights' file.",
+        "",
+        "| method | bits | group | | perplexity | log-perplexity lost | bytes | CPU time | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row, result in zip(table, results, strict=True):
+        loss = math.log(result["perplexity"] / base)
+        cells = [
+            row.method,
+            "",
+            "",
+            "",
+            f"{result['perplexity']:.2f}",
+            f"{loss:.4f}",
+            f"{result['bytes'] / 1e6:.1f} MB",
+        ]
+        cells += [f"{result['cpu_seconds']:.0f} s", f"{result['peak_bytes'] / 1e9:.2f} GB"]
+        if row.settings is None:
+            cells[5] = cells[7] = cells[8] = ""
+        else:
+            remarks = [ORDERS[row.settings.act_order], row.remark]
+            cells[1:4] = [str(row.settings.bits), str(row.settings.group_size), ", ".join(filter(None, remarks))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a .gguf file or an unquantised folder; SmolLM2 without it")
+    parser.add_argument("--windows", type=int, default=16, help="calibration windows of 512 tokens")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cache", type=Path, help="where finished rows are kept")
+    parser.add_argument("--out", type=Path, default=Path("docs/quality.md"))
+    arguments = parser.parse_args()
+    model = arguments.model or default_model()
+    cache = arguments.cache or cache_folder() / "quality.json"
+    known: dict[str, dict[str, Any]] = json.loads(cache.read_text()) if cache.exists() else {}
+    table = rows(load_source(model), arguments.windows)
+    for row in table:
+        key = row.key(model)
+        if key not in known:
+            with tempfile.TemporaryDirectory() as folder, worker() as pool:
+                known[key] = pool.submit(measure, model, row, arguments.threads, Path(folder)).result()
+            partial = cache.with_suffix(".partial")
+            partial.write_text(json.dumps(known, indent=1))
+            partial.replace(cache)
+        print(
+            row.method,
+            row.settings and (row.settings.bits, row.settings.group_size, row.settings.act_order),
+            row.remark,
+        )
+        print("   ", known[key], flush=True)
+    arguments.out.write_text(markdown(model, table, [known[row.key(model)] for row in table]))
+
+
+def worker() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+
+if __name__ == "__main__":
+    main()

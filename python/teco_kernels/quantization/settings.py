@@ -1,0 +1,77 @@
+"""How a whole model is quantised, and whether that fits its sizes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from teco_kernels.decoder.config import ModelConfig
+from teco_kernels.ops.packing import BITS
+from teco_kernels.quantization.gptq import ActOrder, check_options, check_sizes
+from teco_kernels.quantization.torch_layer import linear_shapes
+
+
+@dataclass(frozen=True)
+class QuantizationSettings:
+    """How `quantize_model` quantises; the fields of `gptq_quantize`, the head's own, and the size of the calibration.
+
+    Attributes
+    ----------
+    layer_bits : mapping of str to int
+        Other bits for the layers whose names a regular expression matches from their beginning on (`re.match`); the
+        first that matches counts. Saved as `dynamic` rules.
+    head_bits : int or None
+        Bits of the language-model head, 8 as a rule; None leaves it as it is. The embedding is always left: of its
+        rows a step reads one per token. Where head and embedding are one tensor, a quantised head is written beside it.
+    head_group_size : int
+    num_sequences, sequence_length : int
+        Windows of the calibration text, and their tokens.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    act_order: ActOrder = False
+    dampening: float = 0.01
+    clip_search: bool = False
+    refine_sweeps: int = 0
+    layer_bits: Mapping[str, int] = field(default_factory=dict)
+    head_bits: int | None = 8
+    head_group_size: int = 64
+    num_sequences: int = 64
+    sequence_length: int = 512
+
+    def bits_of(self, name: str) -> int:
+        """Bits of the layer `name`."""
+        return next((bits for rule, bits in self.layer_bits.items() if re.match(rule, name)), self.bits)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise a ValueError that names the setting when a model of these sizes cannot be quantised like this.
+
+        What could fail after hours is found before the first layer is read.
+        """
+        check_options(act_order=self.act_order, dampening=self.dampening, refine_sweeps=self.refine_sweeps)
+        for name in ("num_sequences", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        for rule in self.layer_bits:
+            try:
+                re.compile(rule)
+            except re.error as error:
+                raise ValueError(f"layer_bits: expected a regular expression, got {rule!r}: {error}") from None
+        for index in range(config.num_layers):
+            for short, shape in linear_shapes(config).items():
+                name = f"model.layers.{index}.{short}"
+                try:
+                    check_sizes(*shape, self.bits_of(name), self.group_size)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+        if self.head_bits is None:
+            return
+        if self.head_bits not in BITS:
+            raise ValueError(f"head_bits: expected one of {BITS}, or None to leave the head, got {self.head_bits!r}")
+        try:
+            check_sizes(config.vocab_size, config.hidden_size, self.head_bits, self.head_group_size)
+        except ValueError as error:
+            raise ValueError(f"lm_head: head_{error}" if "group_size:" in str(error) else f"lm_head: {error}") from None
