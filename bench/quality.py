@@ -3,8 +3,8 @@
 Each row is made in a process of its own, with one thread unless told otherwise, and remembered in a JSON file of the
 cache folder: whatever interrupts the run, the next one goes on with the rows that are missing.
 
-    python bench/quality.py                              # SmolLM2-135M-Instruct
-    python bench/quality.py --model qwen.gguf --out q.md # any other that the package loads; rows are chosen by its sizes
+    python bench/quality.py                                 # SmolLM2-135M-Instruct
+    python bench/quality.py --model qwen.gguf --out qwen.md # any other that the package loads
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WINDOW, TOKENS = 1024, 8192
 ORDERS = {False: "", True: "act-order", "static_groups": "static groups", "group_aware": "group-aware order"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One way of quantising. `settings` None: not at all."""
 
@@ -58,26 +58,43 @@ def rows(source: Source, windows: int) -> list[Row]:
     inputs = (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
     group = next((size for size in (128, 64) if not any(n % size for n in inputs)), 32)
     rtn = QuantizationSettings(group_size=group, symmetric=False, head_bits=None)
-    gptq = replace(rtn, clip_search=True, dampening=0.05, num_sequences=windows)
-    best = replace(gptq, act_order="group_aware")
-    table = [Row("source")]
-    for bits in (8, 4, 3):
-        table.append(Row("RTN", replace(rtn, bits=bits)))
-        if bits != 8:
-            table.append(Row("RTN", replace(rtn, bits=bits, clip_search=True), "clip search"))
-        table.append(Row("GPTQ", replace(gptq, bits=bits)))
-        if bits != 8:
-            table.append(Row("GPTQ", replace(best, bits=bits)))
-        if bits == 4:
-            table += [Row("GPTQ", replace(gptq, act_order=order)) for order in ("static_groups", True)]
-            eight = {r".*\.v_proj$": 8}
-            table.append(Row("GPTQ", replace(best, layer_bits=eight), "v_proj in 8 bits"))
-    for bits in (4, 3, 2):
-        table.append(Row("RTN", replace(rtn, bits=bits, group_size=32)))
-        table.append(Row("GPTQ", replace(best, bits=bits, group_size=32)))
-    table.append(Row("GPTQ", replace(best, bits=2, group_size=32, refine_sweeps=3), "3 sweeps of refine"))
-    table.append(Row("GPTQ", DEFAULT_SETTINGS, "default model: v_proj and head in 8 bits"))
-    return table
+    plain = replace(rtn, clip_search=True, dampening=0.05, num_sequences=windows)
+    best = replace(plain, act_order="group_aware", asymmetric=1.0)
+    small = {"group_size": 32}
+    return [
+        Row("source"),
+        Row("RTN", replace(rtn, bits=8)),
+        Row("GPTQ", replace(plain, bits=8)),
+        Row("RTN", rtn),
+        Row("RTN", replace(rtn, clip_search=True)),
+        Row("GPTQ", plain),
+        Row("GPTQ", replace(plain, act_order="static_groups")),
+        Row("GPTQ", replace(plain, act_order=True)),
+        Row("GPTQ", replace(plain, act_order="group_aware")),
+        Row("GPTQ", replace(best, asymmetric=0.5)),
+        Row("GPTQ", best),
+        Row("RTN", replace(rtn, **small)),
+        Row("GPTQ", replace(best, **small)),
+        Row("GPTQ", DEFAULT_SETTINGS, "default model"),
+        Row("RTN", replace(rtn, bits=3)),
+        Row("GPTQ", replace(best, bits=3)),
+        Row("RTN", replace(rtn, bits=3, **small)),
+        Row("GPTQ", replace(best, bits=3, **small)),
+        Row("RTN", replace(rtn, bits=2, **small)),
+        Row("GPTQ", replace(best, bits=2, **small)),
+    ]
+
+
+def remarks(row: Row, settings: QuantizationSettings) -> str:
+    """What sets a row apart from others of its bits and group size."""
+    words = [ORDERS[settings.act_order]]
+    if settings.asymmetric:
+        words.append(f"asymmetric {settings.asymmetric:g}")
+    if row.method == "RTN" and settings.clip_search:
+        words.append("clip search")
+    words += [f"{bits} bits for {rule}" for rule, bits in settings.layer_bits.items()]
+    words += [f"{settings.head_bits}-bit head"] if settings.head_bits else []
+    return ", ".join(filter(None, (row.remark, *words)))
 
 
 def measure(model: Path, row: Row, threads: int, folder: Path) -> dict[str, Any]:
@@ -117,44 +134,36 @@ def save_rounded(model: Path, path: Path, settings: QuantizationSettings) -> Non
     save_model(path, source, tensors, asdict(settings))
 
 
-def markdown(model: Path, table: list[Row], results: list[dict[str, Any]]) -> str:
-    """The whole document."""
-    base = results[0]["perplexity"]
-    windows = next(row.settings for row in table if row.method == "GPTQ" and row.settings)
-    lines = [
-        "# What quantisation costs",
-        "",
-        f"Made by `make quality` from {model.name}, dequantised: the unquantised model is not to be had from a registry of",
-        "packages, so the source stands for it. A grid like the file's own flatters rounding: Q4_1 has blocks of 32 with",
-        "minima of their own, and groups of 32 here nearly fall on them.",
-        "",
-        f"Perplexity is that of the weights (fp32 arithmetic) on the first {TOKENS} tokens of held-out Wikipedia articles,",
-        f"in windows of {WINDOW}. Calibration: {windows.num_sequences} windows of {windows.sequence_length} tokens from other articles (the default model:",
-        f"{DEFAULT_SETTINGS.num_sequences}); clip search and dampening 0.05. All grids have zero points. The embedding, which is the head as well,",
-        "stays in fp16 but where a row says otherwise; bytes are those of the weights' file.",
-        "",
-        "| method | bits | group | | perplexity | log-perplexity lost | bytes | CPU time | peak memory |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row, result in zip(table, results, strict=True):
-        loss = math.log(result["perplexity"] / base)
-        cells = [
-            row.method,
-            "",
-            "",
-            "",
-            f"{result['perplexity']:.2f}",
-            f"{loss:.4f}",
-            f"{result['bytes'] / 1e6:.1f} MB",
-        ]
-        cells += [f"{result['cpu_seconds']:.0f} s", f"{result['peak_bytes'] / 1e9:.2f} GB"]
-        if row.settings is None:
-            cells[5] = cells[7] = cells[8] = ""
-        else:
-            remarks = [ORDERS[row.settings.act_order], row.remark]
-            cells[1:4] = [str(row.settings.bits), str(row.settings.group_size), ", ".join(filter(None, remarks))]
+def markdown(model: Path, table: list[Row], results: dict[Row, dict[str, Any]]) -> str:
+    """The whole document, with the rows that there are."""
+    first = next(row.settings for row in table if row.method == "GPTQ" and row.settings)
+    text = f"""# What quantisation costs
+
+Made by `make quality` from {model.name}, dequantised: no registry of packages holds the
+unquantised model, so the file stands for it. A grid like the file's own flatters rounding: Q4_1 has blocks of 32
+with minima of their own, and groups of 32 here nearly fall on them.
+
+Perplexity is that of the weights (fp32 arithmetic) on the first {TOKENS} tokens of held-out Wikipedia articles, in
+windows of {WINDOW}. Calibration: {first.num_sequences} windows of {first.sequence_length} tokens from other articles
+({DEFAULT_SETTINGS.num_sequences} for the default model). All grids have zero points, and those of GPTQ are chosen by
+clip search; its dampening is 0.05. Embedding and head stay in fp16 where nothing else is said. Groups of 128 do not
+divide the 576 inputs of SmolLM2. MB are those of the file of weights; CPU time and peak memory are those of
+quantising, with one thread unless more are named.
+
+| method | bits | group | | perplexity | log-perplexity lost | MB | CPU time | peak memory |
+|---|---|---|---|---|---|---|---|---|
+"""
+    lines = []
+    for row, result in results.items():
+        cells = [row.method, *[""] * 3, f"{result['perplexity']:.2f}", "", f"{result['bytes'] / 1e6:.1f}", "", ""]
+        if row.settings is not None:
+            loss = math.log(result["perplexity"] / results[table[0]]["perplexity"])
+            cells[1:4] = [str(row.settings.bits), str(row.settings.group_size), remarks(row, row.settings)]
+            cells[5] = f"{loss:.4f}"
+            threads = "" if result["threads"] == 1 else f", {result['threads']} threads"
+            cells[7:] = [f"{result['cpu_seconds']:.0f} s{threads}", f"{result['peak_bytes'] / 1e9:.2f} GB"]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return text + "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -170,7 +179,7 @@ def main() -> None:
     cache = arguments.cache or cache_folder() / "quality.json"
     known: dict[str, dict[str, Any]] = json.loads(cache.read_text()) if cache.exists() else {}
     table = rows(load_source(model), arguments.windows)
-    for row in table:
+    for row in sorted(table, key=lambda row: row.method == "GPTQ"):  # those that take seconds first
         key = row.key(model)
         if key not in known:
             with tempfile.TemporaryDirectory() as folder, worker() as pool:
@@ -178,13 +187,10 @@ def main() -> None:
             partial = cache.with_suffix(".partial")
             partial.write_text(json.dumps(known, indent=1))
             partial.replace(cache)
-        print(
-            row.method,
-            row.settings and (row.settings.bits, row.settings.group_size, row.settings.act_order),
-            row.remark,
-        )
-        print("   ", known[key], flush=True)
-    arguments.out.write_text(markdown(model, table, [known[row.key(model)] for row in table]))
+        results = {row: known[key] for row in table if (key := row.key(model)) in known}
+        arguments.out.write_text(markdown(model, table, results), encoding="utf-8")
+        name = f"{row.settings.bits} bits, {remarks(row, row.settings)}" if row.settings else ""
+        print(f"{row.method} {name}: perplexity {known[row.key(model)]['perplexity']:.3f}", flush=True)
 
 
 def worker() -> ProcessPoolExecutor:

@@ -1,4 +1,4 @@
-"""What a quantizer learns from text: windows of tokens, and the Hessian of each linear layer's inputs."""
+"""What a quantizer learns from text: windows of tokens, the Hessian of each linear layer's inputs, and their drift."""
 
 from __future__ import annotations
 
@@ -45,3 +45,22 @@ class Hessian:
         """float64 ``[in_features, in_features]``."""
         lower = self._sum.tril()
         return (lower + lower.tril(-1).t()) * (2 / max(self._rows, 1))
+
+
+class Drift:
+    """Mean of ``2 (x' - x) x^T`` over rows x and what they were, x', before layers ahead of them were quantised."""
+
+    def __init__(self, in_features: int) -> None:
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float64)
+        self._rows = 0
+
+    def add(self, original: Tensor, x: Tensor) -> None:
+        """Add the rows of ``[..., in_features]``."""
+        originals, now = (t.reshape(-1, t.shape[-1]).float().split(_TOKENS_AT_ONCE) for t in (original, x))
+        for before, rows in zip(originals, now, strict=True):
+            self._sum += (before - rows).t() @ rows
+            self._rows += len(rows)
+
+    def matrix(self) -> Tensor:
+        """float64 ``[in_features, in_features]``."""
+        return self._sum * (2 / max(self._rows, 1))

@@ -130,6 +130,26 @@ class HessianFactor:
         """The order of inputs in which those of a group stand side by side, int64 ``[in_features]``."""
         return self.order if self.act_order is True else torch.arange(len(self.order))
 
+    def correction(self, drift: Tensor) -> Tensor:
+        """The matrix C for which ``W + W C`` gives on inputs x, as nearly as it can, what W gives on their originals.
+
+        The least squares of ``||W X' - W' X||``: ``C = D H^-1`` with the drift D. Quantising W' then is quantising W
+        against the outputs that it had, and not only those that it has now.
+
+        Parameters
+        ----------
+        drift : Tensor
+            float64 ``[in_features, in_features]``, the mean of ``2 (x' - x) x^T``, in the scale of the Hessian.
+
+        References
+        ----------
+        Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", arXiv 2504.02692 (the
+        aim, reached there within the sweep); Arai and Ichikawa, "Quantization Error Propagation: Revisiting Layer-Wise
+        Post-Training Quantization", arXiv 2504.09629 (this form of it).
+        """
+        ordered = drift[:, self.order] @ self.upper.t() @ self.upper
+        return torch.empty_like(ordered).index_copy_(1, self.order, ordered)
+
     def damped(self) -> Tensor:
         """The damped Hessian in the order of `layout`."""
         return _damped(self.hessian, self.dead, self.layout, self.dampening)

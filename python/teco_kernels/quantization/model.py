@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from teco_kernels.decoder.loader import Source, load_source
 from teco_kernels.ops.rope import cos_sin_cache
-from teco_kernels.quantization.calibration import Hessian, token_windows
+from teco_kernels.quantization.calibration import Drift, Hessian, token_windows
 from teco_kernels.quantization.gptq import GPTQTensors, HessianFactor, gptq_quantize
 from teco_kernels.quantization.report import REPORT_NAME, LayerReport, to_json
 from teco_kernels.quantization.save import save_model
@@ -125,11 +125,13 @@ def _parts(
     embedding = source.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
     batches = [Activations(F.embedding(ids, embedding).float()) for ids in windows.split(_SEQUENCES_AT_ONCE)]
     del embedding
+    originals = list(batches) if settings.asymmetric else []  # what the unquantised model makes of the same tokens
     for index in range(config.num_layers):
         layer = TorchLayer(config, index, read_linear, read_tensor, cos_sin)
+        original = layer.copy()
         part = finished.read(f"layer-{index}")
         if part is None:
-            part = _record(_quantise_layer(layer, batches, settings), bar)
+            part = _record(_quantise_layer(layer, batches, original, originals, settings), bar)
             finished.write(f"layer-{index}", part)
         else:
             # The residual stream is computed by the same operations as before, and gets the bits that it had.
@@ -137,6 +139,8 @@ def _parts(
                 layer.weights[name] = part.quantised(layer.prefix + name).dequantize()
             for place, batch in enumerate(batches):
                 batches[place] = Activations(layer(batch.hidden))
+            for place, batch in enumerate(originals):
+                originals[place] = Activations(original(batch.hidden))
             _skip(part, bar)
         yield part
     if settings.head_bits is not None:
@@ -173,9 +177,17 @@ def _skip(part: Part, bar: tqdm) -> None:
 
 
 def _quantise_layer(
-    layer: TorchLayer, batches: list[Activations], settings: QuantizationSettings
+    layer: TorchLayer,
+    batches: list[Activations],
+    original: TorchLayer,
+    originals: list[Activations],
+    settings: QuantizationSettings,
 ) -> Iterator[tuple[str, GPTQTensors]]:
-    """Names and tensors of a layer's matrices. Its weights are overwritten, its inputs turned into its outputs."""
+    """Names and tensors of a layer's matrices. Its weights are overwritten, its inputs turned into its outputs.
+
+    `original` and `originals` are the same before any quantisation, for asymmetric calibration; the latter empty when
+    there is none.
+    """
     for stage, names in enumerate(STAGES):
         hessian = Hessian(layer.weights[names[0]].shape[1])
         for batch in batches:
@@ -186,6 +198,15 @@ def _quantise_layer(
             dampening=settings.dampening,
             group_size=settings.group_size,
         )
+        if originals:
+            drift = Drift(len(factor.order))
+            for batch, before in zip(batches, originals, strict=True):
+                drift.add(original.stage_input(stage, before), layer.stage_input(stage, batch))
+            correction = factor.correction(drift.matrix()).mul_(settings.asymmetric).float()
+            for name in names:
+                layer.weights[name] = layer.weights[name] + layer.weights[name] @ correction
+            for place, batch in enumerate(originals):
+                originals[place] = original.advance(stage, batch)
         for name in names:
             quantised = _quantise(layer.prefix + name, layer.weights[name], factor, settings)
             layer.weights[name] = quantised.dequantize()

@@ -18,6 +18,10 @@ class QuantizationSettings:
 
     Attributes
     ----------
+    asymmetric : float
+        From 0 to 1: how much of what quantising the layers before has done to a layer's inputs its weights are to make
+        up for before they are quantised themselves, see `HessianFactor.correction`. Above 0, the activations of the
+        unquantised model are computed too. A layer's reported errors are then those against its corrected weight.
     layer_bits : mapping of str to int
         Other bits for the layers whose names a regular expression matches from their beginning on (`re.match`); the
         first that matches counts. Saved as `dynamic` rules.
@@ -36,6 +40,7 @@ class QuantizationSettings:
     dampening: float = 0.01
     clip_search: bool = False
     refine_sweeps: int = 0
+    asymmetric: float = 0.0
     layer_bits: Mapping[str, int] = field(default_factory=dict)
     head_bits: int | None = 8
     head_group_size: int = 64
@@ -52,6 +57,8 @@ class QuantizationSettings:
         What could fail after hours is found before the first layer is read.
         """
         check_options(act_order=self.act_order, dampening=self.dampening, refine_sweeps=self.refine_sweeps)
+        if not 0 <= self.asymmetric <= 1:
+            raise ValueError(f"asymmetric: expected 0 to 1, got {self.asymmetric}")
         for name in ("num_sequences", "sequence_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")

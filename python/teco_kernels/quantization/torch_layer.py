@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -90,6 +91,12 @@ class TorchLayer:
         self._norms = {name: read_tensor(f"{self.prefix}{name}.weight") for name in norms}
         self._cos, self._sin = cos_sin.chunk(2, dim=-1)
         self._mask = _attention_mask(len(cos_sin), config.sliding_windows[index])
+
+    def copy(self) -> TorchLayer:
+        """The same layer, to keep while weights of this one are replaced."""
+        other = copy.copy(self)
+        other.weights = dict(self.weights)
+        return other
 
     def stage_input(self, stage: int, activations: Activations) -> Tensor:
         """Input of the stage's linear layers, ``[sequences, length, in_features]``."""
