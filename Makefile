@@ -27,6 +27,9 @@ verify: $(VENV)/.installed ## hold every operator against its reference on this 
 bench: $(VENV)/.test-tools ## time every operator beside the machine's measured ceilings
 	$(BIN)/teco-kernels bench --json bench.json --png bench.png
 
+quality: $(VENV)/.test-tools ## quantise the small model in many ways and measure what each costs (docs/quality.md)
+	$(BIN)/python bench/quality.py
+
 lint: $(VENV)/.lint-tools ## ruff, mypy, clang-format: report only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,4 +61,4 @@ $(VENV)/.lint-tools: $(VENV)/.test-tools
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
 
-.PHONY: help demo test verify bench lint format clean
+.PHONY: help demo test verify bench quality lint format clean

@@ -73,6 +73,7 @@ def rows(source: Source, windows: int) -> list[Row]:
         Row("GPTQ", replace(plain, act_order="group_aware")),
         Row("GPTQ", replace(best, asymmetric=0.5)),
         Row("GPTQ", best),
+        Row("GPTQ", replace(best, num_sequences=128), "128 windows"),
         Row("RTN", replace(rtn, **small)),
         Row("GPTQ", replace(best, **small)),
         Row("GPTQ", DEFAULT_SETTINGS, "default model"),

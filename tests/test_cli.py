@@ -264,14 +264,46 @@ def test_quantize_sums_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         calls.append((settings, calibration))
         out.mkdir()
         (out / "model.safetensors").write_bytes(bytes(1024))
-        return [LayerReport("a", 0.01, 0.02, 0.01), LayerReport("b", 0.03, 0.06, 0.01)]
+        kinds = {"q_proj": 0.01, "down_proj": 0.03}
+        layers = [LayerReport(f"model.layers.7.mlp.{name}", e, 2 * e, 0.05, 4, 1.5) for name, e in kinds.items()]
+        return [*layers, LayerReport("lm_head", 0.0025, 0.01, 0.01, 8, 1.0)]
 
     monkeypatch.setattr("teco_kernels.quantization.quantize_model", quantize_model)
     source, text = tmp_path / "model.gguf", tmp_path / "text"
     source.write_bytes(bytes(4096))
     text.write_text("Some text.")
     arguments = ["--group-size", "64", "--head-bits", "0", "--no-symmetric", "--calibration", str(text)]
+    arguments += ["--act-order", "group_aware", "--layer-bits", ".*v=x=8", "--asymmetric", "0.5", "--clip-search"]
+    arguments += ["--png", str(tmp_path / "errors.png"), "--dampening", "0.05"]
     output = run("quantize", str(source), str(tmp_path / "out"), *arguments).stdout
-    assert calls == [(QuantizationSettings(group_size=64, head_bits=None, symmetric=False), "Some text.")]
-    for text_part in ("1 KiB", "was 4 KiB", "mean error of their outputs 2.00%, by rounding alone 4.00%", "3.00%"):
+    settings = QuantizationSettings(
+        group_size=64,
+        head_bits=None,
+        symmetric=False,
+        act_order="group_aware",
+        layer_bits={".*v=x": 8},
+        asymmetric=0.5,
+        clip_search=True,
+        dampening=0.05,
+    )
+    assert calls == [(settings, "Some text.")]
+    texts = ["1 KiB", "was 4 KiB", "3.00%"]
+    for text_part in (*texts, "lm_head: 0.25%, 25% of rounding, 1.0 s", "7       1.0%   3.0%           50%"):
         assert text_part in output
+    assert (tmp_path / "errors.png").stat().st_size > 1000
+    assert calls.clear() is None
+    assert run("quantize", str(source), str(tmp_path / "plain")).exit_code == 0
+    assert calls == [(QuantizationSettings(), None)]
+
+
+def test_quantize_refuses_rules_and_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = tmp_path / "model.gguf"
+    source.write_bytes(b"")
+    result = run("quantize", str(source), "out", "--layer-bits", "v_proj", code=2)
+    assert "--layer-bits: expected REGEX=BITS, got 'v_proj'" in result.stderr
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("teco_kernels.quantization.quantize_model", interrupt)
+    assert "the same command goes on" in run("quantize", str(source), "out", code=130).stderr

@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import models, pre_tokenizers
 
+from teco_kernels.assets import calibration_text
 from teco_kernels.decoder.loader import load_source
 from teco_kernels.decoder.tokenizer import Tokenizer
 from teco_kernels.decoder.weights import WeightLoader
 from teco_kernels.ops import GPTQWeight
 from teco_kernels.ops.packing import BITS, pack_rows, pack_zeros, unpack_rows, unpack_zeros
+from teco_kernels.ops.rope import cos_sin_cache
 from teco_kernels.quantization import (
     HessianFactor,
     LayerReport,
@@ -33,12 +35,13 @@ from teco_kernels.quantization import (
     quantize_model,
     round_to_nearest,
 )
-from teco_kernels.quantization.calibration import Hessian, token_windows
+from teco_kernels.quantization.calibration import Drift, Hessian, token_windows
 from teco_kernels.quantization.gptq import ActOrder
 from teco_kernels.quantization.grid import fit_grid
 from teco_kernels.quantization.perplexity import perplexity
 from teco_kernels.quantization.refine import refine
 from teco_kernels.quantization.report import REPORT_NAME, by_layer, draw
+from teco_kernels.quantization.torch_layer import STAGES, Activations, TorchLayer
 from teco_kernels.quantization.unfinished import Part, fingerprint, unfinished
 
 ORDERS: tuple[ActOrder, ...] = (False, True, "static_groups", "group_aware")
@@ -455,6 +458,65 @@ def test_refuses(changes: dict[str, Any], message: str) -> None:
         gptq_quantize(**arguments)
 
 
+@pytest.mark.parametrize("zero_point_format", ["v1", "v2"])
+@pytest.mark.parametrize("bits", BITS)
+def test_operators_read_the_ends_of_zero_points(bits: int, zero_point_format: Any) -> None:
+    """v2 holds 0 to ``2**bits - 1``, v1 one more of each; no field takes from its neighbour or gives to it."""
+    first = 1 if zero_point_format == "v1" else 0
+    zeros = torch.tensor([[first, 2**bits - 1 + first] * 16, [2**bits - 1 + first, first] * 16])
+    codes = torch.arange(64 * 32).view(64, 32).mul(7).remainder(2**bits).to(torch.uint8)
+    scales = torch.full((2, 32), 0.5).half()
+    weight = GPTQWeight.from_checkpoint(
+        pack_rows(codes, bits),
+        pack_zeros(zeros, bits, zero_point_format),
+        scales,
+        bits=bits,
+        zero_point_format=zero_point_format,
+    )
+    expected = 0.5 * (codes.float() - zeros.repeat_interleave(32, 0))
+    assert torch.equal(weight.dequantize(), expected)
+
+
+# Real layers
+
+
+@pytest.fixture(scope="module")
+def real_layers(default_gguf: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Weights of two layers of SmolLM2, and the Hessians of their inputs on 1024 tokens of Wikipedia."""
+    source = load_source(default_gguf)
+    config, found = source.config, []
+    cos_sin = cos_sin_cache(config.head_dim, 256, config.rope_theta, config.rope_scaling)
+    ids = token_windows(source.tokenizer.encode(calibration_text()[:20_000]), 4, 256)
+    with torch.inference_mode():
+        batch = Activations(source.tensor("model.embed_tokens.weight").float()[ids])
+        for index in range(3):
+            layer = TorchLayer(
+                config, index, lambda name: (source.tensor(f"{name}.weight"), None), source.tensor, cos_sin
+            )
+            for stage, names in enumerate(STAGES):
+                hessian = Hessian(layer.weights[names[0]].shape[1])
+                hessian.add(layer.stage_input(stage, batch))
+                if index in (0, 2):
+                    found.append((layer.weights[names[-1]], hessian.matrix()))
+                batch = layer.advance(stage, batch)
+    return found
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(("bits", "act_order"), [(4, False), (3, "group_aware"), (2, "static_groups"), (8, True)])
+def test_real_layers(bits: int, act_order: ActOrder, real_layers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for weight, hessian in real_layers:
+        weight = weight[:192]
+        options: dict[str, Any] = {"bits": bits, "group_size": 64, "symmetric": False}
+        rounded = squared_error(weight, round_to_nearest(weight, **options).dequantize(), hessian)
+        factor = HessianFactor.from_hessian(hessian, act_order=act_order, group_size=64)
+        quantised, again = (gptq_quantize(weight, factor, block_size=size, **options) for size in (64, 48))
+        if act_order is not True:
+            assert squared_error(weight, quantised.dequantize(), hessian) < 0.7 * rounded
+        assert quantised.error < 0.85 * quantised.rounding_error
+        assert torch.equal(again.qweight, quantised.qweight)
+
+
 # Calibration
 
 
@@ -474,6 +536,22 @@ def test_hessian_is_a_mean() -> None:
         hessian.add(part)
     rows = x.view(-1, 8).double()
     assert torch.allclose(hessian.matrix(), 2 / 150 * rows.t() @ rows, rtol=1e-5)
+
+
+@pytest.mark.parametrize("act_order", ORDERS)
+def test_correction_is_least_squares(act_order: ActOrder) -> None:
+    """With all of it applied, and no dampening to speak of, what is left of the drift has nothing to do with x."""
+    generator = torch.Generator().manual_seed(0)
+    originals = torch.randn(300, 32, generator=generator)
+    x = originals + 0.3 * torch.randn(300, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
+    weight = torch.randn(8, 32, generator=generator).double()
+    hessian, drift = Hessian(32), Drift(32)
+    hessian.add(x)
+    drift.add(originals, x)
+    factor = HessianFactor.from_hessian(hessian.matrix(), act_order=act_order, dampening=1e-9, group_size=8)
+    corrected = weight + weight @ factor.correction(drift.matrix())
+    expected = torch.linalg.lstsq(x.double(), originals.double() @ weight.t()).solution.t()
+    assert torch.allclose(corrected, expected, rtol=1e-4, atol=1e-4)
 
 
 # Whole models
@@ -562,8 +640,9 @@ def test_forward_pass_is_that_of_transformers(tmp_path: Path, family: str) -> No
         {"bits": 8, "group_size": -1},
         {"bits": 2, "act_order": "group_aware", "refine_sweeps": 1},
         {"bits": 3, "act_order": "static_groups"},
+        {"asymmetric": 0.5},
     ],
-    ids=["default", "dense_head", "all_options", "8bit", "group_aware", "static_groups"],
+    ids=["default", "dense_head", "all_options", "8bit", "group_aware", "static_groups", "asymmetric"],
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_model_end_to_end(tmp_path: Path, changes: dict[str, Any], tied: bool) -> None:
@@ -642,15 +721,18 @@ def test_text_is_tokenised_with_the_model(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+KILLED = replace(TINY, asymmetric=0.5)
+
+
 def test_goes_on_after_being_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a signal that no process can catch, in the middle of the second layer."""
     path, out = tiny_model(tmp_path / "model"), tmp_path / "out"
-    quantize_model(path, tmp_path / "whole", TINY, calibration=tokens(1000), use_tqdm=False)
+    quantize_model(path, tmp_path / "whole", KILLED, calibration=tokens(1000), use_tqdm=False)
     script = f"""
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
-from test_quantization import TINY, tokens
+from test_quantization import KILLED, tokens
 from teco_kernels.quantization import model, quantize_model
 
 torch.set_num_threads({torch.get_num_threads()})
@@ -660,7 +742,7 @@ def kill_at_last(name, *arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return quantise(name, *arguments)
 model._quantise = kill_at_last
-quantize_model({str(path)!r}, {str(out)!r}, TINY, calibration=tokens(1000), use_tqdm=False)
+quantize_model({str(path)!r}, {str(out)!r}, KILLED, calibration=tokens(1000), use_tqdm=False)
 """
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr
@@ -676,7 +758,7 @@ quantize_model({str(path)!r}, {str(out)!r}, TINY, calibration=tokens(1000), use_
         return quantise(name, *arguments)
 
     monkeypatch.setattr(model, "_quantise", watch)
-    other = replace(TINY, symmetric=False)  # not the same run: nothing is taken over, nothing taken away
+    other = replace(KILLED, symmetric=False)  # not the same run: nothing is taken over, nothing taken away
 
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -688,7 +770,7 @@ quantize_model({str(path)!r}, {str(out)!r}, TINY, calibration=tokens(1000), use_
     assert len(made) == 15
     assert not out.exists()
     made.clear()
-    reports = quantize_model(path, out, TINY, calibration=tokens(1000), use_tqdm=False)
+    reports = quantize_model(path, out, KILLED, calibration=tokens(1000), use_tqdm=False)
     assert len(made) == 8
     assert all("layers.0" not in name for name in made)
     assert len(reports) == 15
@@ -754,6 +836,7 @@ def test_report(tmp_path: Path) -> None:
         ({"layer_bits": {"(": 4}}, r"layer_bits: expected a regular expression, got '\('"),
         ({"act_order": "yes"}, "act_order: expected one of"),
         ({"dampening": 2.0}, "dampening: expected 0 to 1, got 2"),
+        ({"asymmetric": -0.5}, "asymmetric: expected 0 to 1, got -0.5"),
         ({"num_sequences": 0}, "num_sequences: expected a positive number, got 0"),
         ({"head_bits": 5}, "head_bits: expected one of .*, or None to leave the head, got 5"),
         ({"head_group_size": 48}, "lm_head: head_group_size: expected -1 or a divisor of 64 input features, got 48"),

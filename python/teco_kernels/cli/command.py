@@ -86,6 +86,15 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def check_picture(file: Path | None) -> None:
+    """As `check_folders`, and ValueError when pictures cannot be drawn."""
+    from importlib.util import find_spec
+
+    if file and find_spec("matplotlib") is None:
+        raise ValueError("--png: matplotlib is not installed: pip install 'teco_kernels[bench]'")
+    check_folders(file)
+
+
 def check_folders(*files: Path | None) -> None:
     """FileNotFoundError for a file whose folder is missing: before minutes of work, not after."""
     for file in files:

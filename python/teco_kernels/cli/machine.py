@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from teco_kernels.cli.command import Threads, UsageError, app, check_folders, set_threads
+from teco_kernels.cli.command import Threads, UsageError, app, check_folders, check_picture, set_threads
 
 if TYPE_CHECKING:
     from teco_kernels.testing import Case
@@ -89,15 +89,12 @@ def bench(
     png_file: Annotated[Path | None, typer.Option("--png", help="Also draw the roofline; needs matplotlib.")] = None,
 ) -> None:
     """Time the operators from cold caches, beside the machine's measured ceilings."""
-    from importlib.util import find_spec
-
     from teco_kernels.cli import tables
     from teco_kernels.testing import bench as benchmark
     from teco_kernels.testing import machine
 
-    if png_file and find_spec("matplotlib") is None:
-        raise ValueError("--png: matplotlib is not installed: pip install 'teco_kernels[bench]'")
-    check_folders(json_file, png_file)
+    check_folders(json_file)
+    check_picture(png_file)
     cases = [case for case in _chosen_cases(operator) if case.benchmark]
     if quick:
         cases = list({case.operator: case for case in reversed(cases)}.values())[::-1]

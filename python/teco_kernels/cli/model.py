@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from teco_kernels.cli.command import Threads, app, report_error, set_threads
+from teco_kernels.cli.command import Threads, UsageError, app, check_picture, report_error, set_threads
 
 if TYPE_CHECKING:
     from teco_kernels.decoder.llm import LLM
@@ -185,33 +185,56 @@ def quantize(
     bits: Annotated[int, typer.Option(help="Bits of a weight: 2, 3, 4 or 8.")] = 4,
     group_size: Annotated[int, typer.Option(help="Inputs that share a scale.")] = 128,
     symmetric: Annotated[bool, typer.Option(help="One zero point for all.")] = True,
-    act_order: Annotated[bool, typer.Option("--act-order", help="Quantise the largest activations first.")] = False,
+    act_order: Annotated[
+        Literal["none", "full", "static_groups", "group_aware"],
+        typer.Option(help="Quantise the largest activations first; all but full keep neighbours in a group."),
+    ] = "none",
+    clip_search: Annotated[bool, typer.Option("--clip-search", help="Try narrower grids too.")] = False,
+    dampening: Annotated[float, typer.Option(help="Added to the Hessian's diagonal, as a share of its mean.")] = 0.01,
+    asymmetric: Annotated[
+        float, typer.Option(help="From 0 to 1: how much of the error of earlier layers a layer makes up for.")
+    ] = 0.0,
+    refine_sweeps: Annotated[int, typer.Option(help="Passes over the codes after GPTQ.")] = 0,
+    layer_bits: Annotated[
+        list[str] | None, typer.Option(help="REGEX=BITS for the layers it matches; may be given several times.")
+    ] = None,
     head_bits: Annotated[int, typer.Option(help="Bits of the language-model head; 0 leaves it as it is.")] = 8,
     calibration: Annotated[
         Path | None, typer.Option(help="A text like that which the model will see; Wikipedia articles otherwise.")
     ] = None,
     num_sequences: Annotated[int, typer.Option(min=1, help="Windows of that text to look at.")] = 64,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 512,
+    png_file: Annotated[Path | None, typer.Option("--png", help="Also draw the errors; needs matplotlib.")] = None,
     threads: Threads = None,
 ) -> None:
-    """Quantise a model with GPTQ."""
+    """Quantise a model with GPTQ. Interrupted, the same command goes on where it was."""
     from teco_kernels.cli import tables
-    from teco_kernels.quantization import QuantizationSettings, quantize_model
+    from teco_kernels.quantization import QuantizationSettings, quantize_model, report
 
     if not source.exists():
         raise FileNotFoundError(2, "No such file or directory", str(source))
+    check_picture(png_file)
     text = None if calibration is None else _read_text(calibration)
     set_threads(threads)
     settings = QuantizationSettings(
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
-        act_order=act_order,
+        act_order={"none": False, "full": True}.get(act_order, act_order),  # type: ignore[arg-type]
+        clip_search=clip_search,
+        dampening=dampening,
+        asymmetric=asymmetric,
+        refine_sweeps=refine_sweeps,
+        layer_bits=dict(map(_rule, layer_bits or ())),
         head_bits=head_bits or None,
         num_sequences=num_sequences,
         sequence_length=sequence_length,
     )
-    layers = quantize_model(source, out, settings, calibration=text)
+    try:
+        layers = quantize_model(source, out, settings, calibration=text)
+    except KeyboardInterrupt:
+        typer.echo("\nteco-kernels: interrupted; the same command goes on with the layer that it was at", err=True)
+        raise
     worst = max(layers, key=lambda layer: layer.error)
     mean, rounding = (sum(getattr(layer, n) for layer in layers) / len(layers) for n in ("error", "rounding_error"))
     before, after = (sum(f.stat().st_size for f in _files(path)) for path in (source, out))
@@ -221,7 +244,11 @@ def quantize(
         ("worst", f"{worst.error:.2%}", worst.name),
         ("written to", str(out), ""),
     ]
-    Console().print(tables.run_table(rows))
+    console = Console()
+    console.print(tables.quantization_table(layers), tables.run_table(rows))
+    if png_file:
+        report.draw(layers, f"{source.name}, {bits} bits, groups of {group_size}", png_file)
+        console.print(f"picture: {png_file}", highlight=False, markup=False)
 
 
 @app.command()
@@ -289,6 +316,14 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text: {error}") from None
+
+
+def _rule(text: str) -> tuple[str, int]:
+    """The two sides of REGEX=BITS."""
+    rule, _, bits = text.rpartition("=")
+    if not rule or not bits.isdecimal():
+        raise UsageError(f"--layer-bits: expected REGEX=BITS, got {text!r}")
+    return rule, int(bits)
 
 
 def _files(path: Path) -> list[Path]:

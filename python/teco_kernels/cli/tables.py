@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -15,6 +15,9 @@ from teco_kernels.ops.support import BACKENDS, operators, supports
 from teco_kernels.testing.bench import Timing
 from teco_kernels.testing.case import TOLERANCE, CaseResult, short_dtype
 from teco_kernels.testing.ceilings import Ceilings
+
+if TYPE_CHECKING:
+    from teco_kernels.quantization.report import LayerReport
 
 _STYLE: dict[str, Any] = {"box": SIMPLE_HEAD, "title_justify": "left", "title_style": "bold", "caption_justify": "left"}
 _LABELS = {"teco_kernels": "teco_kernels", "l3_bytes": "last-level cache", "memory_bytes": "memory"}
@@ -124,6 +127,30 @@ def bench_table(timings: Iterable[Timing], ceilings: Ceilings) -> Table:
         f"fp32 {ceilings.fp32 / 1e9:.0f} Gop/s, 8-bit {ceilings.int8 / 1e9:.0f} Gop/s; a multiply-add is two. "
         "GB/s count what must move at the least. Memory is read before it is written: who writes much stays below 100%."
     )
+    return table
+
+
+def quantization_table(reports: Iterable[LayerReport]) -> Table:
+    """Per layer: the error of each matrix's output, what it is of that of rounding, dampening, time."""
+    from teco_kernels.quantization.report import by_layer
+
+    layers = by_layer(reports)
+    kinds = list(dict.fromkeys(kind for row in layers.values() for kind in row if kind))
+    table = Table("layer", title="Errors of the outputs", **_STYLE)
+    for name in (*(kind.removesuffix("_proj") for kind in kinds), "of rounding", "dampening", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    captions = []
+    for layer, row in layers.items():
+        members = list(row.values())
+        ratio = sum(member.ratio for member in members) / len(members)
+        if "" in row:
+            captions.append(f"{layer}: {row[''].error:.2%}, {ratio:.0%} of rounding, {row[''].seconds:.1f} s")
+            continue
+        errors = (f"{row[kind].error:.1%}" if kind in row else "" for kind in kinds)
+        dampening = max(member.dampening for member in members)
+        seconds = sum(member.seconds for member in members)
+        table.add_row(layer, *errors, f"{ratio:.0%}", f"{dampening:g}", f"{seconds:.1f}")
+    table.caption = escape("\n".join(captions))
     return table
 
 

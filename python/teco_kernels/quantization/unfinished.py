@@ -83,7 +83,7 @@ def unfinished(out_path: Path, key: str) -> Iterator[FinishedParts]:
     """The finished parts of the runs that make `out_path`, and that `fingerprint` gave `key`.
 
     They lie in a hidden folder beside it, which goes when the block is left without an exception: all of it, what
-    runs with other settings left included.
+    runs with other settings left included. With an exception it stays, unless nothing is finished yet.
 
     Raises
     ------
@@ -100,5 +100,10 @@ def unfinished(out_path: Path, key: str) -> Iterator[FinishedParts]:
             raise ValueError(f"{out_path}: another process is making it") from None
         if out_path.exists():
             raise ValueError(f"{out_path}: exists already")
-        yield FinishedParts(finished)
+        try:
+            yield FinishedParts(finished)
+        except BaseException:
+            if not any(folder.rglob("*.safetensors")):
+                shutil.rmtree(folder)
+            raise
         shutil.rmtree(folder)
