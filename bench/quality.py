@@ -93,7 +93,7 @@ def remarks(row: Row, settings: QuantizationSettings) -> str:
         words.append(f"asymmetric {settings.asymmetric:g}")
     if row.method == "RTN" and settings.clip_search:
         words.append("clip search")
-    words += [f"{bits} bits for {rule}" for rule, bits in settings.layer_bits.items()]
+    words += [f"{bits} bits for `{rule}`" for rule, bits in settings.layer_bits.items()]
     words += [f"{settings.head_bits}-bit head"] if settings.head_bits else []
     return ", ".join(filter(None, (row.remark, *words)))
 
