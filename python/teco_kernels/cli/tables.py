@@ -136,8 +136,8 @@ def quantization_table(reports: Iterable[LayerReport]) -> Table:
 
     layers = by_layer(reports)
     kinds = list(dict.fromkeys(kind for row in layers.values() for kind in row if kind))
-    table = Table("layer", title="Errors of the outputs", **_STYLE)
-    for name in (*(kind.removesuffix("_proj") for kind in kinds), "of rounding", "dampening", "seconds"):
+    table = Table("layer", title="Errors of the outputs", padding=(0, 1, 0, 0), **_STYLE)
+    for name in (*(kind.removesuffix("_proj") for kind in kinds), "of RTN", "damping", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     captions = []
     for layer, row in layers.items():
