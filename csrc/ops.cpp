@@ -57,6 +57,9 @@ STABLE_TORCH_LIBRARY(teco_kernels, m) {
       "Tensor seed, Tensor offset) -> ()");
   m.def("dense_matmul(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias, int out_features) -> ()");
   m.def(
+      "sparse24_matmul(Tensor(a!) out, Tensor input, Tensor values, Tensor indices, Tensor? bias, int in_features, "
+      "int out_features) -> ()");
+  m.def(
       "gptq_matmul(Tensor(a!) out, Tensor input, Tensor weight, Tensor? input_order, Tensor? bias, int in_features, "
       "int out_features, int bits, bool int8_activation) -> ()");
   m.def(
@@ -103,6 +106,7 @@ STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CPU, m) {
   m.impl("rotary_embedding", TORCH_BOX(&rotary_embedding));
   m.impl("sample", TORCH_BOX(&sample));
   m.impl("dense_matmul", TORCH_BOX(&dense_matmul));
+  m.impl("sparse24_matmul", TORCH_BOX(&sparse24_matmul));
   m.impl("gptq_matmul", TORCH_BOX(&gptq_matmul));
   m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache));
   m.impl("copy_blocks", TORCH_BOX(&copy_blocks));

@@ -87,6 +87,21 @@ struct DenseMatmulParams {
   DType weight_dtype;  // fp32, fp16 or bf16
 };
 
+// The same with a 2:4 sparse weight: of every four inputs 4g to 4g + 3 of a column, two count.
+// values[n / 16, g, s, n % 16] is the weight of input 4g + i, i being bits 4 * (g % 8) + 2s and the next of
+// indices[n / 16, g / 8, n % 16].
+struct Sparse24MatmulParams {
+  void* out;                // [num_rows, out_features]
+  const void* input;        // [num_rows, in_features]
+  const void* values;       // [ceil(out_features / 16), in_features / 4, 2, 16]
+  const uint32_t* indices;  // [ceil(out_features / 16), ceil(in_features / 32), 16]
+  const float* bias;        // [out_features] or null
+  int64_t num_rows, in_features, out_features;
+  int64_t out_stride, input_stride;
+  DType dtype;        // of input and out
+  DType value_dtype;  // fp32, fp16 or bf16
+};
+
 // The same with a GPTQ weight: weight[k, n] = scale[g, n] * (code[k, n] - zero[g, n]).
 //
 // Inputs are ordered group by group, each group padded to whole blocks of 32. A panel of 16 columns is one contiguous

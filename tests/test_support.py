@@ -61,6 +61,10 @@ def _dense(dtype: torch.dtype) -> None:
     tk.dense_matmul(torch.ones(1, 32), tk.DenseWeight.from_tensor(torch.ones(16, 32).to(dtype)))
 
 
+def _sparse24(in_features: int) -> None:
+    tk.sparse24_matmul(torch.ones(1, in_features), tk.Sparse24Weight.from_dense(torch.zeros(16, in_features)))
+
+
 def _rotary(D: int, rotary_dim: int) -> None:
     heads = torch.ones(1, 1, D)
     tk.rotary_embedding(torch.zeros(1, dtype=torch.int64), heads, heads.clone(), torch.ones(4, rotary_dim))
@@ -93,6 +97,7 @@ UNSUPPORTED: list[tuple[str, dict[str, Any], Any, str]] = [
     ("gptq_matmul", {"bits": 2, "out_features": 24}, lambda: _gptq(2, 24), "out_features"),
     ("gptq_matmul", {"activation": "int4"}, _gptq_activation, "activation"),
     ("dense_matmul", {"weight_dtype": torch.int8}, lambda: _dense(torch.int8), "weight_dtype"),
+    ("sparse24_matmul", {"in_features": 30}, lambda: _sparse24(30), "in_features"),
     ("rotary_embedding", {"D": 8, "rotary_dim": 3}, lambda: _rotary(8, 3), "rotary_dim"),
     ("rotary_embedding", {"D": 8, "rotary_dim": 16}, lambda: _rotary(8, 16), "rotary_dim"),
     ("sample", {"vocab_size": 0}, lambda: tk.sample(torch.ones(1, 0), seed=0, offset=0), "vocab_size"),

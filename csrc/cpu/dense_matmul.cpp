@@ -6,7 +6,7 @@ namespace teco::cpu::TECO_ISA {
 namespace {
 
 template <class W>
-struct DensePanels {
+struct DensePanels : DenseTiles {
   const W* weight;
   int64_t in_features;
 
@@ -26,7 +26,7 @@ struct DensePanels {
 void dense_matmul(const DenseMatmulParams& p, int num_threads) {
   with_float_type(p.dtype, [&]<class T>(Type<T>) {
     with_float_type(p.weight_dtype, [&]<class W>(Type<W>) {
-      const DensePanels<W> unpack{static_cast<const W*>(p.weight), p.in_features};
+      const DensePanels<W> unpack{{}, static_cast<const W*>(p.weight), p.in_features};
       panel_matmul(static_cast<const T*>(p.input), p.input_stride, p.num_rows, p.in_features, nullptr,
                    static_cast<T*>(p.out), p.out_stride, p.bias, p.out_features,
                    p.in_features * kPanel * static_cast<int64_t>(sizeof(W)), unpack, num_threads);

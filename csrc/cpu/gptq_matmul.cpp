@@ -9,7 +9,7 @@ namespace teco::cpu::TECO_ISA {
 namespace {
 
 template <int kBits>
-struct GptqPanels {
+struct GptqPanels : DenseTiles {
   GptqLayout layout;
 
   const float* operator()(int64_t panel, int64_t k, int64_t count, float* scratch) const {
@@ -36,7 +36,7 @@ struct GptqPanels {
 
 template <int kBits>
 void gptq_matmul_exact(const GptqMatmulParams& p, int num_threads) {
-  const GptqPanels<kBits> unpack{GptqLayout(p)};
+  const GptqPanels<kBits> unpack{{}, GptqLayout(p)};
   with_float_type(p.dtype, [&]<class T>(Type<T>) {
     panel_matmul(static_cast<const T*>(p.input), p.input_stride, p.num_rows, unpack.layout.packed_size(), p.input_order,
                  static_cast<T*>(p.out), p.out_stride, p.bias, p.out_features, unpack.layout.panel_bytes(), unpack,

@@ -12,6 +12,7 @@ struct KernelTable {
   void (*rotary_embedding)(const RotaryEmbeddingParams&, int num_threads);
   void (*sample)(const SampleParams&, int num_threads);
   void (*dense_matmul)(const DenseMatmulParams&, int num_threads);
+  void (*sparse24_matmul)(const Sparse24MatmulParams&, int num_threads);
   void (*gptq_matmul)(const GptqMatmulParams&, int num_threads);
   void (*reshape_and_cache)(const ReshapeAndCacheParams&, int num_threads);
   void (*copy_blocks)(const CopyBlocksParams&, int num_threads);

@@ -1,5 +1,5 @@
 // Floating-point matmul over weights in panels of 16 columns; dense_matmul and the exact mode of gptq_matmul are this
-// with two ways to unpack a panel.
+// with two ways to unpack a panel, sparse24_matmul with a tile of its own.
 //
 // Every output element is one fma chain over the inputs in packed order, whatever the number of rows, the blocking or
 // the thread: acc = fma(weight[k, n], input[r, k], acc) for k = 0, 1, 2, ... Partial chains rest in fp32, which costs
@@ -55,7 +55,15 @@ template <int R, int P>
       store(acc + v / 2 * acc_stride + r * kPanel + v % 2 * kLanes, sum[r][v]);
 }
 
-using FmaTile = void (*)(const float* const*, const float*, int64_t, int64_t, float*, int64_t);
+// What is read of a panel at a time, and the tile that multiplies by it: for weights that are unpacked to fp32.
+struct DenseTiles {
+  using Slice = const float*;  // [count][16]
+  template <int R, int P>
+  static constexpr auto kTile = fma_tile<R, P>;
+};
+
+template <class Slice>
+using FmaTile = void (*)(const Slice*, const float*, int64_t, int64_t, float*, int64_t);
 
 // Writes one row of one panel: adds the bias, converts, leaves out the columns that only fill up the panel.
 template <class T>
@@ -84,13 +92,16 @@ inline void store_panel(T* out, int64_t out_stride, int64_t count, const float* 
                     out_features - column);
 }
 
-// All rows by panels [begin, end), P panels at a time. `unpack(panel, k, count, scratch)` returns fp32 weights
-// [count][16] of the panel's inputs k, k + 1, ...: in `scratch`, or wherever they lie already.
+// All rows by panels [begin, end), P panels at a time. `unpack(panel, k, count, scratch)` returns the slice of the
+// panel's inputs k, k + 1, ..., k + count - 1: in `scratch` ([count][16] fp32), or where it lies already. k is a
+// multiple of 32.
 template <int P, class T, class Unpack>
 void multiply_panels(const FloatRows& input, int64_t in_features, T* out, int64_t out_stride, const float* bias,
                      int64_t out_features, const Unpack& unpack, int64_t begin, int64_t end) {
-  static constexpr FmaTile kTiles[] = {fma_tile<1, P>, fma_tile<2, P>, fma_tile<3, P>,
-                                       fma_tile<4, P>, fma_tile<5, P>, fma_tile<6, P>};
+  using Slice = typename Unpack::Slice;
+  static constexpr FmaTile<Slice> kTiles[] = {Unpack::template kTile<1, P>, Unpack::template kTile<2, P>,
+                                              Unpack::template kTile<3, P>, Unpack::template kTile<4, P>,
+                                              Unpack::template kTile<5, P>, Unpack::template kTile<6, P>};
   constexpr int64_t tile_rows = P == 1 ? kMaxTileRows : 8 / (2 * P);
   constexpr int64_t slice = kSlice / P;
   auto* scratch =
@@ -106,7 +117,7 @@ void multiply_panels(const FloatRows& input, int64_t in_features, T* out, int64_
       __builtin_memset(acc, 0, P * rows * kPanel * sizeof(float));
       for (int64_t k = 0; k < in_features; k += slice) {
         const int64_t count = min(in_features - k, slice);
-        const float* weights[P];
+        Slice weights[P];
         for (int s = 0; s < P; ++s) weights[s] = unpack(panel[s], k, count, scratch + s * slice * kPanel);
         for (int64_t r = 0; r < rows; r += tile_rows)
           kTiles[min(rows - r, tile_rows) - 1](weights, input.data + (row0 + r) * input.stride + k, input.stride, count,

@@ -9,6 +9,7 @@ void silu_and_mul(const SiluAndMulParams& p, int num_threads);
 void rotary_embedding(const RotaryEmbeddingParams& p, int num_threads);
 void sample(const SampleParams& p, int num_threads);
 void dense_matmul(const DenseMatmulParams& p, int num_threads);
+void sparse24_matmul(const Sparse24MatmulParams& p, int num_threads);
 void gptq_matmul(const GptqMatmulParams& p, int num_threads);
 void reshape_and_cache(const ReshapeAndCacheParams& p, int num_threads);
 void copy_blocks(const CopyBlocksParams& p, int num_threads);
@@ -26,6 +27,7 @@ const KernelTable table = {
     .rotary_embedding = rotary_embedding,
     .sample = sample,
     .dense_matmul = dense_matmul,
+    .sparse24_matmul = sparse24_matmul,
     .gptq_matmul = gptq_matmul,
     .reshape_and_cache = reshape_and_cache,
     .copy_blocks = copy_blocks,

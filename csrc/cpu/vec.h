@@ -74,6 +74,18 @@ inline float fma(float a, float b, float c) {
 #endif
 }
 
+// Lane i takes x[index[i] % 4].
+inline F32x8 select4(const float* x, U32x8 index) {
+#if defined(TECO_ISA_AVX2)  // which looks at no more than the lowest two bits
+  const __m256 both_halves = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x));
+  return _mm256_permutevar_ps(both_halves, reinterpret_cast<__m256i>(index));
+#else
+  F32x8 selected;
+  for (int i = 0; i < kLanes; ++i) selected[i] = x[index[i] & 3];
+  return selected;
+#endif
+}
+
 // NaN in `a` survives only where `b` is NaN too, as with maxps: callers that must see NaN check for it themselves.
 inline F32x8 max(F32x8 a, F32x8 b) {
   return a > b ? a : b;

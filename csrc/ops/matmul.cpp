@@ -62,6 +62,33 @@ void dense_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor>
   launch(cpu::kernels()->dense_matmul, params);
 }
 
+void sparse24_matmul(Tensor out, Tensor input, Tensor values, Tensor indices, std::optional<Tensor> bias,
+                     int64_t in_features, int64_t out_features) {
+  require(in_features >= 0 && in_features % 4 == 0, "in_features: expected a multiple of 4, got ", in_features);
+  Size panels{"num_panels", num_panels(out_features), "out_features"},
+      groups{"in_features / 4", in_features / 4, "in_features"}, slots{"2", 2, nullptr}, columns{"16", kPanel, nullptr},
+      blocks{"ceil(in_features / 32)", (in_features + kBlock - 1) / kBlock, "in_features"};
+  Argument(values, "values").on_cpu().floating().shape({&panels, &groups, &slots, &columns}).contiguous();
+  Argument(indices, "indices").on_cpu().dtype(ScalarType::Int).shape({&panels, &blocks, &columns}).contiguous();
+  const Operands operands = check_operands(out, input, bias, in_features, out_features);
+  if (out_features == 0) return;
+  const Sparse24MatmulParams params = {
+      .out = out.mutable_data_ptr(),
+      .input = input.const_data_ptr(),
+      .values = values.const_data_ptr(),
+      .indices = reinterpret_cast<const uint32_t*>(indices.const_data_ptr<int32_t>()),
+      .bias = operands.bias,
+      .num_rows = operands.input.count,
+      .in_features = in_features,
+      .out_features = out_features,
+      .out_stride = operands.out.stride,
+      .input_stride = operands.input.stride,
+      .dtype = to_dtype(input.scalar_type(), "x"),
+      .value_dtype = to_dtype(values.scalar_type(), "values"),
+  };
+  launch(cpu::kernels()->sparse24_matmul, params);
+}
+
 void gptq_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> input_order, std::optional<Tensor> bias,
                  int64_t in_features, int64_t out_features, int64_t bits, bool int8_activation) {
   require(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits: expected 2, 3, 4 or 8, got ", bits);

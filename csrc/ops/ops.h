@@ -20,6 +20,8 @@ void rotary_embedding(Tensor positions, Tensor query, Tensor key, Tensor cos_sin
 void sample(Tensor out, Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed,
             Tensor offset);
 void dense_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t out_features);
+void sparse24_matmul(Tensor out, Tensor input, Tensor values, Tensor indices, std::optional<Tensor> bias,
+                     int64_t in_features, int64_t out_features);
 void gptq_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> input_order, std::optional<Tensor> bias,
                  int64_t in_features, int64_t out_features, int64_t bits, bool int8_activation);
 void reshape_and_cache(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slot_mapping,

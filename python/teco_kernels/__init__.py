@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from teco_kernels.ops import (
     DenseWeight,
     GPTQWeight,
+    Sparse24Weight,
     Support,
     copy_blocks,
     dense_matmul,
@@ -21,13 +22,14 @@ from teco_kernels.ops import (
     rotary_embedding,
     sample,
     silu_and_mul,
+    sparse24_matmul,
     supports,
     swap_blocks,
 )
 
 if TYPE_CHECKING:
     from teco_kernels.decoder import LLM, CompletionOutput, RequestOutput, SamplingParams
-    from teco_kernels.quantization import gptq_quantize
+    from teco_kernels.quantization import gptq_quantize, sparsegpt_prune, wanda_mask
 
 __version__ = "0.1.0"
 
@@ -38,6 +40,8 @@ _LAZY = {
     "RequestOutput": "teco_kernels.decoder",
     "CompletionOutput": "teco_kernels.decoder",
     "gptq_quantize": "teco_kernels.quantization",
+    "sparsegpt_prune": "teco_kernels.quantization",
+    "wanda_mask": "teco_kernels.quantization",
 }
 
 __all__ = [
@@ -47,6 +51,7 @@ __all__ = [
     "GPTQWeight",
     "RequestOutput",
     "SamplingParams",
+    "Sparse24Weight",
     "Support",
     "copy_blocks",
     "dense_matmul",
@@ -61,8 +66,11 @@ __all__ = [
     "rotary_embedding",
     "sample",
     "silu_and_mul",
+    "sparse24_matmul",
+    "sparsegpt_prune",
     "supports",
     "swap_blocks",
+    "wanda_mask",
 ]
 
 

@@ -12,12 +12,14 @@ from teco_kernels.ops.norm import fused_add_rms_norm, rms_norm
 from teco_kernels.ops.plan import Plan
 from teco_kernels.ops.rotary import rotary_embedding
 from teco_kernels.ops.sampling import sample
+from teco_kernels.ops.sparse24 import Sparse24Weight, sparse24_matmul
 from teco_kernels.ops.support import Support, supports
 
 __all__ = [
     "DenseWeight",
     "GPTQWeight",
     "Plan",
+    "Sparse24Weight",
     "Support",
     "copy_blocks",
     "dense_matmul",
@@ -31,6 +33,7 @@ __all__ = [
     "rotary_embedding",
     "sample",
     "silu_and_mul",
+    "sparse24_matmul",
     "supports",
     "swap_blocks",
 ]

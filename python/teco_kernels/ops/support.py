@@ -12,6 +12,7 @@ import torch
 from teco_kernels.ops import _library
 from teco_kernels.ops.cache import ELEMENT_MAX
 from teco_kernels.ops.packing import BITS, codes_per_period
+from teco_kernels.ops.sparse24 import GROUP
 
 #: Every backend of the package's design, compiled into this build or not.
 BACKENDS = ("cpu", "cuda", "triton")
@@ -151,6 +152,14 @@ def _embedding(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
     return _dtype_problem(dtype, case) or _choice_problem(case, "weight_dtype", _FLOATING)
 
 
+def _sparse24_matmul(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
+    if reason := _dense_matmul(dtype, case):
+        return reason
+    if case.get("in_features", 0) % GROUP:
+        return f"in_features: expected a multiple of {GROUP}, got {case['in_features']}"
+    return ""
+
+
 def _rotary_embedding(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
     if reason := _dtype_problem(dtype, case):
         return reason
@@ -205,6 +214,7 @@ _OPERATORS: dict[str, _Problem] = {
     "fused_add_rms_norm": _dtype_problem,
     "silu_and_mul": _dtype_problem,
     "dense_matmul": _dense_matmul,
+    "sparse24_matmul": _sparse24_matmul,
     "gptq_matmul": _gptq_matmul,
     "rotary_embedding": _rotary_embedding,
     "sample": _sample,

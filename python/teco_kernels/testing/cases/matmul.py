@@ -1,4 +1,4 @@
-"""Cases of `dense_matmul` and `gptq_matmul`."""
+"""Cases of `dense_matmul`, `sparse24_matmul` and `gptq_matmul`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from teco_kernels.ops import dense, gptq
+from teco_kernels.ops import dense, gptq, sparse24
 from teco_kernels.ops.packing import BITS, pack_zeros
 from teco_kernels.testing.case import TOLERANCE, Case, Inputs
 
@@ -17,6 +17,8 @@ INT8_TOLERANCE = 1.5e-2
 
 # (rows, in_features, out_features): one row, ragged sizes, more rows than a tile, no rows, no inputs, no outputs.
 DENSE_SHAPES = [(1, 576, 192), (5, 37, 19), (33, 300, 72), (0, 64, 32), (3, 0, 32), (3, 64, 0)]
+# Groups that fill no block, and the same.
+SPARSE24_SHAPES = [(1, 576, 192), (5, 44, 19), (33, 300, 72), (0, 64, 32), (3, 0, 32), (3, 64, 0)]
 BENCH_ROWS = (1, 4, 16, 512)
 
 
@@ -61,6 +63,24 @@ def _dense_inputs(
     return {"x": x, "weight": dense.DenseWeight.from_tensor(weight, offset)}
 
 
+def random_sparse24(
+    out_features: int, in_features: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """A dense weight, two of every four inputs of an output being other than 0, at random places."""
+    weight = torch.randn(out_features, in_features // 4, 4, generator=generator)
+    lowest = torch.rand(weight.shape, generator=generator).argsort(dim=-1)[..., :2]
+    return weight.scatter_(-1, lowest, 0.0).flatten(1).to(dtype)
+
+
+def _sparse24_inputs(
+    rows: int, in_features: int, out_features: int, dtype: torch.dtype, bias: bool, generator: torch.Generator
+) -> Inputs:
+    weight = random_sparse24(out_features, in_features, generator, dtype)
+    offset = torch.randn(out_features, generator=generator) if bias else None
+    x = torch.randn(rows, in_features, generator=generator).to(dtype)
+    return {"x": x, "weight": sparse24.Sparse24Weight.from_dense(weight, offset)}
+
+
 def _gptq_inputs(rows: int, dtype: torch.dtype, activation: str, options: dict[str, Any], g: torch.Generator) -> Inputs:
     checkpoint = random_checkpoint(**options, generator=g)
     bias = torch.randn(options["out_features"], generator=g)
@@ -79,6 +99,22 @@ def _dense_case(rows: int, in_features: int, out_features: int, dtype: torch.dty
         max_error=TOLERANCE[dtype],
         bytes_moved=(in_features * out_features + rows * (in_features + out_features)) * dtype.itemsize,
         flops=2 * rows * in_features * out_features,
+        benchmark=benchmark,
+    )
+
+
+def _sparse24_case(rows: int, in_features: int, out_features: int, dtype: torch.dtype, benchmark: bool = False) -> Case:
+    weight_bytes = in_features * out_features // 2 * dtype.itemsize + in_features * out_features // 8
+    return Case(
+        operator="sparse24_matmul",
+        params={"rows": rows, "in_features": in_features, "out_features": out_features},
+        dtype=dtype,
+        make_inputs=partial(_sparse24_inputs, rows, in_features, out_features, dtype, rows % 2 == 1),
+        function=sparse24.sparse24_matmul,
+        reference=sparse24.sparse24_matmul_reference,
+        max_error=TOLERANCE[dtype],
+        bytes_moved=weight_bytes + rows * (in_features + out_features) * dtype.itemsize,
+        flops=rows * in_features * out_features,
         benchmark=benchmark,
     )
 
@@ -107,6 +143,8 @@ def cases() -> Iterator[Case]:
     for dtype in TOLERANCE:
         for shape in DENSE_SHAPES:
             yield _dense_case(*shape, dtype)
+        for shape in SPARSE24_SHAPES:
+            yield _sparse24_case(*shape, dtype)
     for activation in ("exact", "int8"):
         for bits in BITS:
             options: dict[str, Any] = {"in_features": 576, "out_features": 200 if bits >= 4 else 224, "bits": bits}
@@ -121,6 +159,7 @@ def cases() -> Iterator[Case]:
                 yield _gptq_case(3, dtype, activation, **options, group_size=64)
     for rows in BENCH_ROWS:
         yield _dense_case(rows, 4096, 4096, torch.float32, benchmark=True)
+        yield _sparse24_case(rows, 4096, 4096, torch.float32, benchmark=True)
         for activation in ("exact", "int8"):
             yield _gptq_case(
                 rows, torch.float32, activation, True, in_features=4096, out_features=4096, bits=4, group_size=128
