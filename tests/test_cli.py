@@ -307,3 +307,23 @@ def test_quantize_refuses_rules_and_says_how_to_go_on(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("teco_kernels.quantization.quantize_model", interrupt)
     assert "the same command goes on" in run("quantize", str(source), "out", code=130).stderr
+
+
+def test_prune_sums_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from teco_kernels.quantization import PruningReport, PruningSettings
+
+    calls: list[tuple[PruningSettings, str | None]] = []
+
+    def prune_model(
+        source: Path, out: Path, settings: PruningSettings, *, calibration: str | None
+    ) -> list[PruningReport]:
+        calls.append((settings, calibration))
+        return [PruningReport("a", 0.01, 0.5), PruningReport("b", 0.03, 0.52)]
+
+    monkeypatch.setattr("teco_kernels.quantization.prune_model", prune_model)
+    (tmp_path / "model.gguf").write_bytes(b"")
+    arguments = [str(tmp_path / "model.gguf"), str(tmp_path / "out"), "--sparsity", "0.5", "--method", "wanda"]
+    output = run("prune", *arguments).stdout
+    assert calls == [(PruningSettings("0.5", "wanda"), None)]
+    for text_part in ("51.0% of their weights are 0, mean error of their outputs 2.00%", "3.00%"):
+        assert text_part in output

@@ -174,7 +174,7 @@ def test_contradictions_are_named(settings: dict[str, Any], message: str, tmp_pa
 
 def test_sizes_that_no_checkpoint_packs_are_named() -> None:
     class Source:
-        path, quantization_config = Path("gptq"), SETTINGS | {"bits": 3}
+        path, raw_config, quantization_config = Path("gptq"), dict[str, Any](), SETTINGS | {"bits": 3}
 
         def has(self, name: str) -> bool:
             return name.endswith(".qweight")

@@ -1,4 +1,4 @@
-"""Commands about a model: run it, talk with it, measure its perplexity, quantise it."""
+"""Commands about a model: run it, talk with it, measure its perplexity, quantise it, prune it."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ CacheDtype = Annotated[
 ]
 CacheMemory = Annotated[int | None, typer.Option("--kv-cache-memory", min=1, help="Bytes for the KV cache.")]
 Activation = Annotated[Literal["int8", "exact"], typer.Option(help="How GPTQ layers treat their input.")]
+
+Sparsity = Annotated[str | None, typer.Option(help="A share of weights to prune, or 2:4, 4:8: so many of them stay.")]
 
 
 @app.command()
@@ -198,6 +200,7 @@ def quantize(
     layer_bits: Annotated[
         list[str] | None, typer.Option(help="REGEX=BITS for the layers it matches; may be given several times.")
     ] = None,
+    sparsity: Sparsity = None,
     head_bits: Annotated[int, typer.Option(help="Bits of the language-model head; 0 leaves it as it is.")] = 8,
     calibration: Annotated[
         Path | None, typer.Option(help="A text like that which the model will see; Wikipedia articles otherwise.")
@@ -226,6 +229,7 @@ def quantize(
         asymmetric=asymmetric,
         refine_sweeps=refine_sweeps,
         layer_bits=dict(map(_rule, layer_bits or ())),
+        sparsity=sparsity,
         head_bits=head_bits or None,
         num_sequences=num_sequences,
         sequence_length=sequence_length,
@@ -249,6 +253,41 @@ def quantize(
     if png_file:
         report.draw(layers, f"{source.name}, {bits} bits, groups of {group_size}", png_file)
         console.print(f"picture: {png_file}", highlight=False, markup=False)
+
+
+@app.command()
+def prune(
+    source: Annotated[Path, typer.Argument(help="An unquantised Hugging Face folder, or a .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    sparsity: Annotated[str, typer.Option(help="A share of weights to prune, or 2:4, 4:8: so many stay.")] = "2:4",
+    method: Annotated[
+        Literal["sparsegpt", "wanda", "magnitude"], typer.Option(help="How to choose them.")
+    ] = "sparsegpt",
+    calibration: Annotated[
+        Path | None, typer.Option(help="A text like that which the model will see; Wikipedia articles otherwise.")
+    ] = None,
+    num_sequences: Annotated[int, typer.Option(min=1, help="Windows of that text to look at.")] = 64,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 512,
+    threads: Threads = None,
+) -> None:
+    """Prune a model; with `quantize --sparsity`, prune and quantise it in one pass."""
+    from teco_kernels.cli import tables
+    from teco_kernels.quantization import PruningSettings, prune_model
+
+    if not source.exists():
+        raise FileNotFoundError(2, "No such file or directory", str(source))
+    text = None if calibration is None else _read_text(calibration)
+    set_threads(threads)
+    settings = PruningSettings(sparsity, method, num_sequences=num_sequences, sequence_length=sequence_length)
+    layers = prune_model(source, out, settings, calibration=text)
+    worst = max(layers, key=lambda layer: layer.error)
+    mean, zeros = (sum(getattr(layer, n) for layer in layers) / len(layers) for n in ("error", "sparsity"))
+    rows = [
+        ("matrices", str(len(layers)), f"{zeros:.1%} of their weights are 0, mean error of their outputs {mean:.2%}"),
+        ("worst", f"{worst.error:.2%}", worst.name),
+        ("written to", str(out), ""),
+    ]
+    Console().print(tables.run_table(rows))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Linear layers from a checkpoint: dense or GPTQ, several projections of one input merged into one matmul."""
+"""Linear layers from a checkpoint: dense, 2:4 sparse or GPTQ, projections of one input merged into one matmul."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from teco_kernels.decoder.loader import Source
-from teco_kernels.ops import DenseWeight, GPTQWeight, dense_matmul, gptq_matmul
+from teco_kernels.ops import (
+    DenseWeight,
+    GPTQWeight,
+    Sparse24Weight,
+    dense_matmul,
+    gptq_matmul,
+    sparse24_matmul,
+)
 from teco_kernels.ops.gptq import Activation
 from teco_kernels.ops.packing import BITS, codes_per_period
+
+Weight = DenseWeight | Sparse24Weight | GPTQWeight
 
 
 class Linear:
@@ -20,13 +29,13 @@ class Linear:
 
     Parameters
     ----------
-    weights : sequence of DenseWeight or GPTQWeight
+    weights : sequence of DenseWeight, Sparse24Weight or GPTQWeight
         Projections of the same input, whose outputs are concatenated; merged into one where they allow it.
     activation : {"exact", "int8"}
         For GPTQ weights, as in `gptq_matmul`.
     """
 
-    def __init__(self, weights: Sequence[DenseWeight | GPTQWeight], activation: Activation) -> None:
+    def __init__(self, weights: Sequence[Weight], activation: Activation) -> None:
         self.weights = _merge_gptq(weights)
         self.activation = activation
         self._sizes = [weight.out_features for weight in self.weights]
@@ -39,12 +48,14 @@ class Linear:
         for weight, columns in zip(self.weights, out.split(self._sizes, dim=-1), strict=True):
             if isinstance(weight, GPTQWeight):
                 gptq_matmul(x, weight, activation=self.activation, out=columns)
+            elif isinstance(weight, Sparse24Weight):
+                sparse24_matmul(x, weight, out=columns)
             else:
                 dense_matmul(x, weight, out=columns)
         return out
 
 
-def _merge_gptq(weights: Sequence[DenseWeight | GPTQWeight]) -> list[DenseWeight | GPTQWeight]:
+def _merge_gptq(weights: Sequence[Weight]) -> list[Weight]:
     """Join neighbours where they allow it; `dynamic` rules may give them different bits, group sizes or orders."""
     merged = list(weights[:1])
     for weight in weights[1:]:
@@ -81,6 +92,8 @@ class WeightLoader:
                 f"got {quantization.get('quant_method')!r}"
             )
         self._quantization: Mapping[str, Any] = quantization or {}
+        sparsity = source.raw_config.get("sparsity_config")
+        self._is_sparse24 = isinstance(sparsity, dict) and sparsity.get("sparsity_structure") == "2:4"
 
     def matrix(self, name: str, shape: tuple[int, int]) -> Tensor:
         """A floating-point weight in the dtype it is stored in, but no wider than the compute dtype."""
@@ -103,7 +116,7 @@ class WeightLoader:
     def linear(self, names: Sequence[str], in_features: int, out_features: Sequence[int], *, bias: bool) -> Linear:
         """The projections `names` of one input, with `out_features` each."""
         if any(self._source.has(f"{name}.qweight") for name in names):
-            weights = [
+            weights: list[Weight] = [
                 self._gptq(name, in_features, size, bias)
                 if self._source.has(f"{name}.qweight")
                 else self._dense([name], in_features, [size], bias)
@@ -112,11 +125,17 @@ class WeightLoader:
             return Linear(weights, self._activation)
         return Linear([self._dense(names, in_features, out_features, bias)], self._activation)
 
-    def _dense(self, names: Sequence[str], in_features: int, out_features: Sequence[int], bias: bool) -> DenseWeight:
+    def _dense(self, names: Sequence[str], in_features: int, out_features: Sequence[int], bias: bool) -> Weight:
         sizes = list(zip(names, out_features, strict=True))
         rows = [self.matrix(f"{name}.weight", (size, in_features)) for name, size in sizes]
         biases = [self.vector(f"{name}.bias", size) for name, size in sizes if bias]
-        return DenseWeight.from_tensor(torch.cat(rows), bias=torch.cat(biases) if bias else None)
+        weight, joined_bias = torch.cat(rows), torch.cat(biases) if bias else None
+        if self._is_sparse24 and names[0].startswith("model.layers."):
+            try:
+                return Sparse24Weight.from_dense(weight, joined_bias)
+            except ValueError as error:
+                raise ValueError(f"{self._source.path}: layer {names[0]!r}: {error}") from None
+        return DenseWeight.from_tensor(weight, joined_bias)
 
     def _gptq(self, name: str, in_features: int, out_features: int, bias: bool) -> GPTQWeight:
         settings = self._settings(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,8 +10,10 @@ import torch
 from torch import Tensor
 
 from teco_kernels.ops.packing import BITS, ZeroPointFormat, pack_rows, pack_zeros, unpack_rows, unpack_zeros
+from teco_kernels.quantization.greedy import GreedyPass
 from teco_kernels.quantization.grid import Grid, fit_grid
 from teco_kernels.quantization.refine import refine
+from teco_kernels.quantization.sparsity import MaskSelector, Sparsity, SparsityLike
 
 #: How inputs are ordered for rounding, see `gptq_quantize`.
 ActOrder = bool | Literal["static_groups", "group_aware"]
@@ -166,6 +167,8 @@ def gptq_quantize(
     dampening: float = 0.01,
     clip_search: bool = False,
     refine_sweeps: int = 0,
+    sparsity: SparsityLike | None = None,
+    mask_block_size: int = 128,
     block_size: int = 64,
     zero_point_format: ZeroPointFormat = "v1",
 ) -> GPTQTensors:
@@ -204,6 +207,10 @@ def gptq_quantize(
         See `fit_grid`; squared errors are weighted with the inputs' energy.
     refine_sweeps : int
         Passes of `refine` over the result, on the damped Hessian.
+    sparsity : float or str, optional
+        Prune in the same pass, as `sparsegpt_prune` does; a pruned weight's code is its zero point.
+    mask_block_size : int
+        As in `sparsegpt_prune`.
     block_size : int
         Inputs whose corrections reach the rest of the weight in one matrix product. A matter of speed only.
     zero_point_format : {"v1", "v2"}
@@ -213,7 +220,7 @@ def gptq_quantize(
     -------
     GPTQTensors
         Outputs (rows) that rounding to nearest serves better than the greedy order keep their rounded codes, so the
-        error is never above that of rounding.
+        error is never above that of rounding (of the weights that `sparsity` keeps).
 
     Raises
     ------
@@ -239,9 +246,10 @@ def gptq_quantize(
         raise ValueError(
             f"group_size: expected {factor.group_size}, for which the Hessian's factor was ordered, got {group_size}"
         )
+    masks = None if sparsity is None else MaskSelector(Sparsity.parse(sparsity), factor, mask_block_size)
     # Outputs do not know of each other: taking some at a time bounds the float64 copies and keeps them in the cache.
     parts = [
-        _quantize_outputs(part, factor, bits, group_size, symmetric, clip_search, refine_sweeps, block_size)
+        _quantize_outputs(part, factor, bits, group_size, symmetric, clip_search, refine_sweeps, masks, block_size)
         for part in weight.detach().split(_OUTPUTS_AT_ONCE)
     ]
     error, rounding_error, norm = (sum(part.squares[i] for part in parts) for i in range(3))
@@ -290,6 +298,7 @@ def _quantize_outputs(
     symmetric: bool,
     clip_search: bool,
     refine_sweeps: int,
+    masks: MaskSelector | None,
     block_size: int,
 ) -> _Part:
     layout = factor.layout
@@ -314,25 +323,24 @@ def _quantize_outputs(
         solved.zeros.copy_(rounded.zeros)
     # From here to the end of the loop rows are in the order of rounding; `places` are theirs in the layout.
     places = torch.argsort(layout)[factor.order]
-    group_of = (places // group_size).tolist()
-    remaining, energy, pivots = target[places], energy[places], factor.upper.diagonal().tolist()
-    for start, end in _blocks(len(target), block_size, len(target) if static else group_size):
-        if start % group_size == 0 and not static:
-            group = slice(start, start + group_size)
-            solved.set_grid(group_of[start], fit(remaining[group], energy[group]))
-        # Weights of the block are corrected when their turn comes, all later ones by one product at its end.
-        codes, errors = torch.empty_like(remaining[start:end]), torch.empty_like(remaining[start:end])
-        for place, row in enumerate(range(start, end)):
-            grid = solved.grid(group_of[row], bits)
-            corrections = factor.upper[start:row, row]
-            current = torch.addmv(remaining[row], errors[:place].t(), corrections, alpha=-1)
-            codes[place] = grid.codes(current)
-            torch.sub(current, grid.values(codes[place]), out=errors[place]).div_(pivots[row])
-        solved.codes[places[start:end]] = codes.to(torch.uint8)
-        remaining[end:].addmm_(factor.upper[start:end, end:].t(), errors, alpha=-1)
+    group_of, energy = (places // group_size).tolist(), energy[places]
+    greedy = GreedyPass(target[places], factor.upper, block_size)
+    kept = torch.ones_like(solved.codes, dtype=torch.bool)
+    for row in range(len(target)):
+        if row % group_size == 0 and not static:
+            grid = fit(greedy.weights(group_size), energy[row : row + group_size])
+            solved.set_grid(group_of[row], grid)
+        if masks is not None and row % masks.span == 0:
+            kept[places[row : row + masks.span]] = masks.select(greedy.weights(masks.span), row)
+        (current,), place = greedy.weights(), places[row]
+        grid = solved.grid(group_of[row], bits)
+        codes = torch.where(kept[place], grid.codes(current), grid.zero)
+        solved.codes[place] = codes.to(torch.uint8)
+        greedy.fix(current, grid.values(codes))
+    rounded.prune(kept)
 
     if refine_sweeps:
-        refine(solved.codes, solved.scales, solved.zeros, target, factor.damped(), bits, refine_sweeps)
+        refine(solved.codes, solved.scales, solved.zeros, target, factor.damped(), bits, refine_sweeps, kept)
 
     rounding_errors = _output_errors(rounded.values() - target, hessian)
     solved_errors = _output_errors(solved.values() - target, hessian)
@@ -373,6 +381,11 @@ class _Quantised:
         group = slice(row, row + self.group_size)
         self.codes[group] = grid.codes(target[group]).to(torch.uint8)
         self.set_grid(row // self.group_size, grid)
+
+    def prune(self, kept: Tensor) -> None:
+        """Set the codes of weights that are not kept to their zero points."""
+        zeros = self.zeros.repeat_interleave(self.group_size, dim=0).to(torch.uint8)
+        self.codes.copy_(torch.where(kept, self.codes, zeros))
 
     def values(self) -> Tensor:
         codes = self.codes.double().unflatten(0, (-1, self.group_size))
@@ -440,13 +453,6 @@ def _inverse_factor(matrix: Tensor) -> Tensor | None:
     identity = torch.eye(len(matrix), dtype=matrix.dtype)
     upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
     return upper if upper.isfinite().all() else None
-
-
-def _blocks(length: int, block_size: int, group_size: int) -> Iterator[tuple[int, int]]:
-    """Blocks of inputs. Every group begins with one: its grid is fitted to weights that are corrected in full."""
-    for group in range(0, length, group_size):
-        for start in range(group, group + group_size, block_size):
-            yield start, min(start + block_size, group + group_size)
 
 
 def _output_errors(difference: Tensor, hessian: Tensor) -> Tensor:

@@ -14,16 +14,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from teco_kernels.decoder.loader import Source, load_source
-from teco_kernels.ops.rope import cos_sin_cache
 from teco_kernels.quantization.calibration import Drift, Hessian, token_windows
 from teco_kernels.quantization.gptq import GPTQTensors, HessianFactor, gptq_quantize
 from teco_kernels.quantization.report import REPORT_NAME, LayerReport, to_json
 from teco_kernels.quantization.save import save_model
 from teco_kernels.quantization.settings import QuantizationSettings
+from teco_kernels.quantization.stages import embed, stages, torch_layers
 from teco_kernels.quantization.torch_layer import STAGES, Activations, TorchLayer
 from teco_kernels.quantization.unfinished import FinishedParts, Part, fingerprint, unfinished
-
-_SEQUENCES_AT_ONCE = 8
 
 
 def quantize_model(
@@ -72,7 +70,7 @@ def quantize_model(
     if source.quantization_config is not None:
         raise ValueError(f"{source.path}: expected an unquantised model, this one is quantised already")
     settings.check(source.config)
-    windows = _calibration_windows(source, settings, calibration)
+    windows = calibration_windows(source, settings.num_sequences, settings.sequence_length, calibration)
     reports: list[LayerReport] = []
     tensors: dict[str, Tensor] = {}
     with (
@@ -95,39 +93,26 @@ def _progress(source: Source, settings: QuantizationSettings, use_tqdm: bool) ->
     return tqdm(desc="quantising", total=total, unit="matrix", smoothing=0, disable=not use_tqdm)
 
 
-def _calibration_windows(
-    source: Source, settings: QuantizationSettings, calibration: str | Sequence[int] | None
+def calibration_windows(
+    source: Source, num_sequences: int, sequence_length: int, calibration: str | Sequence[int] | None
 ) -> Tensor:
+    """Windows of the text that a model is calibrated on, as `quantize_model` takes it, in the model's tokens."""
     if calibration is None:
         from teco_kernels.assets import calibration_text
 
         calibration = calibration_text()
     if isinstance(calibration, str):
         calibration = source.tokenizer.encode(calibration)
-    length = min(settings.sequence_length, source.config.max_position)
-    return token_windows(list(calibration), settings.num_sequences, length)
+    return token_windows(list(calibration), num_sequences, min(sequence_length, source.config.max_position))
 
 
 def _parts(
     source: Source, windows: Tensor, settings: QuantizationSettings, finished: FinishedParts, bar: tqdm
 ) -> Iterator[Part]:
     """The layers of the model in order, then the head when it is to be quantised: made now, or found finished."""
-    config = source.config
-    cos_sin = cos_sin_cache(config.head_dim, windows.shape[1], config.rope_theta, config.rope_scaling)
-
-    def read_tensor(name: str) -> Tensor:
-        return source.tensor(name).float()
-
-    def read_linear(name: str) -> tuple[Tensor, Tensor | None]:
-        bias = f"{name}.bias"
-        return read_tensor(f"{name}.weight"), read_tensor(bias) if source.has(bias) else None
-
-    embedding = source.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-    batches = [Activations(F.embedding(ids, embedding).float()) for ids in windows.split(_SEQUENCES_AT_ONCE)]
-    del embedding
+    batches = embed(source, windows)
     originals = list(batches) if settings.asymmetric else []  # what the unquantised model makes of the same tokens
-    for index in range(config.num_layers):
-        layer = TorchLayer(config, index, read_linear, read_tensor, cos_sin)
+    for index, layer in enumerate(torch_layers(source, windows.shape[1])):
         original = layer.copy()
         part = finished.read(f"layer-{index}")
         if part is None:
@@ -188,12 +173,9 @@ def _quantise_layer(
     `original` and `originals` are the same before any quantisation, for asymmetric calibration; the latter empty when
     there is none.
     """
-    for stage, names in enumerate(STAGES):
-        hessian = Hessian(layer.weights[names[0]].shape[1])
-        for batch in batches:
-            hessian.add(layer.stage_input(stage, batch))
+    for index, stage in enumerate(stages([layer], batches)):
         factor = HessianFactor.from_hessian(
-            hessian.matrix(),
+            stage.hessian,
             act_order=settings.act_order,
             dampening=settings.dampening,
             group_size=settings.group_size,
@@ -201,18 +183,16 @@ def _quantise_layer(
         if originals:
             drift = Drift(len(factor.order))
             for batch, before in zip(batches, originals, strict=True):
-                drift.add(original.stage_input(stage, before), layer.stage_input(stage, batch))
+                drift.add(original.stage_input(index, before), layer.stage_input(index, batch))
             correction = factor.correction(drift.matrix()).mul_(settings.asymmetric).float()
-            for name in names:
-                layer.weights[name] = layer.weights[name] + layer.weights[name] @ correction
+            for name in stage.names:
+                stage.replace(name, stage.weight(name) + stage.weight(name) @ correction)
             for place, batch in enumerate(originals):
-                originals[place] = original.advance(stage, batch)
-        for name in names:
-            quantised = _quantise(layer.prefix + name, layer.weights[name], factor, settings)
-            layer.weights[name] = quantised.dequantize()
-            yield layer.prefix + name, quantised
-        for place, batch in enumerate(batches):
-            batches[place] = layer.advance(stage, batch)
+                originals[place] = original.advance(index, batch)
+        for name in stage.names:
+            quantised = _quantise(name, stage.weight(name), factor, settings)
+            stage.replace(name, quantised.dequantize())
+            yield name, quantised
 
 
 def _quantise_head(
@@ -239,6 +219,7 @@ def _quantise(name: str, weight: Tensor, factor: HessianFactor, settings: Quanti
             symmetric=settings.symmetric,
             clip_search=settings.clip_search,
             refine_sweeps=settings.refine_sweeps,
+            sparsity=settings.sparsity,
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

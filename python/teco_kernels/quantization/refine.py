@@ -9,7 +9,14 @@ _FP16_MAX, _FP16_TINY = 65504.0, 2.0**-24
 
 
 def refine(
-    codes: Tensor, scales: Tensor, zeros: Tensor, target: Tensor, hessian: Tensor, bits: int, sweeps: int
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    bits: int,
+    sweeps: int,
+    kept: Tensor | None = None,
 ) -> None:
     """Lower ``tr((W - Q)^T H (W - Q))`` by descending in the scales and in the codes by turns; zero points stay.
 
@@ -30,6 +37,8 @@ def refine(
     hessian : Tensor
         float64 ``[in_features, in_features]``, positive definite (damped).
     bits, sweeps : int
+    kept : Tensor, optional
+        bool ``[in_features, out_features]``: where false, codes stay at their zero points.
 
     References
     ----------
@@ -40,7 +49,7 @@ def refine(
     weighted_target = hessian @ target
     for _ in range(sweeps):
         _fit_scales(codes, scales, zeros, hessian, weighted_target)
-        _descend(codes, scales, zeros, target, hessian, bits)
+        _descend(codes, scales, zeros, target, hessian, bits, kept)
 
 
 def _fit_scales(codes: Tensor, scales: Tensor, zeros: Tensor, hessian: Tensor, weighted_target: Tensor) -> None:
@@ -74,7 +83,9 @@ def _fit_scales(codes: Tensor, scales: Tensor, zeros: Tensor, hessian: Tensor, w
     scales.copy_(torch.where(better, fitted, scales))
 
 
-def _descend(codes: Tensor, scales: Tensor, zeros: Tensor, target: Tensor, hessian: Tensor, bits: int) -> None:
+def _descend(
+    codes: Tensor, scales: Tensor, zeros: Tensor, target: Tensor, hessian: Tensor, bits: int, kept: Tensor | None
+) -> None:
     """Choose the best code for one input after the other, all other codes being as they are."""
     groups = len(scales)
     size = len(codes) // groups
@@ -92,6 +103,8 @@ def _descend(codes: Tensor, scales: Tensor, zeros: Tensor, target: Tensor, hessi
             pull = torch.addmv(gradient[place], changes[:place].t(), hessian[start:row, row], alpha=-1)
             best = pull.div_(diagonal[row]).add_(values[row]).div_(scale).add_(zero)
             best.round_().clamp_(0, 2**bits - 1)
+            if kept is not None:
+                best = torch.where(kept[row], best, zero)
             codes[row] = best
             torch.sub(best.sub_(zero).mul_(scale), values[row], out=changes[place])
         missing[start:end] -= changes

@@ -16,6 +16,7 @@ from torch import Tensor
 from teco_kernels import __version__
 from teco_kernels.assets import temporary_folder_beside
 from teco_kernels.decoder.loader import Source
+from teco_kernels.quantization.sparsity import Sparsity
 
 
 def save_model(
@@ -42,18 +43,56 @@ def save_model(
         Further files by name.
     """
     quantised = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
+    _save(path, source, tensors, quantised, _config(source, quantised, settings), texts)
+
+
+def save_pruned_model(
+    path: Path, source: Source, tensors: Mapping[str, Tensor], sparsity: Sparsity, method: str
+) -> None:
+    """Write a directory of plain weights with the pruned `tensors` and everything else of `source`.
+
+    Parameters
+    ----------
+    path, source
+        As in `save_model`.
+    tensors : mapping
+        Pruned weights by full name; stored in the dtype of the others.
+    sparsity : Sparsity
+    method : str
+        What pruned them.
+    """
+    config = _plain_config(source)
+    # Names and values are those of compressed-tensors.
+    config["sparsity_config"] = {
+        "format": "dense",
+        "sparsity_structure": "unstructured" if sparsity.pattern is None else str(sparsity),
+        "global_sparsity": sparsity.share,
+        "method": method,
+    }
+    dtype = _dense_dtype(source)
+    _save(path, source, {name: tensor.to(dtype) for name, tensor in tensors.items()}, set(), config)
+
+
+def _save(
+    path: Path,
+    source: Source,
+    tensors: Mapping[str, Tensor],
+    quantised: set[str],
+    config: dict[str, Any],
+    texts: Mapping[str, str] | None = None,
+) -> None:
     dtype = _dense_dtype(source)
     dense = {
         name: source.tensor(name).to(dtype)
         for name in source.names()
-        if not (name.endswith(".weight") and name.removesuffix(".weight") in quantised)
+        if not (name.endswith(".weight") and name.removesuffix(".weight") in quantised) and name not in tensors
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder_beside(path) as folder:
         out = folder / "model"
         out.mkdir()
         save_file({**dense, **tensors}, out / "model.safetensors", metadata={"format": "pt"})
-        _write_json(out / "config.json", _config(source, dtype, quantised, settings))
+        _write_json(out / "config.json", config)
         source.tokenizer.save(out)
         for name, text in (texts or {}).items():
             (out / name).write_text(text, encoding="utf-8")
@@ -71,10 +110,15 @@ def _dense_dtype(source: Source) -> torch.dtype:
     return torch.float16 if stored == torch.float32 else stored
 
 
-def _config(source: Source, dtype: torch.dtype, quantised: set[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _plain_config(source: Source) -> dict[str, Any]:
     config = dict(source.raw_config)
     config.pop("dtype", None)
-    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    config["torch_dtype"] = str(_dense_dtype(source)).removeprefix("torch.")
+    return config
+
+
+def _config(source: Source, quantised: set[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    config = _plain_config(source)
     quantization: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": settings["bits"],
@@ -85,6 +129,8 @@ def _config(source: Source, dtype: torch.dtype, quantised: set[str], settings: M
         "checkpoint_format": "gptq",
         "meta": {"quantizer": [f"teco_kernels:{__version__}"]},
     }
+    if settings["sparsity"] is not None:
+        quantization["meta"]["sparsity"] = str(Sparsity.parse(settings["sparsity"]))
     rules: dict[str, Any] = {}
     if "lm_head" in quantised:
         # Tools that do not know of a quantised head beside a tied embedding take the embedding, and are right too; the

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from teco_kernels.decoder.config import ModelConfig
 from teco_kernels.ops.packing import BITS
 from teco_kernels.quantization.gptq import ActOrder, check_options, check_sizes
+from teco_kernels.quantization.sparsity import Sparsity, SparsityLike
 from teco_kernels.quantization.torch_layer import linear_shapes
 
 
@@ -22,6 +23,8 @@ class QuantizationSettings:
         From 0 to 1: how much of what quantising the layers before has done to a layer's inputs its weights are to make
         up for before they are quantised themselves, see `HessianFactor.correction`. Above 0, the activations of the
         unquantised model are computed too. A layer's reported errors are then those against its corrected weight.
+    sparsity : float or str, optional
+        Prune in the same pass, but not the head.
     layer_bits : mapping of str to int
         Other bits for the layers whose names a regular expression matches from their beginning on (`re.match`); the
         first that matches counts. Saved as `dynamic` rules.
@@ -41,6 +44,7 @@ class QuantizationSettings:
     clip_search: bool = False
     refine_sweeps: int = 0
     asymmetric: float = 0.0
+    sparsity: SparsityLike | None = None
     layer_bits: Mapping[str, int] = field(default_factory=dict)
     head_bits: int | None = 8
     head_group_size: int = 64
@@ -59,6 +63,9 @@ class QuantizationSettings:
         check_options(act_order=self.act_order, dampening=self.dampening, refine_sweeps=self.refine_sweeps)
         if not 0 <= self.asymmetric <= 1:
             raise ValueError(f"asymmetric: expected 0 to 1, got {self.asymmetric}")
+        sparsity = None if self.sparsity is None else Sparsity.parse(self.sparsity)
+        if sparsity is not None and sparsity.pattern is not None and self.act_order is not False:
+            raise ValueError(f"act_order: expected False with a sparsity of {sparsity}, got {self.act_order!r}")
         for name in ("num_sequences", "sequence_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
@@ -72,6 +79,8 @@ class QuantizationSettings:
                 name = f"model.layers.{index}.{short}"
                 try:
                     check_sizes(*shape, self.bits_of(name), self.group_size)
+                    if sparsity is not None:
+                        sparsity.check(shape[1])
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
         if self.head_bits is None:

@@ -1,0 +1,84 @@
+"""The walk through a model that quantising and pruning share: each stage sees what the earlier ones became."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from teco_kernels.decoder.loader import Source
+from teco_kernels.ops.rope import cos_sin_cache
+from teco_kernels.quantization.calibration import Hessian
+from teco_kernels.quantization.torch_layer import STAGES, Activations, TorchLayer
+
+_SEQUENCES_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Linear layers with one input.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Full names, without ``.weight``.
+    hessian : Tensor
+        float64 ``[in_features, in_features]`` of the calibration text.
+    """
+
+    names: tuple[str, ...]
+    hessian: Tensor
+    _layer: TorchLayer = field(repr=False)
+
+    def weight(self, name: str) -> Tensor:
+        """fp32 ``[out_features, in_features]``."""
+        return self._layer.weights[name.removeprefix(self._layer.prefix)]
+
+    def replace(self, name: str, weight: Tensor) -> None:
+        """Let all stages to come see this weight instead."""
+        self._layer.weights[name.removeprefix(self._layer.prefix)] = weight
+
+
+def embed(source: Source, windows: Tensor) -> list[Activations]:
+    """The residual stream at the first layer, some windows at a time."""
+    config = source.config
+    embedding = source.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    return [Activations(F.embedding(ids, embedding).float()) for ids in windows.split(_SEQUENCES_AT_ONCE)]
+
+
+def torch_layers(source: Source, length: int) -> Iterator[TorchLayer]:
+    """The layers of an unquantised model, each read when its turn comes, for sequences of `length` tokens."""
+    config = source.config
+    cos_sin = cos_sin_cache(config.head_dim, length, config.rope_theta, config.rope_scaling)
+
+    def read_tensor(name: str) -> Tensor:
+        return source.tensor(name).float()
+
+    def read_linear(name: str) -> tuple[Tensor, Tensor | None]:
+        bias = f"{name}.bias"
+        return read_tensor(f"{name}.weight"), read_tensor(bias) if source.has(bias) else None
+
+    for index in range(config.num_layers):
+        yield TorchLayer(config, index, read_linear, read_tensor, cos_sin)
+
+
+def stages(layers: Iterable[TorchLayer], batches: list[Activations]) -> Iterator[Stage]:
+    """The stages of all layers in the order of computation, each to be dealt with before the next is asked for.
+
+    Parameters
+    ----------
+    layers : iterable of TorchLayer
+        As `torch_layers` gives them.
+    batches : list of Activations
+        As `embed` gives them; overwritten with what the last layer computed gives.
+    """
+    for layer in layers:
+        for stage, names in enumerate(STAGES):
+            hessian = Hessian(layer.weights[names[0]].shape[1])
+            for batch in batches:
+                hessian.add(layer.stage_input(stage, batch))
+            yield Stage(tuple(layer.prefix + name for name in names), hessian.matrix(), layer)
+            for place, batch in enumerate(batches):
+                batches[place] = layer.advance(stage, batch)
