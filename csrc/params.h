@@ -102,10 +102,11 @@ struct Sparse24MatmulParams {
   DType value_dtype;  // fp32, fp16 or bf16
 };
 
-// The same with a GPTQ weight: weight[k, n] = scale[g, n] * (code[k, n] - zero[g, n]).
+// The same with a GPTQ weight: weight[k, n] = scale[g, n] * (code[k, n] - zero[g, n]), or with minima
+// weight[k, n] = scale[g, n] * code[k, n] + minimum[g, n].
 //
 // Inputs are ordered group by group, each group padded to whole blocks of 32. A panel of 16 columns is one contiguous
-// stream of groups; a group is a header of 64 bytes (fp16 scale[16], fp16 zero[16]) and its blocks:
+// stream of groups; a group is a header of 64 bytes (fp16 scale[16], fp16 zero[16] or minimum[16]) and its blocks:
 //   2 bits, 128 bytes:  [2][16 columns][4]; byte (j, column, i) holds quads 4j to 4j + 3, lowest bits first;
 //   3 bits, 192 bytes:  [3][16 columns][4]; byte (j, column, i) holds quads 2j and 2j + 1 in its six low bits; the two
 //                       low bits of quad 6 are on top of byte 0, those of quad 7 on top of byte 1, and on top of byte
@@ -126,6 +127,7 @@ struct GptqMatmulParams {
   int64_t num_groups, blocks_per_group;
   int64_t out_stride, input_stride;
   int32_t bits;          // 2, 3, 4 or 8
+  bool has_minimum;      // minima in place of zero points
   bool int8_activation;  // quantise the input per row and block of 32; else fp32 arithmetic throughout
   DType dtype;           // of input and out
 };

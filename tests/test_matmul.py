@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +17,8 @@ from teco_kernels.ops import DenseWeight, GPTQWeight, dense_matmul, gptq_matmul
 from teco_kernels.ops._library import cpu_isa_choices
 from teco_kernels.ops._reference import relative_error
 from teco_kernels.ops.gptq import gptq_matmul_reference
-from teco_kernels.ops.packing import BITS, codes_per_period, pack_rows, unpack_rows
-from teco_kernels.testing.cases.matmul import INT8_TOLERANCE, random_checkpoint
+from teco_kernels.ops.packing import BITS, codes_per_period, pack_rows, unpack_rows, unpack_zeros
+from teco_kernels.testing.cases.matmul import INT8_TOLERANCE, random_checkpoint, random_minima
 
 MODES = ("exact", "int8")
 
@@ -78,6 +79,31 @@ def test_zero_point_formats(zero_point_format: Any) -> None:
     tensors = checkpoint()
     weight = GPTQWeight.from_checkpoint(**tensors, zero_point_format=zero_point_format)
     assert torch.equal(weight.dequantize(), plain_dequantize(tensors, zero_point_format == "v1"))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", [24, 32, 192])
+def test_minima(bits: int, group_size: int) -> None:
+    """``scale * code + minimum``, rounded once; the kernel unpacks the very same bits."""
+    tensors = random_minima(192, 72, group_size, bits, torch.Generator().manual_seed(1))
+    groups = tensors["g_idx"].long()
+    expected = tensors["scales"][groups].float() * tensors["codes"].float() + tensors["minimum"][groups].float()
+    weight = GPTQWeight.from_codes(**tensors, bias=torch.randn(72))
+    assert torch.equal(weight.dequantize(), expected)
+    assert torch.equal(gptq_matmul(torch.eye(192), replace(weight, bias=None)), expected)
+    x = torch.randn(21, 192)
+    for activation, tolerance in (("exact", 1e-5), ("int8", INT8_TOLERANCE)):
+        whole = gptq_matmul(x, weight, activation=activation)  # type: ignore[arg-type]
+        assert relative_error(whole, gptq_matmul_reference(x, weight)) < tolerance
+        for rows in (1, 2, 7, 8):
+            assert torch.equal(gptq_matmul(x[:rows], weight, activation=activation), whole[:rows])  # type: ignore[arg-type]
+
+
+def test_codes_make_the_weight_of_the_checkpoint() -> None:
+    tensors = checkpoint(act_order=True)
+    codes, zeros = unpack_rows(tensors["qweight"], 4), unpack_zeros(tensors["qzeros"], 4)
+    weight = GPTQWeight.from_codes(codes, tensors["scales"], zeros=zeros, g_idx=tensors["g_idx"], bits=4)
+    assert torch.equal(weight.packed, GPTQWeight.from_checkpoint(**tensors).packed)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -233,6 +259,34 @@ def test_contradictory_checkpoints_are_refused() -> None:
     refuse(r"qweight: expected at least one input and one output, got shape \[0, 72\]", qweight=good["qweight"][:0])
     refuse(r"scales: expected finite values", scales=good["scales"] * float("nan"))
     refuse(r"bias: expected shape \[72\], got \[3\]", bias=torch.zeros(3))
+
+
+def test_contradictory_codes_are_refused() -> None:
+    good = random_minima(192, 72, 64, 4, torch.Generator())
+
+    def refuse(match: str, exception: type[Exception] = ValueError, **changes: Any) -> None:
+        with pytest.raises(exception, match=match):
+            GPTQWeight.from_codes(**(good | changes))
+
+    zeros = torch.zeros(3, 72, dtype=torch.int64)
+    refuse(r"bits: expected one of \(2, 3, 4, 8\), got 5", bits=5)
+    refuse("zeros, minimum: expected one of the two", minimum=None)
+    refuse("zeros, minimum: expected one of the two", zeros=zeros)
+    refuse("codes: expected dtype uint8, got int64", TypeError, codes=good["codes"].long())
+    refuse(r"codes: expected at least one input and one output, got shape \[192, 0\]", codes=good["codes"][:, :0])
+    refuse(
+        r"codes: expected values from 0 to 15, got 16", codes=good["codes"].fill_(1).index_fill_(0, zeros[0, :1], 16)
+    )
+    good["codes"].zero_()
+    refuse(r"scales: expected shape \[num_groups, 72\], got \[3, 71\]", scales=good["scales"][:, :71])
+    refuse(r"minimum: expected the shape of scales, \[3, 72\], got \[2, 72\]", minimum=good["minimum"][:2])
+    refuse(r"zeros: expected the shape of scales, \[3, 72\], got \[2, 72\]", minimum=None, zeros=zeros[:2])
+    refuse("scales: expected a floating dtype, got int64", TypeError, scales=zeros)
+    refuse("zeros: expected an integer dtype, got float16", TypeError, minimum=None, zeros=good["minimum"])
+    refuse("zeros: expected values from 0 to 16, got 17 to 17", minimum=None, zeros=zeros + 17)
+    refuse("minimum: expected finite values", minimum=good["minimum"] * float("inf"))
+    refuse("scales: expected finite values", scales=good["scales"] * float("nan"))
+    refuse("g_idx: expected groups 0 to 2", g_idx=good["g_idx"] + 1)
 
 
 def test_bad_calls_are_refused() -> None:

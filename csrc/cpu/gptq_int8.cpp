@@ -3,8 +3,9 @@
 //
 //   for each group:  g = 0;  for each block of 32 inputs:  g = fma(row_scale[block], float(integer dot), g)
 //                    acc = fma(scale, fma(-zero, row_sum[group], g), acc)
+//                    or, with minima: fma(minimum, row_sum[group], fma(scale, g, acc))
 //
-// row_sum is the sum of the quantised activations of a group, so that zero points cost one fma per group.
+// row_sum is the sum of the quantised activations of a group, so that zero points and minima cost one fma per group.
 //
 // Up to 4 rows: bound by reading the packed weights once; four panels (two, from 3 rows on) are walked at a time as
 // streams from memory, as one stream leaves a third of the bandwidth unused. More rows: bound by the multiply units; a
@@ -169,7 +170,7 @@ inline void dot_block(const uint8_t* weights, int part, const int8_t* rows, Wide
 
 // S whole panels, group by group in turns, by a tile of R rows; acc[S][R][16]. Never inlined: in a frame of its own GCC
 // keeps the tile of sums in registers.
-template <int kBits, int R, int S>
+template <int kBits, bool kMinimum, int R, int S>
 [[gnu::noinline]] void multiply_tile(const uint8_t* const* panels, const GptqLayout& layout, const QuantisedRows& rows,
                                      int64_t row, float* acc) {
   constexpr int kParts = kPanel / kWideLanes;
@@ -212,10 +213,11 @@ template <int kBits, int R, int S>
         }
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
-          const WideF32 scale = header_scale<WideU16>(group, part + v), zero = header_zero<WideU16>(group, part + v);
+          const WideF32 scale = header_scale<WideU16>(group, part + v), shift = header_offset<WideU16>(group, part + v);
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r)
-            total[s][r][v] = fma(scale, fma(-zero, wide_splat(sums[r]), partial[r][v]), total[s][r][v]);
+            total[s][r][v] = kMinimum ? fma(shift, wide_splat(sums[r]), fma(scale, partial[r][v], total[s][r][v]))
+                                      : fma(scale, fma(-shift, wide_splat(sums[r]), partial[r][v]), total[s][r][v]);
         }
       }
       codes += blocks * kBlock * R;
@@ -232,17 +234,17 @@ template <int kBits, int R, int S>
 }
 
 // The same for 1 to R rows.
-template <int kBits, int S, int R>
+template <int kBits, bool kMinimum, int S, int R>
 inline void multiply_tile_of(int64_t num_rows, const uint8_t* const* panels, const GptqLayout& layout,
                              const QuantisedRows& rows, int64_t row, float* acc) {
   if constexpr (R > 1) {
-    if (num_rows < R) return multiply_tile_of<kBits, S, R - 1>(num_rows, panels, layout, rows, row, acc);
+    if (num_rows < R) return multiply_tile_of<kBits, kMinimum, S, R - 1>(num_rows, panels, layout, rows, row, acc);
   }
-  multiply_tile<kBits, R, S>(panels, layout, rows, row, acc);
+  multiply_tile<kBits, kMinimum, R, S>(panels, layout, rows, row, acc);
 }
 
 // All rows of a tile by panels [begin, end), in S streams: each walks panels of its own.
-template <int kBits, int S, int R, class T>
+template <int kBits, bool kMinimum, int S, int R, class T>
 void multiply_streams(const GptqMatmulParams& p, const GptqLayout& layout, const QuantisedRows& rows, T* out,
                       int64_t begin, int64_t end) {
   alignas(64) float acc[S * R * kPanel];
@@ -252,10 +254,10 @@ void multiply_streams(const GptqMatmulParams& p, const GptqLayout& layout, const
     int active = 0;
     for (int64_t panel = first; panel < end && active < S; panel += step) panels[active++] = layout.group(panel, 0);
     if (active == S) {
-      multiply_tile_of<kBits, S, R>(rows.count, panels, layout, rows, 0, acc);
+      multiply_tile_of<kBits, kMinimum, S, R>(rows.count, panels, layout, rows, 0, acc);
     } else {
       for (int s = 0; s < active; ++s)
-        multiply_tile_of<kBits, 1, R>(rows.count, panels + s, layout, rows, 0, acc + s * rows.count * kPanel);
+        multiply_tile_of<kBits, kMinimum, 1, R>(rows.count, panels + s, layout, rows, 0, acc + s * rows.count * kPanel);
     }
     for (int s = 0; s < active; ++s)
       store_panel(out, p.out_stride, rows.count, acc + s * rows.count * kPanel, first + s * step, p.bias,
@@ -264,7 +266,7 @@ void multiply_streams(const GptqMatmulParams& p, const GptqLayout& layout, const
 }
 
 // All rows by panels [begin, end), tile after tile.
-template <int kBits, class T>
+template <int kBits, bool kMinimum, class T>
 void multiply_panels_by_tiles(const GptqMatmulParams& p, const GptqLayout& layout, const QuantisedRows& rows, T* out,
                               int64_t begin, int64_t end) {
   alignas(64) float acc[kTileRows * kPanel];
@@ -272,23 +274,23 @@ void multiply_panels_by_tiles(const GptqMatmulParams& p, const GptqLayout& layou
     const uint8_t* weights = layout.group(panel, 0);
     for (int64_t row = 0; row < rows.count; row += kTileRows) {
       const int64_t count = rows.tile_rows(row);
-      multiply_tile_of<kBits, 1, kTileRows>(count, &weights, layout, rows, row, acc);
+      multiply_tile_of<kBits, kMinimum, 1, kTileRows>(count, &weights, layout, rows, row, acc);
       store_panel(out + row * p.out_stride, p.out_stride, count, acc, panel, p.bias, p.out_features);
     }
   }
 }
 
-template <int kBits, class T>
+template <int kBits, bool kMinimum, class T>
 void multiply(const GptqMatmulParams& p, const QuantisedRows& rows, T* out, int num_threads) {
   const GptqLayout layout(p);
   const int64_t num_panels = ceil_div<int64_t>(p.out_features, kPanel);
   parallel_for(num_panels, task_grain(layout.panel_bytes() * rows.count), num_threads, [&](int64_t begin, int64_t end) {
     if (rows.count <= 2) {
-      multiply_streams<kBits, 4, 2>(p, layout, rows, out, begin, end);
+      multiply_streams<kBits, kMinimum, 4, 2>(p, layout, rows, out, begin, end);
     } else if (rows.count <= 4) {
-      multiply_streams<kBits, 2, 4>(p, layout, rows, out, begin, end);
+      multiply_streams<kBits, kMinimum, 2, 4>(p, layout, rows, out, begin, end);
     } else {
-      multiply_panels_by_tiles<kBits>(p, layout, rows, out, begin, end);
+      multiply_panels_by_tiles<kBits, kMinimum>(p, layout, rows, out, begin, end);
     }
   });
 }
@@ -302,7 +304,9 @@ void gptq_matmul_int8(const GptqMatmulParams& p, int num_threads) {
       const QuantisedRows rows =
           quantise_rows(p, static_cast<const T*>(p.input) + row * p.input_stride, count, num_threads);
       T* out = static_cast<T*>(p.out) + row * p.out_stride;
-      with_bits(p.bits, [&]<int kBits>(Bits<kBits>) { multiply<kBits>(p, rows, out, num_threads); });
+      with_format(p, [&]<int kBits, bool kMinimum>(Format<kBits, kMinimum>) {
+        multiply<kBits, kMinimum>(p, rows, out, num_threads);
+      });
     }
   });
 }

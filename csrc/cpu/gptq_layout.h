@@ -6,23 +6,23 @@
 namespace teco::cpu::TECO_ISA {
 
 constexpr int64_t kBlock = 32;        // inputs
-constexpr int64_t kHeaderBytes = 64;  // fp16 scale[16], fp16 zero[16]
+constexpr int64_t kHeaderBytes = 64;  // fp16 scale[16], fp16 offset[16]: zero points, or minima
 
-template <int kBits>
-struct Bits {};
+template <int kBits, bool kMinimum>
+struct Format {};
 
-// Calls body(Bits<kBits>{}), kBits being the bit width: `[&]<int kBits>(Bits<kBits>) { ... }`.
+// Calls body with the weight's own format: `[&]<int kBits, bool kMinimum>(Format<kBits, kMinimum>) { ... }`.
 template <class Body>
-inline void with_bits(int32_t bits, Body body) {
-  switch (bits) {
+inline void with_format(const GptqMatmulParams& p, Body body) {
+  switch (p.bits) {
     case 2:
-      return body(Bits<2>{});
+      return p.has_minimum ? body(Format<2, true>{}) : body(Format<2, false>{});
     case 3:
-      return body(Bits<3>{});
+      return p.has_minimum ? body(Format<3, true>{}) : body(Format<3, false>{});
     case 4:
-      return body(Bits<4>{});
+      return p.has_minimum ? body(Format<4, true>{}) : body(Format<4, false>{});
     default:
-      return body(Bits<8>{});
+      return p.has_minimum ? body(Format<8, true>{}) : body(Format<8, false>{});
   }
 }
 
@@ -56,13 +56,13 @@ inline U quad_codes(const uint8_t* block, int q, int part) {
   return (word(q / kQuads) >> (q % kQuads * kBits)) & kMask;
 }
 
-// Scales and zero points of a part of the columns, as many as a vector H of halves has lanes.
+// Scales and offsets of a part of the columns, as many as a vector H of halves has lanes.
 template <class H>
 inline auto header_scale(const uint8_t* group, int part) {
   return half_to_float(load_bits<H>(group + part * sizeof(H)));
 }
 template <class H>
-inline auto header_zero(const uint8_t* group, int part) {
+inline auto header_offset(const uint8_t* group, int part) {
   return half_to_float(load_bits<H>(group + 32 + part * sizeof(H)));
 }
 

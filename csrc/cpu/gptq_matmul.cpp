@@ -1,6 +1,7 @@
 // Matmul with a GPTQ weight. The exact mode unpacks slices of a panel to fp32: a scale has 11 significant bits and
-// code - zero at most 9, so scale * (code - zero) is exact in fp32 and the result is, bit for bit, that of dense_matmul
-// on the dequantised weight (in packed order). The int8 mode is in gptq_int8.cpp.
+// code - zero at most 9, so scale * (code - zero) is exact in fp32, and scale * code + minimum is rounded once. The
+// result is, bit for bit, that of dense_matmul on the dequantised weight (in packed order). The int8 mode is in
+// gptq_int8.cpp.
 #include "cpu/gptq_int8.h"
 #include "cpu/gptq_layout.h"
 #include "cpu/panel_matmul.h"
@@ -8,7 +9,7 @@
 namespace teco::cpu::TECO_ISA {
 namespace {
 
-template <int kBits>
+template <int kBits, bool kMinimum>
 struct GptqPanels : DenseTiles {
   GptqLayout layout;
 
@@ -18,14 +19,14 @@ struct GptqPanels : DenseTiles {
       const uint8_t* group = layout.group(panel, block / layout.blocks_per_group);
       const uint8_t* codes = group + kHeaderBytes + block % layout.blocks_per_group * layout.block_bytes();
       for (int v = 0; v < kPanelVectors; ++v) {
-        const F32x8 scale = header_scale<U16x8>(group, v), zero = header_zero<U16x8>(group, v);
+        const F32x8 scale = header_scale<U16x8>(group, v), offset = header_offset<U16x8>(group, v);
         float* out = scratch + i * kPanel + v * kLanes;
         for (int q = 0; q < kBlock / 4; ++q) {
           const U32x8 quad = quad_codes<kBits, U32x8>(codes, q, v);
           for (int byte = 0; byte < 4; ++byte) {
             // Signed: AVX2 converts no other integers.
-            const I32x8 code = reinterpret_cast<I32x8>((quad >> (8 * byte)) & 255);
-            store(out + (4 * q + byte) * kPanel, scale * (to_float(code) - zero));
+            const F32x8 code = to_float(reinterpret_cast<I32x8>((quad >> (8 * byte)) & 255));
+            store(out + (4 * q + byte) * kPanel, kMinimum ? scale * code + offset : scale * (code - offset));
           }
         }
       }
@@ -34,9 +35,9 @@ struct GptqPanels : DenseTiles {
   }
 };
 
-template <int kBits>
+template <int kBits, bool kMinimum>
 void gptq_matmul_exact(const GptqMatmulParams& p, int num_threads) {
-  const GptqPanels<kBits> unpack{{}, GptqLayout(p)};
+  const GptqPanels<kBits, kMinimum> unpack{{}, GptqLayout(p)};
   with_float_type(p.dtype, [&]<class T>(Type<T>) {
     panel_matmul(static_cast<const T*>(p.input), p.input_stride, p.num_rows, unpack.layout.packed_size(), p.input_order,
                  static_cast<T*>(p.out), p.out_stride, p.bias, p.out_features, unpack.layout.panel_bytes(), unpack,
@@ -50,7 +51,9 @@ void gptq_matmul(const GptqMatmulParams& p, int num_threads) {
   if (p.int8_activation) {
     gptq_matmul_int8(p, num_threads);
   } else {
-    with_bits(p.bits, [&]<int kBits>(Bits<kBits>) { gptq_matmul_exact<kBits>(p, num_threads); });
+    with_format(p, [&]<int kBits, bool kMinimum>(Format<kBits, kMinimum>) {
+      gptq_matmul_exact<kBits, kMinimum>(p, num_threads);
+    });
   }
 }
 

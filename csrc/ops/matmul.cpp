@@ -90,7 +90,7 @@ void sparse24_matmul(Tensor out, Tensor input, Tensor values, Tensor indices, st
 }
 
 void gptq_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> input_order, std::optional<Tensor> bias,
-                 int64_t in_features, int64_t out_features, int64_t bits, bool int8_activation) {
+                 int64_t in_features, int64_t out_features, int64_t bits, bool has_minimum, bool int8_activation) {
   require(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits: expected 2, 3, 4 or 8, got ", bits);
   Size panels{"num_panels", num_panels(out_features), "out_features"}, groups{"num_groups"}, bytes{"group_bytes"};
   Argument(weight, "weight").on_cpu().dtype(ScalarType::Byte).shape({&panels, &groups, &bytes}).contiguous();
@@ -125,6 +125,7 @@ void gptq_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> 
       .out_stride = operands.out.stride,
       .input_stride = operands.input.stride,
       .bits = static_cast<int32_t>(bits),
+      .has_minimum = has_minimum,
       .int8_activation = int8_activation,
       .dtype = to_dtype(input.scalar_type(), "x"),
   };

@@ -47,10 +47,11 @@ def _unpack_blocks(packed: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class GPTQWeight:
-    """A quantised weight, packed for `gptq_matmul`; made by `from_checkpoint`.
+    """A quantised weight, packed for `gptq_matmul`; made by `from_checkpoint` or `from_codes`.
 
-    The value of a weight is ``scale * (code - zero)`` with the scale and zero point of its column and group. Scales are
-    kept in fp16, so a value has at most 20 significant bits and is exact in fp32.
+    The value of a weight is ``scale * (code - zero)`` with the scale and zero point of its column and group, or
+    ``scale * code + minimum``. Scales and minima are kept in fp16: a product has at most 20 significant bits and is
+    exact in fp32, and only the sum with a minimum is rounded.
 
     Attributes
     ----------
@@ -65,6 +66,8 @@ class GPTQWeight:
         Sizes without padding.
     group_size : int
         Inputs that share a scale (the largest number, when groups differ).
+    has_minimum : bool
+        Whether groups have a minimum in place of a zero point.
     """
 
     packed: Tensor
@@ -74,6 +77,7 @@ class GPTQWeight:
     out_features: int
     bits: int
     group_size: int
+    has_minimum: bool = False
 
     @classmethod
     def from_checkpoint(
@@ -117,26 +121,82 @@ class GPTQWeight:
         arXiv 2210.17323.
         """
         _check_checkpoint(qweight, qzeros, scales, bits, zero_point_format)
-        in_features, out_features = qweight.shape[0] * 32 // bits, qweight.shape[1]
-        num_groups = scales.shape[0]
-        order, group_size = _packed_order(g_idx, in_features, num_groups)
+        zeros = unpack_zeros(qzeros, bits, zero_point_format)
+        return cls._pack(unpack_rows(qweight, bits), scales, zeros, g_idx, bits, False, bias)
 
-        zeros = unpack_zeros(qzeros, bits, zero_point_format).to(torch.float16)  # [num_groups, out_features]
-        codes = unpack_rows(qweight, bits)
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        *,
+        bits: int,
+        zeros: Tensor | None = None,
+        minimum: Tensor | None = None,
+        g_idx: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> GPTQWeight:
+        """Pack codes that another format than GPTQ's has stored (AWQ, GGUF). They are not needed afterwards.
+
+        Parameters
+        ----------
+        codes : Tensor
+            uint8 ``[in_features, out_features]``, below ``2**bits``.
+        scales : Tensor
+            ``[num_groups, out_features]``, floating; rounded to fp16.
+        bits : int
+            2, 3, 4 or 8.
+        zeros : Tensor, optional
+            Zero points from 0 to ``2**bits``, integers ``[num_groups, out_features]``: a weight is
+            ``scale * (code - zero)``.
+        minimum : Tensor, optional
+            In their place ``[num_groups, out_features]``, floating; rounded to fp16: a weight is
+            ``scale * code + minimum``.
+        g_idx : Tensor, optional
+            int32 ``[in_features]``, the group of each input, in any order. None: equal consecutive groups.
+        bias : Tensor, optional
+            ``[out_features]``.
+
+        Raises
+        ------
+        ValueError
+            Naming the tensor whose shape, dtype or values contradict the others.
+        """
+        if (zeros is None) == (minimum is None):
+            raise ValueError("zeros, minimum: expected one of the two")
+        offsets = zeros if minimum is None else minimum
+        assert offsets is not None
+        _check_codes(codes, scales, offsets, bits, minimum is not None)
+        return cls._pack(codes, scales, offsets, g_idx, bits, minimum is not None, bias)
+
+    @classmethod
+    def _pack(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        offsets: Tensor,
+        g_idx: Tensor | None,
+        bits: int,
+        has_minimum: bool,
+        bias: Tensor | None,
+    ) -> GPTQWeight:
+        """Pack checked tensors; `offsets` are zero points or minima."""
+        (in_features, out_features), num_groups = codes.shape, scales.shape[0]
+        order, group_size = _packed_order(g_idx, in_features, num_groups)
         if order is not None:
             codes = codes[order.clamp(min=0).long()]
         blocks = to_panels(codes).unflatten(1, (num_groups, -1, BLOCK))  # [panels, groups, blocks, 32, 16]
-        headers = torch.stack((to_panels(scales.to(torch.float16)), to_panels(zeros)), dim=2)
+        headers = torch.stack([to_panels(part.to(torch.float16)) for part in (scales, offsets)], dim=2)
         packed = torch.cat((headers.flatten(2).view(torch.uint8), _pack_blocks(blocks, bits).flatten(2)), dim=2)
-        weight = cls(packed, order, None, in_features, out_features, bits, group_size)
+        weight = cls(packed, order, None, in_features, out_features, bits, group_size, has_minimum)
         return weight if bias is None else weight._with_bias(bias)
 
     @classmethod
     def concatenate(cls, weights: list[GPTQWeight]) -> GPTQWeight:
         """Join weights along `out_features`, so that one call multiplies by all of them (q, k, v; gate, up).
 
-        All must have the same in_features, bits, groups and input order, and all but the last an `out_features` that is
-        a multiple of 16.
+        All must have the same in_features, bits, groups, kind of offsets and input order, and all but the last an
+        `out_features` that is a multiple of 16.
 
         Raises
         ------
@@ -147,7 +207,7 @@ class GPTQWeight:
         for index, weight in enumerate(weights):
             if not first.can_join(weight):
                 raise ValueError(
-                    f"weights[{index}]: expected the in_features, bits, groups and input order of weights[0]"
+                    f"weights[{index}]: expected the in_features, bits, groups, offsets and input order of weights[0]"
                 )
             if weight.out_features % PANEL and index < len(weights) - 1:
                 raise ValueError(
@@ -171,11 +231,12 @@ class GPTQWeight:
             if self.input_order is None
             else other.input_order is not None and torch.equal(self.input_order, other.input_order)
         )
-        return same_order and (self.in_features, self.bits, self.packed.shape[1:]) == (
-            other.in_features,
-            other.bits,
-            other.packed.shape[1:],
-        )
+        return same_order and self._kind == other._kind
+
+    @property
+    def _kind(self) -> tuple[object, ...]:
+        """What the panels of weights that are multiplied in one call have in common."""
+        return self.in_features, self.bits, self.has_minimum, self.packed.shape[1:]
 
     @property
     def nbytes(self) -> int:
@@ -183,12 +244,12 @@ class GPTQWeight:
         return self.packed.nbytes
 
     def dequantize(self) -> Tensor:
-        """The weight as fp32 ``[in_features, out_features]``, exactly ``scale * (code - zero)``."""
+        """fp32 ``[in_features, out_features]``: ``scale * (code - zero)``, or ``scale * code + minimum``."""
         headers = self.packed[..., :64].view(torch.float16).unflatten(-1, (2, PANEL)).float()
-        scales, zeros = headers[:, :, 0], headers[:, :, 1]  # [panels, groups, 16]
+        scales, offsets = headers.unsqueeze(3).unbind(2)  # [panels, groups, 1, 16]
         blocks = self.packed[..., 64:].unflatten(-1, (-1, self.bits * 64))
         codes = _unpack_blocks(blocks, self.bits).flatten(2, 3).float()  # [panels, groups, inputs, 16]
-        values = scales.unsqueeze(2) * (codes - zeros.unsqueeze(2))
+        values = scales * codes + offsets if self.has_minimum else scales * (codes - offsets)
         columns = from_panels(values.flatten(1, 2), self.out_features)
         if self.input_order is None:
             return columns
@@ -227,8 +288,37 @@ def _check_checkpoint(qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int
             f"qzeros: expected shape [{scales.shape[0]}, {out_features * bits / 32:g}] "
             f"({out_features} zero points of {bits} bits), got {list(qzeros.shape)}"
         )
-    if not scales.to(torch.float16).isfinite().all():
-        raise ValueError("scales: expected finite values that fp16 can hold, got NaN, infinity or a value above 65504")
+    _check_fp16("scales", scales)
+
+
+def _check_codes(codes: Tensor, scales: Tensor, offsets: Tensor, bits: int, has_minimum: bool) -> None:
+    if bits not in BITS:
+        raise ValueError(f"bits: expected one of {BITS}, got {bits}")
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"codes: expected dtype uint8, got {str(codes.dtype).removeprefix('torch.')}")
+    if codes.dim() != 2 or not codes.numel():
+        raise ValueError(f"codes: expected at least one input and one output, got shape {list(codes.shape)}")
+    if bits < 8 and codes.max() >= 2**bits:
+        raise ValueError(f"codes: expected values from 0 to {2**bits - 1}, got {codes.max()}")
+    name = "minimum" if has_minimum else "zeros"
+    if scales.dim() != 2 or scales.shape[1] != codes.shape[1] or scales.shape[0] < 1:
+        raise ValueError(f"scales: expected shape [num_groups, {codes.shape[1]}], got {list(scales.shape)}")
+    if offsets.shape != scales.shape:
+        raise ValueError(f"{name}: expected the shape of scales, {list(scales.shape)}, got {list(offsets.shape)}")
+    for tensor_name, tensor, floating in (("scales", scales, True), (name, offsets, has_minimum)):
+        if tensor.is_floating_point() != floating:
+            expected = "a floating" if floating else "an integer"
+            got = str(tensor.dtype).removeprefix("torch.")
+            raise TypeError(f"{tensor_name}: expected {expected} dtype, got {got}")
+        if floating:
+            _check_fp16(tensor_name, tensor)
+    if not has_minimum and (offsets.min() < 0 or offsets.max() > 2**bits):
+        raise ValueError(f"zeros: expected values from 0 to {2**bits}, got {offsets.min()} to {offsets.max()}")
+
+
+def _check_fp16(name: str, tensor: Tensor) -> None:
+    if not tensor.to(torch.float16).isfinite().all():
+        raise ValueError(f"{name}: expected finite values that fp16 can hold, got NaN, infinity or a value above 65504")
 
 
 def _packed_order(g_idx: Tensor | None, in_features: int, num_groups: int) -> tuple[Tensor | None, int]:
@@ -292,6 +382,7 @@ def gptq_matmul(
         weight.in_features,
         weight.out_features,
         weight.bits,
+        weight.has_minimum,
         activation == "int8",
     )
     return out

@@ -81,11 +81,30 @@ def _sparse24_inputs(
     return {"x": x, "weight": sparse24.Sparse24Weight.from_dense(weight, offset)}
 
 
-def _gptq_inputs(rows: int, dtype: torch.dtype, activation: str, options: dict[str, Any], g: torch.Generator) -> Inputs:
-    checkpoint = random_checkpoint(**options, generator=g)
+def random_minima(
+    in_features: int, out_features: int, group_size: int, bits: int, generator: torch.Generator
+) -> dict[str, Any]:
+    """Random codes with a minimum per group that is no multiple of its scale, as `GPTQWeight.from_codes` takes them."""
+    num_groups = -(-in_features // group_size)
+    scales = (0.5 + torch.rand(num_groups, out_features, generator=generator)).div(2**bits).half()
+    middle = 2 ** (bits - 1) - 0.5 + torch.rand(scales.shape, generator=generator)
+    return {
+        "codes": torch.randint(2**bits, (in_features, out_features), generator=generator, dtype=torch.uint8),
+        "scales": scales,
+        "minimum": (-middle * scales).half(),
+        "g_idx": torch.arange(in_features, dtype=torch.int32) // group_size,
+        "bits": bits,
+    }
+
+
+def _gptq_inputs(
+    rows: int, dtype: torch.dtype, activation: str, minimum: bool, options: dict[str, Any], g: torch.Generator
+) -> Inputs:
+    tensors = (random_minima if minimum else random_checkpoint)(**options, generator=g)
+    make = gptq.GPTQWeight.from_codes if minimum else gptq.GPTQWeight.from_checkpoint
     bias = torch.randn(options["out_features"], generator=g)
     x = torch.randn(rows, options["in_features"], generator=g).to(dtype)
-    return {"x": x, "weight": gptq.GPTQWeight.from_checkpoint(**checkpoint, bias=bias), "activation": activation}
+    return {"x": x, "weight": make(**tensors, bias=bias), "activation": activation}
 
 
 def _dense_case(rows: int, in_features: int, out_features: int, dtype: torch.dtype, benchmark: bool = False) -> Case:
@@ -119,15 +138,17 @@ def _sparse24_case(rows: int, in_features: int, out_features: int, dtype: torch.
     )
 
 
-def _gptq_case(rows: int, dtype: torch.dtype, activation: str, benchmark: bool = False, **options: Any) -> Case:
+def _gptq_case(
+    rows: int, dtype: torch.dtype, activation: str, benchmark: bool = False, minimum: bool = False, **options: Any
+) -> Case:
     in_features, out_features, bits = options["in_features"], options["out_features"], options["bits"]
     num_groups = -(-in_features // options["group_size"])
     weight_bytes = in_features * out_features * bits // 8 + num_groups * out_features * 4
     return Case(
         operator="gptq_matmul",
-        params={"rows": rows, "activation": activation, **options},
+        params={"rows": rows, "activation": activation, **({"minimum": True} if minimum else {}), **options},
         dtype=dtype,
-        make_inputs=partial(_gptq_inputs, rows, dtype, activation, options),
+        make_inputs=partial(_gptq_inputs, rows, dtype, activation, minimum, options),
         function=gptq.gptq_matmul,
         reference=gptq.gptq_matmul_reference,
         max_error=INT8_TOLERANCE if activation == "int8" else TOLERANCE[dtype],
@@ -154,6 +175,8 @@ def cases() -> Iterator[Case]:
                 yield _gptq_case(3, torch.float32, activation, **options, group_size=group_size)
             yield _gptq_case(3, torch.float32, activation, **options, group_size=64, symmetric=True)
             yield _gptq_case(3, torch.float32, activation, **options, group_size=64, act_order=True)
+            for rows in (1, 8, 33):
+                yield _gptq_case(rows, torch.float32, activation, minimum=True, **options, group_size=32)
             yield _gptq_case(0, torch.float32, activation, **options, group_size=64)
             for dtype in (torch.float16, torch.bfloat16):
                 yield _gptq_case(3, dtype, activation, **options, group_size=64)
@@ -164,6 +187,9 @@ def cases() -> Iterator[Case]:
             yield _gptq_case(
                 rows, torch.float32, activation, True, in_features=4096, out_features=4096, bits=4, group_size=128
             )
+    yield _gptq_case(
+        1, torch.float32, "int8", True, minimum=True, in_features=4096, out_features=4096, bits=4, group_size=32
+    )
     for bits in (2, 3):
         yield _gptq_case(1, torch.float32, "int8", True, in_features=4096, out_features=4096, bits=bits, group_size=128)
     for rows in (1, 16):
