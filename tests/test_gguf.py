@@ -22,10 +22,12 @@ from tiny_models import (
     tiny_tokenizer,
 )
 
-from teco_kernels import LLM
+from teco_kernels import LLM, GPTQWeight, SamplingParams, gptq_matmul
 from teco_kernels.decoder.gguf import GGUFSource
+from teco_kernels.decoder.gguf_blocks import read_blocks
 from teco_kernels.decoder.loader import load_source
 from teco_kernels.decoder.tokenizer import Tokenizer
+from teco_kernels.ops import DenseWeight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,19 +40,69 @@ TEXTS = [
 ]
 
 
+TAKEN_OVER = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+
+
 def both(tmp_path: Path, model: Any, quantization: str, **metadata: Any) -> tuple[LLM, LLM]:
     """The model from a GGUF file and from a directory with the same numbers."""
     file = save_gguf(tmp_path / "model.gguf", model, quantization, **metadata)
-    return load(file), load(save_model(tmp_path / "directory", model))
+    return load(file, gptq_activation="exact"), load(save_model(tmp_path / "directory", model))
 
 
-@pytest.mark.parametrize("quantization", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
+@pytest.mark.parametrize("quantization", ["F32", "F16", "BF16", *TAKEN_OVER])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_logits_have_the_bits_of_the_directory(family: str, quantization: str, tmp_path: Path) -> None:
+    """Whether the matrices are dequantised, or taken over and unpacked by the kernel."""
     head_dim = {"head_dim": 32} if family == "qwen3" else {}
     from_file, from_directory = both(tmp_path, random_model(family, **head_dim), quantization)
-    assert torch.equal(logits_of(from_file, PROMPT), logits_of(from_directory, PROMPT))
+    expected = logits_of(from_directory, PROMPT)
+    assert torch.equal(logits_of(from_file, PROMPT), expected)
     assert from_file.tokenizer.eos_token_ids == from_directory.tokenizer.eos_token_ids
+    if quantization in TAKEN_OVER:
+        dequantised = load(tmp_path / "model.gguf", quantization="dequantize")
+        assert torch.equal(logits_of(dequantised, PROMPT), expected)
+        assert from_file.metrics()["weight_bytes"] < dequantised.metrics()["weight_bytes"]
+        params = SamplingParams(temperature=0, max_tokens=20)
+        taken_over, dense = (llm.generate(PROMPT, params, use_tqdm=False)[0] for llm in (from_file, dequantised))
+        assert taken_over.outputs[0].token_ids == dense.outputs[0].token_ids
+
+
+@pytest.mark.parametrize("quantization", TAKEN_OVER)
+def test_weights_are_those_that_the_gguf_package_dequantises(quantization: str) -> None:
+    """Also of blocks that no quantizer makes: random codes under scales of either sign, a subnormal one and a zero."""
+    kind = gguf.GGMLQuantizationType[quantization]
+    generator = torch.Generator().manual_seed(1)
+    _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = torch.randint(256, (40, 3, block_bytes), generator=generator, dtype=torch.uint8)
+    floats = 1 + quantization.endswith("_1")
+    blocks[..., : 2 * floats] = torch.randn(40, 3, floats, generator=generator).half().view(torch.uint8)
+    blocks[0, 0, :2], blocks[1, 0, :2] = torch.tensor([[3, 0], [0, 0]], dtype=torch.uint8)
+    rows = blocks.flatten(1)
+    weight = GPTQWeight.from_codes(**read_blocks(rows, kind))
+    expected = torch.from_numpy(gguf.quants.dequantize(rows.numpy(), kind)).t()
+    assert torch.equal(weight.dequantize(), expected)
+    assert torch.equal(gptq_matmul(torch.eye(96), weight), expected)
+
+
+def test_formats_that_are_not_taken_over_are_dequantised(tmp_path: Path) -> None:
+    """As in files of mixed formats: here the down projections lie in F16 among 4-bit matrices."""
+    file = save_gguf(tmp_path / "model.gguf", random_model(), "Q4_1", exceptions={"down_proj": "F16", "v_proj": "Q8_0"})
+    mixed, dequantised = load(file, gptq_activation="exact"), load(file, quantization="dequantize")
+    layer = mixed.engine.model.layers[0]
+    assert [type(weight) for weight in layer.down.weights] == [DenseWeight]
+    assert [weight.bits for weight in layer.qkv.weights if isinstance(weight, GPTQWeight)] == [4, 8]
+    assert torch.equal(logits_of(mixed, PROMPT), logits_of(dequantised, PROMPT))
+
+
+def test_damaged_scales_are_named(tmp_path: Path) -> None:
+    file = save_gguf(tmp_path / "model.gguf", random_model(), "Q4_1")
+    source = GGUFSource(file)
+    position = source._start + source._infos["model.layers.1.mlp.up_proj.weight"].offset
+    data = bytearray(file.read_bytes())
+    data[position : position + 2] = b"\xff\x7f"  # NaN
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"model.gguf: layer 'model.layers.1.mlp.up_proj': scales: expected finite"):
+        load(file)
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_settings_beside_the_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quant_method": "awq"}, "expected quant_method gptq in the quantization_config, got 'awq'"),
+        ({"quant_method": "fp8"}, "expected quant_method gptq or awq in the quantization_config, got 'fp8'"),
         ({"bits": 5}, "expected 'bits' 2 or 3 or 4 or 8 .* got 5 and 32"),
         ({"bits": None}, "expected 'bits' 2 or 3 or 4 or 8 .* got None and 32"),
         ({"group_size": 0}, "expected 'bits' 2 or 3 or 4 or 8 and a 'group_size' .* got 4 and 0"),
@@ -168,7 +168,7 @@ def test_contradictions_are_named(settings: dict[str, Any], message: str, tmp_pa
     config = json.loads(file.read_text())
     config["quantization_config"] |= settings
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=rf"gptq: (layer .*: )?{message}"):
+    with pytest.raises(ValueError, match=rf"gptq(/model.safetensors)?: (layer .*: )?{message}"):
         load(tmp_path / "gptq")
 
 
@@ -178,6 +178,12 @@ def test_sizes_that_no_checkpoint_packs_are_named() -> None:
 
         def has(self, name: str) -> bool:
             return name.endswith(".qweight")
+
+        def blocks(self, name: str, shape: tuple[int, int]) -> None:
+            return None
+
+        def file_of(self, name: str) -> Path:
+            return self.path
 
     loader = WeightLoader(Source(), torch.float32, "exact")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"gptq: layer 'q': expected .* multiples of 32, as 3-bit .* got 40 to 64"):
@@ -191,6 +197,7 @@ def test_damaged_layer_is_named(tmp_path: Path) -> None:
     tensors["model.layers.1.mlp.up_proj.g_idx"][5] = 9
     save_file(tensors, file)
     with pytest.raises(
-        ValueError, match=r"gptq: layer 'model.layers.1.mlp.up_proj': g_idx: expected groups 0 to 1, got"
+        ValueError,
+        match=r"gptq/model.safetensors: layer 'model.layers.1.mlp.up_proj': g_idx: expected groups 0 to 1, got",
     ):
         load(tmp_path / "gptq")

@@ -147,10 +147,17 @@ def _permute(weight: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def save_gguf(
-    path: Path, model: Any, quantization: str = "F32", *, rope_factors: Tensor | None = None, **metadata: Any
+    path: Path,
+    model: Any,
+    quantization: str = "F32",
+    *,
+    rope_factors: Tensor | None = None,
+    exceptions: dict[str, str] | None = None,
+    **metadata: Any,
 ) -> Path:
     """Write a model as a GGUF file, and round its own matrices to what the file holds.
 
+    `exceptions` are other quantizations for the matrices whose name contains a key.
     `metadata` are further keys under the architecture, e.g. ``{"rope.scaling.type": "linear"}``.
     """
     config = model.config
@@ -172,8 +179,9 @@ def save_gguf(
     _add_tokenizer(writer)
     if rope_factors is not None:
         writer.add_tensor("rope_freqs.weight", rope_factors.numpy())
-    kind = gguf.GGMLQuantizationType[quantization]
     for name, parameter in model.named_parameters():
+        exception = next((kind for part, kind in (exceptions or {}).items() if part in name), quantization)
+        kind = gguf.GGMLQuantizationType[exception]
         values = parameter.detach().numpy()
         stored_kind = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
         stored = gguf.quants.quantize(values, stored_kind)

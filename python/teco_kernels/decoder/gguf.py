@@ -1,4 +1,4 @@
-"""GGUF files as a source: metadata read directly, tensors dequantised by the `gguf` package and renamed.
+"""GGUF files as a source: metadata read directly, tensors renamed; dequantised by the `gguf` package, or in codes.
 
 `gguf.GGUFReader` makes an array per metadata element, which takes seconds for a vocabulary; this reader takes a
 fraction of one.
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
+from teco_kernels.decoder.gguf_blocks import BLOCK_FORMATS, read_blocks
 from teco_kernels.decoder.loader import Source
 from teco_kernels.decoder.tokenizer import Tokenizer
 
@@ -224,23 +225,42 @@ class GGUFSource(Source):
     def names(self) -> list[str]:
         return list(self._infos)
 
+    def blocks(self, name: str, shape: tuple[int, int]) -> dict[str, Any] | None:
+        info = self._infos.get(name)
+        if info is None or info.kind not in BLOCK_FORMATS:
+            return None
+        if info.shape != shape:
+            raise ValueError(
+                f"{self.path}: tensor {name!r} has shape {list(info.shape)}, the configuration asks for {list(shape)}"
+            )
+        rows = torch.from_numpy(self._rows(info).copy())
+        return read_blocks(self._undo_permutation(name, rows), info.kind)
+
     def _read(self, name: str) -> torch.Tensor:
-        tensor = self._dequantize(name, self._infos[name])
+        return self._undo_permutation(name, self._dequantize(name, self._infos[name]))
+
+    def _undo_permutation(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of a q or k projection from llama files' order (rotary pairs adjacent) to Hugging Face's (halves)."""
         if self._architecture != "llama":
-            return tensor
+            return rows
         for projection, num_heads in (("q_proj", self.config.num_heads), ("k_proj", self.config.num_kv_heads)):
             # A size that cannot be right is left for `tensor` to report.
-            if f".self_attn.{projection}." in name and len(tensor) % (2 * num_heads) == 0:
-                return _undo_permutation(tensor, num_heads)
-        return tensor
+            if f".self_attn.{projection}." in name and len(rows) % (2 * num_heads) == 0:
+                split = rows.reshape(num_heads, len(rows) // num_heads // 2, 2, *rows.shape[1:])
+                return split.swapaxes(1, 2).reshape(rows.shape).contiguous()
+        return rows
+
+    def _rows(self, info: _TensorInfo) -> np.ndarray:
+        """The bytes of a tensor, row by row."""
+        start = self._start + info.offset
+        elements, nbytes = GGML_QUANT_SIZES[info.kind]
+        raw = self._data[start : start + info.nbytes]
+        return raw.reshape(*info.shape[:-1], info.shape[-1] // elements * nbytes)
 
     def _dequantize(self, name: str, info: _TensorInfo) -> torch.Tensor:
-        start = self._start + info.offset
-        raw = self._data[start : start + info.nbytes]
+        rows = self._rows(info)
         if info.kind == GGMLQuantizationType.F16:
-            return torch.from_numpy(raw.view(np.float16).reshape(info.shape).copy())
-        elements, nbytes = GGML_QUANT_SIZES[info.kind]
-        rows = raw.reshape(*info.shape[:-1], info.shape[-1] // elements * nbytes)
+            return torch.from_numpy(rows.view(np.float16).copy())
         try:
             values = quants.dequantize(rows, info.kind)
         except NotImplementedError:
@@ -250,9 +270,3 @@ class GGUFSource(Source):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_gguf(self._metadata, self.path)
-
-
-def _undo_permutation(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows of a q or k projection from GGUF's order (rotary pairs adjacent) to Hugging Face's (halves)."""
-    split = weight.reshape(num_heads, weight.shape[0] // num_heads // 2, 2, *weight.shape[1:])
-    return split.swapaxes(1, 2).reshape(weight.shape).contiguous()

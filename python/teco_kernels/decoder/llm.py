@@ -17,6 +17,7 @@ from teco_kernels.decoder.kv_cache import CACHE_DTYPES, KVCache
 from teco_kernels.decoder.loader import load_source
 from teco_kernels.decoder.model import Transformer
 from teco_kernels.decoder.sampling_params import RequestError, RequestOutput, SamplingParams
+from teco_kernels.decoder.weights import Quantization
 from teco_kernels.ops.gptq import Activation
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -40,7 +41,7 @@ class LLM:
     Parameters
     ----------
     path : str or Path
-        A Hugging Face directory (plain or GPTQ weights in safetensors) or a ``.gguf`` file.
+        A Hugging Face directory (plain, GPTQ or AWQ weights in safetensors) or a ``.gguf`` file.
     dtype : str or torch.dtype
         Of activations and unquantised weights: "float32" or "float", "float16" or "half", "bfloat16"; "auto" is float32
         on a CPU.
@@ -65,8 +66,12 @@ class LLM:
     num_threads : int, optional
         Sets ``torch.set_num_threads``, which the operators follow; for the whole process.
     gptq_activation : {"int8", "exact"}
-        How GPTQ layers treat their input, see `gptq_matmul`. "int8" computes in integers, several times faster, and
-        moves the log-probabilities less than rounding the weights to 4 bits did; "exact" is for comparisons.
+        How quantised layers treat their input, see `gptq_matmul`. "int8" computes in integers, several times faster,
+        and moves the log-probabilities less than rounding the weights to 4 bits did; "exact" is for comparisons.
+    quantization : {"keep", "dequantize"}
+        "keep" runs quantised matrices as they are: those of GPTQ and AWQ checkpoints, and those that a GGUF file has in
+        Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0 (its other formats are dequantised). "dequantize" makes all of them dense: the
+        same weights in more memory, for comparisons.
 
     Raises
     ------
@@ -96,6 +101,7 @@ class LLM:
         recycle_verify: bool = True,
         num_threads: int | None = None,
         gptq_activation: Activation = "int8",
+        quantization: Quantization = "keep",
     ) -> None:
         if tensor_parallel_size != 1:
             raise ValueError(f"tensor_parallel_size: {tensor_parallel_size} is not available in this version, only 1")
@@ -104,6 +110,7 @@ class LLM:
         compute_dtype = _choice("dtype", str(dtype).removeprefix("torch."), _DTYPES)
         cache_dtype = _choice("kv_cache_dtype", kv_cache_dtype, {"auto": compute_dtype, **CACHE_DTYPES})
         _choice("gptq_activation", gptq_activation, {"exact": None, "int8": None})
+        _choice("quantization", quantization, {"keep": None, "dequantize": None})
         for name, value in (
             ("max_model_len", 1 if max_model_len is None else max_model_len),
             ("max_num_seqs", max_num_seqs),
@@ -131,7 +138,13 @@ class LLM:
             max_blocks=max_num_seqs * -(-max_model_len // block_size),
             dtype=cache_dtype,
         )
-        model = Transformer(source, dtype=compute_dtype, max_model_len=max_model_len, activation=gptq_activation)
+        model = Transformer(
+            source,
+            dtype=compute_dtype,
+            max_model_len=max_model_len,
+            activation=gptq_activation,
+            quantization=quantization,
+        )
         self.engine = Engine(
             model,
             cache,

@@ -64,9 +64,24 @@ class Source(ABC):
         tensor = self._read(name)
         if shape is not None and tuple(tensor.shape) != shape:
             raise ValueError(
-                f"{self.path}: tensor {name!r} has shape {list(tensor.shape)}, the configuration asks for {list(shape)}"
+                f"{self.file_of(name)}: tensor {name!r} has shape {list(tensor.shape)}, "
+                f"the configuration asks for {list(shape)}"
             )
         return tensor
+
+    def blocks(self, name: str, shape: tuple[int, int]) -> dict[str, Any] | None:
+        """The matrix `name` as arguments of `GPTQWeight.from_codes`, when the file stores it in such a form.
+
+        Raises
+        ------
+        ValueError
+            When its shape is not `shape`, ``(out_features, in_features)``.
+        """
+        return None
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds tensor `name`; `path` when none does."""
+        return self.path
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor `name`."""
@@ -105,6 +120,9 @@ class DirectorySource(Source):
 
     def names(self) -> list[str]:
         return list(self._file_of)
+
+    def file_of(self, name: str) -> Path:
+        return self._file_of.get(name, self.path)
 
     def _read(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._files[self._file_of[name]].get_tensor(name)

@@ -12,7 +12,7 @@ from teco_kernels.decoder.batch import Batch
 from teco_kernels.decoder.config import ModelConfig
 from teco_kernels.decoder.kv_cache import KVCache, LayerCache
 from teco_kernels.decoder.loader import Source
-from teco_kernels.decoder.weights import Linear, WeightLoader
+from teco_kernels.decoder.weights import Linear, Quantization, WeightLoader
 from teco_kernels.ops import (
     embedding,
     fused_add_rms_norm,
@@ -97,7 +97,9 @@ class Transformer:
     max_model_len : int
         Length of the rotary tables.
     activation : {"exact", "int8"}
-        How GPTQ layers treat their input, see `gptq_matmul`.
+        How quantised layers treat their input, see `gptq_matmul`.
+    quantization : {"keep", "dequantize"}
+        As in `WeightLoader`.
 
     Raises
     ------
@@ -105,13 +107,21 @@ class Transformer:
         For a tensor that is missing or contradicts the configuration, naming file and tensor.
     """
 
-    def __init__(self, source: Source, *, dtype: torch.dtype, max_model_len: int, activation: Activation) -> None:
+    def __init__(
+        self,
+        source: Source,
+        *,
+        dtype: torch.dtype,
+        max_model_len: int,
+        activation: Activation,
+        quantization: Quantization = "keep",
+    ) -> None:
         config = source.config
         if source.has(surplus := f"model.layers.{config.num_layers}.input_layernorm.weight"):
             raise ValueError(
                 f"{source.path}: tensor {surplus!r}: the configuration has {config.num_layers} layers only"
             )
-        load = WeightLoader(source, dtype, activation)
+        load = WeightLoader(source, dtype, activation, quantization)
         self.config = config
         self.dtype = dtype
         self.embedding = load.matrix("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))

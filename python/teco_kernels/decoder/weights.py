@@ -1,15 +1,15 @@
-"""Linear layers from a checkpoint: dense, 2:4 sparse or GPTQ, projections of one input merged into one matmul."""
+"""Linear layers from a checkpoint: dense, 2:4 sparse or quantised, projections of one input in one matmul."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from teco_kernels.decoder.loader import Source
+from teco_kernels.decoder.quantized_layers import QuantizedLayers
 from teco_kernels.ops import (
     DenseWeight,
     GPTQWeight,
@@ -19,7 +19,9 @@ from teco_kernels.ops import (
     sparse24_matmul,
 )
 from teco_kernels.ops.gptq import Activation
-from teco_kernels.ops.packing import BITS, codes_per_period
+
+#: What becomes of quantised matrices: they are run as they are, or dequantised when they are loaded.
+Quantization = Literal["keep", "dequantize"]
 
 Weight = DenseWeight | Sparse24Weight | GPTQWeight
 
@@ -79,25 +81,26 @@ class WeightLoader:
     dtype : torch.dtype
         Compute dtype. Matmuls take any dtype of weight, so only wider ones are rounded to it.
     activation : {"exact", "int8"}
+    quantization : {"keep", "dequantize"}
+        Whether quantised matrices are run as they are, or become dense ones.
     """
 
-    def __init__(self, source: Source, dtype: torch.dtype, activation: Activation) -> None:
+    def __init__(
+        self, source: Source, dtype: torch.dtype, activation: Activation, quantization: Quantization = "keep"
+    ) -> None:
         self._source = source
         self._dtype = dtype
         self._activation: Activation = activation
-        quantization = source.quantization_config
-        if quantization is not None and quantization.get("quant_method") != "gptq":
-            raise ValueError(
-                f"{source.path}: expected quant_method gptq in the quantization_config, "
-                f"got {quantization.get('quant_method')!r}"
-            )
-        self._quantization: Mapping[str, Any] = quantization or {}
+        self._layers = QuantizedLayers(source)
+        self._dequantize = quantization == "dequantize"
         sparsity = source.raw_config.get("sparsity_config")
         self._is_sparse24 = isinstance(sparsity, dict) and sparsity.get("sparsity_structure") == "2:4"
 
     def matrix(self, name: str, shape: tuple[int, int]) -> Tensor:
         """A floating-point weight in the dtype it is stored in, but no wider than the compute dtype."""
-        weight = self._floating(name, shape)
+        return self._no_wider(self._floating(name, shape))
+
+    def _no_wider(self, weight: Tensor) -> Tensor:
         return weight.to(self._dtype) if weight.dtype.itemsize > self._dtype.itemsize else weight
 
     def vector(self, name: str, size: int) -> Tensor:
@@ -108,88 +111,50 @@ class WeightLoader:
         weight = self._source.tensor(name, shape)
         if weight.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(
-                f"{self._source.path}: tensor {name!r}: expected a floating dtype of 16 to 64 bits, "
+                f"{self._source.file_of(name)}: tensor {name!r}: expected a floating dtype of 16 to 64 bits, "
                 f"got {str(weight.dtype).removeprefix('torch.')}"
             )
         return weight
 
     def linear(self, names: Sequence[str], in_features: int, out_features: Sequence[int], *, bias: bool) -> Linear:
         """The projections `names` of one input, with `out_features` each."""
-        if any(self._source.has(f"{name}.qweight") for name in names):
-            weights: list[Weight] = [
-                self._gptq(name, in_features, size, bias)
-                if self._source.has(f"{name}.qweight")
-                else self._dense([name], in_features, [size], bias)
-                for name, size in zip(names, out_features, strict=True)
-            ]
-            return Linear(weights, self._activation)
-        return Linear([self._dense(names, in_features, out_features, bias)], self._activation)
-
-    def _dense(self, names: Sequence[str], in_features: int, out_features: Sequence[int], bias: bool) -> Weight:
         sizes = list(zip(names, out_features, strict=True))
-        rows = [self.matrix(f"{name}.weight", (size, in_features)) for name, size in sizes]
-        biases = [self.vector(f"{name}.bias", size) for name, size in sizes if bias]
-        weight, joined_bias = torch.cat(rows), torch.cat(biases) if bias else None
-        if self._is_sparse24 and names[0].startswith("model.layers."):
+        quantised = [self._quantised(name, in_features, size, bias) for name, size in sizes]
+        if self._dequantize or all(weight is None for weight in quantised):
+            return Linear([self._dense(sizes, in_features, bias, quantised)], self._activation)
+        weights: list[Weight] = [
+            self._dense([layer], in_features, bias, [None]) if weight is None else weight
+            for layer, weight in zip(sizes, quantised, strict=True)
+        ]
+        return Linear(weights, self._activation)
+
+    def _quantised(self, name: str, in_features: int, out_features: int, bias: bool) -> GPTQWeight | None:
+        if self._dequantize and self._source.has(f"{name}.weight"):  # which the source dequantises when it is read
+            return None
+        return self._layers.read(name, in_features, out_features, bias=bias)
+
+    def _dense(
+        self,
+        layers: Sequence[tuple[str, int]],
+        in_features: int,
+        bias: bool,
+        quantised: Sequence[GPTQWeight | None],
+    ) -> Weight:
+        """Layers of names and out_features in one weight; those that were read in quantised form are dequantised."""
+        rows, biases = [], []
+        for (name, size), weight in zip(layers, quantised, strict=True):
+            if weight is not None:
+                rows.append(self._no_wider(weight.dequantize().t()))
+                biases.append(weight.bias)
+            else:
+                rows.append(self.matrix(f"{name}.weight", (size, in_features)))
+                biases.append(self.vector(f"{name}.bias", size) if bias else None)
+        joined = torch.cat(rows)
+        parts = [torch.zeros(len(row)) if part is None else part for row, part in zip(rows, biases, strict=True)]
+        joined_bias = None if all(part is None for part in biases) else torch.cat(parts)
+        if self._is_sparse24 and layers[0][0].startswith("model.layers."):
             try:
-                return Sparse24Weight.from_dense(weight, joined_bias)
+                return Sparse24Weight.from_dense(joined, joined_bias)
             except ValueError as error:
-                raise ValueError(f"{self._source.path}: layer {names[0]!r}: {error}") from None
-        return DenseWeight.from_tensor(weight, joined_bias)
-
-    def _gptq(self, name: str, in_features: int, out_features: int, bias: bool) -> GPTQWeight:
-        settings = self._settings(name)
-        bits, group_size = settings["bits"], settings["group_size"]
-        multiple = codes_per_period(bits)
-        if in_features % multiple or out_features % multiple:
-            raise ValueError(
-                f"{self._source.path}: layer {name!r}: expected sizes that are multiples of {multiple}, as {bits}-bit "
-                f"checkpoints pack them, got {in_features} to {out_features}"
-            )
-        groups = 1 if group_size == -1 else -(-in_features // group_size)
-        read, has = self._source.tensor, self._source.has
-        qweight = read(f"{name}.qweight", (in_features * bits // 32, out_features))
-        qzeros = read(f"{name}.qzeros", (groups, out_features * bits // 32))
-        scales = read(f"{name}.scales", (groups, out_features))
-        g_idx = read(f"{name}.g_idx", (in_features,)) if has(f"{name}.g_idx") else None
-        # Some quantizers write a bias of zeros where the model has none.
-        bias_tensor = self._floating(f"{name}.bias", (out_features,)) if bias or has(f"{name}.bias") else None
-        try:
-            return GPTQWeight.from_checkpoint(
-                qweight,
-                qzeros,
-                scales,
-                g_idx,
-                bits=bits,
-                zero_point_format="v2" if settings.get("checkpoint_format") == "gptq_v2" else "v1",
-                bias=bias_tensor,
-            )
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{self._source.path}: layer {name!r}: {error}") from None
-
-    def _settings(self, name: str) -> dict[str, Any]:
-        """The quantisation of one layer: the first `dynamic` rule whose pattern matches its name overrides the rest."""
-        settings = dict(self._quantization)
-        rules = settings.pop("dynamic", None) or {}
-        try:
-            # A rule "-:pattern" exempts layers; those have no qweight and do not come here.
-            for rule, override in rules.items():
-                if not rule.startswith("-:") and re.match(rule.removeprefix("+:"), name):
-                    settings |= override
-                    break
-        except (AttributeError, TypeError, ValueError, re.error) as error:
-            raise ValueError(
-                f"{self._source.path}: expected an object 'dynamic' of patterns and settings in the "
-                f"quantization_config: {error}"
-            ) from None
-        bits, group_size = settings.get("bits"), settings.get("group_size")
-        if bits not in BITS or type(group_size) is not int or (group_size != -1 and group_size < 1):
-            raise ValueError(
-                f"{self._source.path}: layer {name!r}: expected 'bits' {' or '.join(map(str, BITS))} and a "
-                f"'group_size' (-1: one group) in the quantization_config, got {bits!r} and {group_size!r}"
-            )
-        if (layout := settings.get("checkpoint_format", "gptq")) not in ("gptq", "gptq_v2"):
-            raise ValueError(
-                f"{self._source.path}: layer {name!r}: expected 'checkpoint_format' gptq or gptq_v2, got {layout!r}"
-            )
-        return settings
+                raise ValueError(f"{self._source.path}: layer {layers[0][0]!r}: {error}") from None
+        return DenseWeight.from_tensor(joined, joined_bias)

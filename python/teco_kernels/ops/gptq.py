@@ -261,6 +261,8 @@ class GPTQWeight:
     def _with_bias(self, bias: Tensor) -> GPTQWeight:
         if bias.shape != (self.out_features,):
             raise ValueError(f"bias: expected shape [{self.out_features}], got {list(bias.shape)}")
+        if not bias.is_floating_point():
+            raise TypeError(f"bias: expected a floating dtype, got {str(bias.dtype).removeprefix('torch.')}")
         return replace(self, bias=bias.detach().float().contiguous())
 
 

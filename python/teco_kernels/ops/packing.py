@@ -1,4 +1,4 @@
-"""The integer layout of GPTQ checkpoints: codes packed into int32 words, 2, 3, 4 or 8 bits each."""
+"""The integer layouts of GPTQ and AWQ checkpoints: codes packed into int32 words."""
 
 from __future__ import annotations
 
@@ -101,6 +101,33 @@ def unpack_zeros(qzeros: Tensor, bits: int, zero_point_format: ZeroPointFormat =
     """Inverse of `pack_zeros`: int64 ``[num_groups, out_features]``."""
     codes = unpack_rows(qzeros.t().contiguous(), bits).t().to(torch.int64)
     return codes + 1 if zero_point_format == "v1" else codes
+
+
+def looks_like(qzeros: Tensor, bits: int, zero_point_format: ZeroPointFormat) -> bool:
+    """Whether `qzeros`, read in this format, are all the middle of the codes, as in a symmetric checkpoint.
+
+    Read in the other format they are then all one step off the middle, where no quantizer puts them.
+    """
+    fields = unpack_rows(qzeros.t().contiguous(), bits)
+    return bool((fields == 2 ** (bits - 1) - (zero_point_format == "v1")).all())
+
+
+def unpack_awq(words: Tensor) -> Tensor:
+    """Unpack the 4-bit codes of AWQ's "gemm" layout: int32 ``[n, m / 8]`` to uint8 ``[n, m]``.
+
+    A word holds eight neighbouring columns; its fields, lowest first, are columns 0, 2, 4, 6, 1, 3, 5, 7.
+
+    References
+    ----------
+    Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", arXiv 2306.00978.
+    """
+    if words.dim() != 2 or words.dtype != torch.int32:
+        raise ValueError(
+            f"words: expected int32 [n, m / 8], got {str(words.dtype).removeprefix('torch.')} {list(words.shape)}"
+        )
+    # What >> draws in from the sign, & cuts off.
+    fields = words.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32) & 15
+    return fields.unflatten(-1, (2, 4)).transpose(-1, -2).flatten(1).to(torch.uint8)
 
 
 def _check_bits(bits: int) -> None:

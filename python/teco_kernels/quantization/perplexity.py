@@ -56,7 +56,10 @@ def perplexity(path: str | Path, text: str | Sequence[int], *, window: int = 102
             weight = read_tensor(stored)
         else:
             out_features = source.tensor(scales).shape[1]
-            in_features = len(source.tensor(f"{name}.g_idx"))
+            in_features = {
+                "o_proj": config.num_heads * config.head_dim,
+                "down_proj": config.intermediate_size,
+            }.get(name.rpartition(".")[2], config.hidden_size)
             (packed,) = loader.linear([name], in_features, [out_features], bias=False).weights
             weight = packed.dequantize().t().contiguous()
         return weight, read_tensor(f"{name}.bias") if source.has(f"{name}.bias") else None

@@ -1,0 +1,169 @@
+"""Quantised layers of a checkpoint as `GPTQWeight`: GPTQ and AWQ tensors, and the blocks of GGUF files."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teco_kernels.decoder.loader import Source
+from teco_kernels.ops import GPTQWeight
+from teco_kernels.ops.packing import BITS, ZeroPointFormat, codes_per_period, looks_like, unpack_awq
+
+_METHODS = ("gptq", "awq")
+_ZERO_POINT_FORMATS: dict[str, ZeroPointFormat] = {"gptq": "v1", "gptq_v2": "v2"}
+
+
+class QuantizedLayers:
+    """Reads layers whose codes are kept as the checkpoint has them.
+
+    Parameters
+    ----------
+    source : Source
+
+    Raises
+    ------
+    ValueError
+        When the checkpoint is quantised by a method that is not understood.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        settings = source.quantization_config
+        self._method = None if settings is None else settings.get("quant_method")
+        if settings is not None and self._method not in _METHODS:
+            raise ValueError(
+                f"{source.path}: expected quant_method {' or '.join(_METHODS)} in the quantization_config, "
+                f"got {self._method!r}"
+            )
+        self._settings: Mapping[str, Any] = settings or {}
+        if self._method == "awq":
+            _check_awq(source.path, self._settings)
+        self._warned = False
+
+    def read(self, name: str, in_features: int, out_features: int, *, bias: bool) -> GPTQWeight | None:
+        """The layer `name`; None when it is not quantised, or in a way that `GPTQWeight` cannot hold.
+
+        Raises
+        ------
+        ValueError
+            When its tensors contradict each other, the configuration or the sizes, naming the file and the layer.
+        """
+        source = self._source
+        make: Callable[..., GPTQWeight]
+        if (blocks := source.blocks(f"{name}.weight", (out_features, in_features))) is not None:
+            # A bias is read only where the model has one; some GPTQ quantizers write one of zeros where it has none.
+            tensors, file = dict(blocks), source.file_of(f"{name}.weight")
+            tensors["bias"] = source.tensor(f"{name}.bias", (out_features,)) if bias else None
+            make = GPTQWeight.from_codes
+        elif source.has(f"{name}.qweight"):
+            read = self._awq if self._method == "awq" else self._gptq
+            tensors, file = read(name, in_features, out_features), source.file_of(f"{name}.qweight")
+            if bias or source.has(f"{name}.bias"):
+                tensors["bias"] = source.tensor(f"{name}.bias", (out_features,))
+            make = GPTQWeight.from_codes if self._method == "awq" else GPTQWeight.from_checkpoint
+        else:
+            return None
+        try:
+            return make(**tensors)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: layer {name!r}: {error}") from None
+
+    def _gptq(self, name: str, in_features: int, out_features: int) -> dict[str, Any]:
+        settings = self._settings_of(name)
+        bits, group_size = settings["bits"], settings["group_size"]
+        multiple = codes_per_period(bits)
+        if in_features % multiple or out_features % multiple:
+            raise ValueError(
+                f"{self._source.path}: layer {name!r}: expected sizes that are multiples of {multiple}, as {bits}-bit "
+                f"checkpoints pack them, got {in_features} to {out_features}"
+            )
+        groups = 1 if group_size == -1 else -(-in_features // group_size)
+        read, has = self._source.tensor, self._source.has
+        tensors = {
+            "qweight": read(f"{name}.qweight", (in_features * bits // 32, out_features)),
+            "qzeros": read(f"{name}.qzeros", (groups, out_features * bits // 32)),
+            "scales": read(f"{name}.scales", (groups, out_features)),
+        }
+        label = settings["checkpoint_format"]
+        if tensors["qzeros"].dtype == torch.int32:  # any other is refused soon
+            self._compare_with_label(name, tensors["qzeros"], bits, label)
+        g_idx = read(f"{name}.g_idx", (in_features,)) if has(f"{name}.g_idx") else None
+        return {**tensors, "g_idx": g_idx, "bits": bits, "zero_point_format": _ZERO_POINT_FORMATS[label]}
+
+    def _compare_with_label(self, name: str, qzeros: Tensor, bits: int, label: str) -> None:
+        """Warn once when a file's zero points speak for the other format than its label: such files exist."""
+        other = "gptq_v2" if label == "gptq" else "gptq"
+        if self._warned or not looks_like(qzeros, bits, _ZERO_POINT_FORMATS[other]):
+            return
+        self._warned = True
+        warnings.warn(
+            f"{self._source.file_of(f'{name}.qzeros')}: layer {name!r}: 'checkpoint_format' is {label!r}, but the zero "
+            f"points look like those of {other!r}. They are read as it says; if the model answers nonsense, change it "
+            f"in the quantization_config",
+            stacklevel=2,
+        )
+
+    def _awq(self, name: str, in_features: int, out_features: int) -> dict[str, Any]:
+        path, group_size = self._source.path, self._settings.get("group_size")
+        if type(group_size) is not int or (group_size != -1 and group_size < 1):
+            raise ValueError(
+                f"{path}: expected a 'group_size' (-1: one group) in the quantization_config, got {group_size!r}"
+            )
+        group_size = in_features if group_size == -1 else group_size
+        if in_features % group_size or out_features % 8:
+            raise ValueError(
+                f"{path}: layer {name!r}: expected whole groups of {group_size} inputs and a multiple of 8 outputs, as "
+                f"AWQ packs them, got {in_features} to {out_features}"
+            )
+        read, groups = self._source.tensor, in_features // group_size
+        words = {
+            "qweight": read(f"{name}.qweight", (in_features, out_features // 8)),
+            "qzeros": read(f"{name}.qzeros", (groups, out_features // 8)),
+        }
+        try:
+            codes, zeros = (unpack_awq(tensor) for tensor in words.values())
+        except ValueError as error:
+            raise ValueError(f"{self._source.file_of(f'{name}.qweight')}: layer {name!r}: {error}") from None
+        return {"codes": codes, "zeros": zeros, "scales": read(f"{name}.scales", (groups, out_features)), "bits": 4}
+
+    def _settings_of(self, name: str) -> dict[str, Any]:
+        """The quantisation of one layer: the first `dynamic` rule whose pattern matches its name overrides the rest."""
+        path = self._source.path
+        settings = dict(self._settings)
+        rules = settings.pop("dynamic", None) or {}
+        try:
+            # A rule "-:pattern" exempts layers; those have no qweight and do not come here.
+            for rule, override in rules.items():
+                if not rule.startswith("-:") and re.match(rule.removeprefix("+:"), name):
+                    settings |= override
+                    break
+        except (AttributeError, TypeError, ValueError, re.error) as error:
+            raise ValueError(
+                f"{path}: expected an object 'dynamic' of patterns and settings in the quantization_config: {error}"
+            ) from None
+        bits, group_size = settings.get("bits"), settings.get("group_size")
+        if bits not in BITS or type(group_size) is not int or (group_size != -1 and group_size < 1):
+            raise ValueError(
+                f"{path}: layer {name!r}: expected 'bits' {' or '.join(map(str, BITS))} and a "
+                f"'group_size' (-1: one group) in the quantization_config, got {bits!r} and {group_size!r}"
+            )
+        layout = settings.setdefault("checkpoint_format", "gptq")
+        if layout not in _ZERO_POINT_FORMATS:
+            raise ValueError(f"{path}: layer {name!r}: expected 'checkpoint_format' gptq or gptq_v2, got {layout!r}")
+        return settings
+
+
+def _check_awq(path: Path, settings: Mapping[str, Any]) -> None:
+    version = settings.get("version") or settings.get("format") or "gemm"
+    # Written GEMM by the one that the others learned from.
+    if str(version).lower() != "gemm" or settings.get("bits", 4) != 4:
+        raise ValueError(
+            f"{path}: expected AWQ of 4 bits and 'version' gemm in the quantization_config, "
+            f"got {settings.get('bits')!r} bits and {version!r}"
+        )
