@@ -319,6 +319,7 @@ def test_other_gguf_files(tmp_path: Path) -> None:
         ("dtype", torch.int8, "dtype: expected one of auto, float32, .*, bfloat16; got 'int8'"),
         ("kv_cache_dtype", "int4", "kv_cache_dtype: expected one of auto, fp32, .*; got 'int4'"),
         ("kv_cache_dtype", "fp8_e5m2", "kv_cache_dtype: expected one of auto, fp32, .*; got 'fp8_e5m2'"),
+        ("quantization", "gptq", "quantization: expected one of keep, dequantize; got 'gptq'"),
         ("gptq_activation", "fp4", "gptq_activation: expected one of exact, int8; got 'fp4'"),
         ("tensor_parallel_size", 2, "tensor_parallel_size: 2 is not available"),
         ("max_model_len", 513, "max_model_len: expected 1 to 512, the model's context; got 513"),

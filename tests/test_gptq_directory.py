@@ -15,6 +15,7 @@ from torch import Tensor
 
 from teco_kernels import GPTQWeight
 from teco_kernels.decoder.weights import WeightLoader
+from teco_kernels.ops.packing import unpack_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -117,6 +118,14 @@ def test_exact_mode_is_the_dequantised_model(variant: str, family: str, tmp_path
     assert exact.metrics()["weight_bytes"] < plain.metrics()["weight_bytes"]
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dequantised_mode_is_the_dequantised_model(variant: str, tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "plain", random_model())
+    quantise(directory, tmp_path / "gptq", **VARIANTS[variant])
+    dense = load(tmp_path / "gptq", quantization="dequantize")
+    assert torch.equal(logits_of(dense, PROMPT), logits_of(load(directory), PROMPT))
+
+
 def test_int8_mode_is_close_and_does_not_depend_on_chunks(tmp_path: Path) -> None:
     directory = save_model(tmp_path / "plain", random_model())
     quantise(directory, tmp_path / "gptq", act_order=True)
@@ -170,6 +179,127 @@ def test_contradictions_are_named(settings: dict[str, Any], message: str, tmp_pa
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=rf"gptq(/model.safetensors)?: (layer .*: )?{message}"):
         load(tmp_path / "gptq")
+
+
+AWQ = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 32, "zero_point": True}
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def slowly_unpacked(words: Tensor) -> Tensor:
+    """AWQ's codes by its definition: field f of a word, lowest first, is column AWQ_ORDER[f] of its eight."""
+    rows = []
+    for row in words.tolist():
+        codes = [0] * (8 * len(row))
+        for index, word in enumerate(row):
+            for field, column in enumerate(AWQ_ORDER):
+                codes[8 * index + column] = word % 2**32 >> 4 * field & 15
+        rows.append(codes)
+    return torch.tensor(rows)
+
+
+def quantise_awq(directory: Path, target: Path, **settings: Any) -> Path:
+    """Replace the projections of `directory` by random AWQ codes in `target`, and by what they stand for in itself."""
+    tensors, generator = load_file(directory / "model.safetensors"), torch.Generator().manual_seed(2)
+    plain = dict(tensors)
+    for name in [name for name in tensors if name.removesuffix(".weight").endswith(PROJECTIONS)]:
+        layer, (out_features, in_features) = name.removesuffix(".weight"), tensors.pop(name).shape
+        groups = in_features // 32
+
+        def words(rows: int, columns: int) -> Tensor:
+            return torch.randint(-(2**31), 2**31, (rows, columns // 8), generator=generator).to(torch.int32)
+
+        parts = {"qweight": words(in_features, out_features), "qzeros": words(groups, out_features)}
+        parts["scales"] = (torch.rand(groups, out_features, generator=generator) * 0.05).half()
+        tensors |= {f"{layer}.{part}": tensor for part, tensor in parts.items()}
+        codes, zeros = slowly_unpacked(parts["qweight"]), slowly_unpacked(parts["qzeros"])
+        values = parts["scales"].float().repeat_interleave(32, 0) * (codes - zeros.repeat_interleave(32, 0))
+        plain[name] = values.t().contiguous()
+    target.mkdir()
+    for file in directory.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    save_file(tensors, target / "model.safetensors")
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"quantization_config": AWQ | settings}))
+    save_file(plain, directory / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_awq_is_the_dequantised_model(family: str, tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "plain", random_model(family))
+    target = quantise_awq(directory, tmp_path / "awq", version="GEMM")
+    plain = logits_of(load(directory), PROMPT)
+    assert torch.equal(logits_of(load(target, gptq_activation="exact"), PROMPT), plain)
+    assert torch.equal(logits_of(load(target, quantization="dequantize"), PROMPT), plain)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"version": "gemv"}, "expected AWQ of 4 bits and 'version' gemm .* got 4 bits and 'gemv'"),
+        ({"bits": 3}, "expected AWQ of 4 bits and 'version' gemm .* got 3 bits and 'gemm'"),
+        ({"group_size": "32"}, "expected a 'group_size' .* got '32'"),
+        ({"group_size": 48}, "layer 'model.layers.0.self_attn.q_proj': expected whole groups of 48 inputs"),
+        ({"group_size": 64}, r"q_proj.qzeros' has shape \[2, 8\], the configuration asks for \[1, 8\]"),
+        ({"quant_method": "gptq"}, r"q_proj.qweight' has shape \[64, 8\], the configuration asks for \[8, 64\]"),
+    ],
+)
+def test_other_awq_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    target = quantise_awq(save_model(tmp_path / "plain", random_model()), tmp_path / "awq", **settings)
+    with pytest.raises(ValueError, match=f"awq(/model.safetensors)?: .*{message}"):
+        load(target)
+
+
+@pytest.mark.parametrize(("label", "field"), [("gptq", 0x88888888), ("gptq_v2", 0x77777777)])
+def test_zero_points_that_contradict_the_label_are_warned_of(label: str, field: int, tmp_path: Path) -> None:
+    """Once; and the label decides."""
+    directory = save_model(tmp_path / "plain", random_model())
+    quantise(directory, tmp_path / "gptq", settings={"checkpoint_format": label})
+    file = tmp_path / "gptq/model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(".qzeros")]:
+        tensors[name] = torch.full_like(tensors[name], field - 2**32 if field >= 2**31 else field)
+    save_file(tensors, file)
+    with pytest.warns(UserWarning, match=f"'checkpoint_format' is '{label}', but the zero points look like") as warned:
+        llm = load(tmp_path / "gptq", gptq_activation="exact")
+    assert len([warning for warning in warned if "checkpoint_format" in str(warning.message)]) == 1
+    (weight,) = llm.engine.model.layers[0].down.weights
+    assert isinstance(weight, GPTQWeight)
+    codes = unpack_rows(tensors["model.layers.0.mlp.down_proj.qweight"], 4)
+    zero = {"gptq": 9, "gptq_v2": 7}[label]
+    scales = tensors["model.layers.0.mlp.down_proj.scales"].float().repeat_interleave(32, 0)
+    assert torch.equal(weight.dequantize(), scales * (codes.float() - zero))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("qzeros", lambda tensor: None, "tensor '{}.qzeros' is missing"),
+        ("scales", lambda tensor: None, "tensor '{}.scales' is missing"),
+        ("qzeros", lambda tensor: tensor.long(), "layer '{}': qzeros: expected dtype int32, got int64"),
+        ("qweight", lambda tensor: tensor.float(), "layer '{}': qweight: expected dtype int32, got float32"),
+        ("qweight", lambda tensor: tensor[:-1], "tensor '{}.qweight' has shape"),
+        ("scales", lambda tensor: tensor * float("nan"), "layer '{}': scales: expected finite values"),
+        (
+            "scales",
+            lambda tensor: tensor.float() + 1e6,
+            "layer '{}': scales: expected finite values that fp16 can hold",
+        ),
+        ("g_idx", lambda tensor: tensor - 1, "layer '{}': g_idx: expected groups 0 to 1, got -1"),
+        ("g_idx", lambda tensor: tensor.float(), "layer '{}': g_idx: expected an integer dtype, got float32"),
+        ("g_idx", lambda tensor: tensor[:-1], "tensor '{}.g_idx' has shape"),
+        ("bias", lambda tensor: torch.zeros(96, dtype=torch.int8), "layer '{}': bias: expected a floating dtype"),
+    ],
+)
+def test_damaged_parts_of_a_layer_are_named(part: str, change: Any, message: str, tmp_path: Path) -> None:
+    quantise(save_model(tmp_path / "plain", random_model()), tmp_path / "gptq")
+    file, layer = tmp_path / "gptq/model.safetensors", "model.layers.1.mlp.up_proj"
+    tensors = load_file(file)
+    changed = change(tensors.pop(f"{layer}.{part}", None))
+    save_file(tensors if changed is None else tensors | {f"{layer}.{part}": changed.contiguous()}, file)
+    with pytest.raises((ValueError, TypeError), match=f"gptq(/model.safetensors)?: {message.format(layer)}") as caught:
+        load(tmp_path / "gptq")
+    assert caught.type is ValueError
 
 
 def test_sizes_that_no_checkpoint_packs_are_named() -> None:

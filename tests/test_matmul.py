@@ -249,7 +249,7 @@ def test_contradictory_checkpoints_are_refused() -> None:
     refuse(r"qzeros: expected shape \[3, 9\]", qzeros=good["qzeros"][:2])
     refuse(r"qweight: expected dtype int32, got int64", TypeError, qweight=good["qweight"].long())
     refuse(r"g_idx: expected groups 0 to 2, got 0 to 7", g_idx=torch.arange(192) % 8)
-    refuse(r"g_idx: expected shape \[192\], got \[5\]", g_idx=torch.zeros(5))
+    refuse(r"g_idx: expected shape \[192\], got \[5\]", g_idx=torch.zeros(5, dtype=torch.int32))
     refuse(
         r"scales: 5 groups do not divide 192",
         g_idx=None,

@@ -330,6 +330,8 @@ def _packed_order(g_idx: Tensor | None, in_features: int, num_groups: int) -> tu
             raise ValueError(f"scales: {num_groups} groups do not divide {in_features} input features; give g_idx")
         groups = torch.arange(in_features) // (in_features // num_groups)
     else:
+        if g_idx.is_floating_point():
+            raise TypeError(f"g_idx: expected an integer dtype, got {str(g_idx.dtype).removeprefix('torch.')}")
         groups = g_idx.long()
         if g_idx.shape != (in_features,):
             raise ValueError(f"g_idx: expected shape [{in_features}], got {list(g_idx.shape)}")

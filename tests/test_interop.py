@@ -1,0 +1,65 @@
+"""Checkpoints that another tool wrote give its weights, and that tool reads the same from what is written here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import logits_of, relative_error
+from torch import Tensor
+
+from teco_kernels import LLM
+from teco_kernels.decoder.loader import load_source
+from teco_kernels.decoder.quantized_layers import QuantizedLayers
+from teco_kernels.quantization.gptq import gptq_quantize
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DATA = Path(__file__).parent / "data"
+MADE_BY_AUTOROUND = sorted(path.name for path in DATA.glob("autoround-*"))
+TOKENS = [17, 250, 33, 101, 7, 64]
+
+
+def load(name: str, **options: str) -> LLM:
+    return LLM(DATA / name, max_model_len=64, kv_cache_memory=1 << 20, **options)  # type: ignore[arg-type]
+
+
+def test_the_checkpoints_are_there() -> None:
+    assert len(MADE_BY_AUTOROUND) == 3
+
+
+@pytest.mark.parametrize("name", MADE_BY_AUTOROUND)
+def test_weights_of_autoround(name: str) -> None:
+    layers = QuantizedLayers(load_source(DATA / name))
+    for layer, expected in load_file(DATA / name / "dequantized.safetensors").items():
+        weight = layers.read(layer, *expected.shape, bias=False)
+        assert weight is not None
+        assert torch.equal(weight.dequantize().half(), expected), layer
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", MADE_BY_AUTOROUND)
+def test_models_of_autoround_run(name: str) -> None:
+    exact, dense = load(name, gptq_activation="exact"), load(name, quantization="dequantize")
+    expected = logits_of(dense, TOKENS)
+    assert torch.equal(logits_of(exact, TOKENS), expected)
+    assert exact.metrics()["weight_bytes"] < dense.metrics()["weight_bytes"]
+    assert relative_error(logits_of(load(name), TOKENS), expected) < 0.05
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_autoround_reads_what_is_written_here(bits: int, symmetric: bool) -> None:
+    """Where it is installed: in an environment of its own, see data/make_autoround.py."""
+    reader = pytest.importorskip("auto_round_extension.torch.qlinear_torch_zp")
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(bits))
+    quantised = gptq_quantize(weight, torch.eye(64), bits=bits, group_size=32, symmetric=symmetric)
+    layer = reader.QuantLinear(bits, 32, 64, 96, bias=False)
+    for name, tensor in quantised.tensors().items():
+        setattr(layer, name, tensor)
+    # Its own arithmetic on fp16 scales rounds the weights to fp16; the codes, zero points and scales decide.
+    del layer.g_idx
+    unpacked: Tensor = layer(torch.eye(64, dtype=torch.float16)).detach()
+    assert torch.equal(unpacked, quantised.dequantize().t().half())
