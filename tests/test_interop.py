@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
-from tiny_models import logits_of, relative_error
+from tiny_models import logits_of, random_model, reference_logits, relative_error, save_model
 from torch import Tensor
 
 from teco_kernels import LLM
 from teco_kernels.decoder.loader import load_source
 from teco_kernels.decoder.quantized_layers import QuantizedLayers
 from teco_kernels.quantization.gptq import gptq_quantize
+from teco_kernels.quantization.model import QuantizationSettings, quantize_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,3 +65,25 @@ def test_autoround_reads_what_is_written_here(bits: int, symmetric: bool) -> Non
     del layer.g_idx
     unpacked: Tensor = layer(torch.eye(64, dtype=torch.float16)).detach()
     assert torch.equal(unpacked, quantised.dequantize().t().half())
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_transformers_runs_what_is_written_here(symmetric: bool, act_order: bool, tmp_path: Path) -> None:
+    """Where GPTQModel (7.7.0), optimum and accelerate are installed; GPTQModel's kernels round on the way."""
+    pytest.importorskip("gptqmodel")
+    settings = QuantizationSettings(
+        group_size=32,
+        symmetric=symmetric,
+        act_order=act_order,
+        head_bits=None,
+        num_sequences=2,
+        sequence_length=64,
+    )
+    plain = save_model(tmp_path / "plain", random_model())
+    quantize_model(plain, tmp_path / "gptq", settings, calibration=list(range(300)), use_tqdm=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "gptq", device_map="cpu", dtype=torch.float32
+    ).eval()
+    ours = LLM(tmp_path / "gptq", max_model_len=64, kv_cache_memory=1 << 20, gptq_activation="exact")
+    assert relative_error(logits_of(ours, TOKENS), reference_logits(model, TOKENS)) < 1e-2

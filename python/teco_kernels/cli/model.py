@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from teco_kernels.decoder.llm import LLM
     from teco_kernels.decoder.sampling_params import RequestOutput, SamplingParams
 
-Model = Annotated[Path, typer.Argument(help="A Hugging Face folder (plain or GPTQ) or a .gguf file.")]
+Model = Annotated[Path, typer.Argument(help="A Hugging Face folder (plain, GPTQ or AWQ) or a .gguf file.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option(help="0: always the likeliest token.")]
 TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens that hold this share.")]
