@@ -13,114 +13,15 @@
 // columns cost 8 dot products (with AVX2 a multiplication and an addition each, and one widening) and one fma.
 #include "cpu/gptq_int8.h"
 
-#include "cpu/gptq_layout.h"
-#include "cpu/int8_dot.h"
+#include "cpu/int8_rows.h"
 #include "cpu/panel_matmul.h"
 
 namespace teco::cpu::TECO_ISA {
 namespace {
 
-constexpr int kTileRows = kDotTakesBytes ? 8 : 4;  // with 32 registers, with 16
-constexpr int64_t kPrefetch = 1024;                // bytes ahead
+constexpr int64_t kPrefetch = 1024;  // bytes ahead
 // Past all caches into L1; but into L2 where the loop outruns memory and its own loads fill up the miss buffers of L1.
 constexpr int kPrefetchLocality = kDotTakesBytes ? 1 : 0;
-constexpr float kTiny = 1e-30f;  // a block whose inputs are all below this counts as zero
-
-// Quantised activations in packed order. Rows come in tiles of kTileRows (the last tile has what is left); the R rows
-// of a tile are interleaved, so that a kernel walks one stream and rows never compete for the same set of the L1 cache:
-// codes [num_blocks * 8][R][4], scales [num_blocks][R], sums [num_groups][R].
-struct QuantisedRows {
-  int8_t* codes;
-  float* scales;
-  float* sums;  // scale * code, summed over a group
-  int64_t count, num_blocks, num_groups;
-
-  int64_t tile_rows(int64_t row) const { return min<int64_t>(count - row / kTileRows * kTileRows, kTileRows); }
-  // Of the tile that begins with `row`.
-  int8_t* tile_codes(int64_t row) const { return codes + row * num_blocks * kBlock; }
-  float* tile_scales(int64_t row) const { return scales + row * num_blocks; }
-  float* tile_sums(int64_t row) const { return sums + row * num_groups; }
-};
-
-inline float max_magnitude(const float* x) {
-  F32x8 largest = splat(0.f);
-  for (int i = 0; i < kBlock; i += kLanes) {
-    const F32x8 v = load(x + i);
-    largest = max(largest, max(v, -v));
-  }
-  return reduce_max(largest);
-}
-
-// NaN where the block holds a NaN or an infinity, else 0.
-inline float poison(const float* x) {
-  F32x8 sum = splat(0.f);
-  for (int i = 0; i < kBlock; i += kLanes) sum += load(x + i) * splat(0.f);
-  return reduce_add(sum);
-}
-
-// Quantises one block; returns its scale (NaN when an input is not finite) and adds the sum of its codes to `sum`.
-inline float quantise_block(const float* x, int8_t* codes, int32_t& sum) {
-  const float largest = max_magnitude(x);
-  const float bad = poison(x);
-  const bool usable = bad == 0 && largest > kTiny;
-  const F32x8 inverse = splat(usable ? 127.f / largest : 0.f);
-  I32x8 total = {};
-  for (int i = 0; i < kBlock; i += kLanes) {
-    const I32x8 code = round_to_int(usable ? load(x + i) * inverse : splat(0.f));
-    total += code;
-    store_bits(codes + i, __builtin_convertvector(code, I8x8));
-  }
-  for (int lane = 0; lane < kLanes; ++lane) sum += total[lane];
-  return usable ? largest / 127.f : bad;
-}
-
-// 32 inputs of a row in packed order.
-template <class T>
-inline void gather_block(const T* row, const int32_t* order, int64_t place, float* x) {
-  for (int i = 0; i < kBlock; i += kLanes) {
-    if (order) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const int32_t source = order[place + i + lane];
-        x[i + lane] = source < 0 ? 0.f : load_one(row + source);
-      }
-    } else {
-      store(x + i, load(row + place + i));
-    }
-  }
-}
-
-template <class T>
-QuantisedRows quantise_rows(const GptqMatmulParams& p, const T* input, int64_t num_rows, int num_threads) {
-  const GptqLayout layout(p);
-  const int64_t num_blocks = layout.num_blocks(), size = layout.packed_size();
-  const int64_t row_floats = num_blocks + p.num_groups;
-  auto* memory = static_cast<float*>(thread_scratch(Scratch::kShared, num_rows * (row_floats * sizeof(float) + size)));
-  float *scales = memory, *sums = scales + num_rows * num_blocks;
-  const QuantisedRows rows{
-      reinterpret_cast<int8_t*>(sums + num_rows * p.num_groups), scales, sums, num_rows, num_blocks, p.num_groups};
-  parallel_for(num_rows, task_grain(size * sizeof(T)), num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t r = row % kTileRows, R = rows.tile_rows(row);
-      int8_t* tile_codes = rows.tile_codes(row - r) + r * 4;
-      float *tile_scales = rows.tile_scales(row - r) + r, *tile_sums = rows.tile_sums(row - r) + r;
-      for (int64_t g = 0, block = 0; g < p.num_groups; ++g) {
-        float group_sum = 0.f;
-        for (int64_t b = 0; b < p.blocks_per_group; ++b, ++block) {
-          float x[kBlock];
-          gather_block(input + row * p.input_stride, p.input_order, block * kBlock, x);
-          int8_t codes[kBlock];
-          int32_t sum = 0;
-          const float scale = quantise_block(x, codes, sum);
-          for (int64_t i = 0; i < kBlock; i += 4) __builtin_memcpy(tile_codes + (block * kBlock + i) * R, codes + i, 4);
-          tile_scales[block * R] = scale;
-          group_sum = fma(scale, static_cast<float>(sum), group_sum);
-        }
-        tile_sums[g * R] = group_sum;
-      }
-    }
-  });
-  return rows;
-}
 
 // One block of 32 inputs, R rows by V vectors of columns: exact integer dot products. Where products of whole bytes
 // have no room, both nibbles of 8-bit weights are summed apart.

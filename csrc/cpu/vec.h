@@ -20,6 +20,7 @@ typedef int32_t I32x8 __attribute__((vector_size(32)));
 typedef uint32_t U32x8 __attribute__((vector_size(32)));
 typedef uint16_t U16x8 __attribute__((vector_size(16)));
 typedef int8_t I8x8 __attribute__((vector_size(8)));
+typedef int8_t I8x32 __attribute__((vector_size(32)));
 typedef float F32x4 __attribute__((vector_size(16)));
 
 constexpr int kLanes = 8;
@@ -220,14 +221,37 @@ inline float reduce_max(F32x8 v) {
   return m;
 }
 
+// Combines all lanes; `fold` must be associative and commutative.
+template <class Fold>
+inline int32_t reduce(I32x8 v, Fold fold) {
+  v = fold(v, I32x8(__builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3)));
+  v = fold(v, I32x8(__builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5)));
+  return fold(v, I32x8(__builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6)))[0];
+}
+inline int32_t reduce_add(I32x8 v) {
+  return reduce(v, [](I32x8 a, I32x8 b) { return a + b; });
+}
+inline int32_t reduce_max(I32x8 v) {
+  return reduce(v, [](I32x8 a, I32x8 b) { return a > b ? a : b; });
+}
+
+// The lowest byte of every lane.
+inline void store_low_bytes(int8_t* p, I32x8 v) {
+  const I8x32 bytes = reinterpret_cast<I8x32>(v);
+  store_bits(p, __builtin_shufflevector(bytes, bytes, 0, 4, 8, 12, 16, 20, 24, 28));
+}
+
 inline F32x8 to_float(I32x8 x) {
   return __builtin_convertvector(x, F32x8);
 }
 
-// To the nearest integer, ties to even; |x| below 2^22.
+// To the nearest integer, ties to even; |x| below 2^22. Adding 1.5 * 2^23 leaves the integer in the low mantissa bits.
+template <class I, class F>
+inline I round_by_shift(F x) {
+  return reinterpret_cast<I>(x + 0x1.8p23f) - bit_cast<int32_t>(0x1.8p23f);
+}
 inline I32x8 round_to_int(F32x8 x) {
-  const F32x8 shift = splat(0x1.8p23f);
-  return reinterpret_cast<I32x8>(x + shift) - bit_cast<int32_t>(0x1.8p23f);
+  return round_by_shift<I32x8>(x);
 }
 
 // exp(x), relative error below 2e-7; 0 below -87.3 (also for -inf), +inf above 88.7, NaN for NaN.

@@ -32,6 +32,18 @@ inline WideF32 fma(WideF32 a, WideF32 b, WideF32 c) {
 inline WideF32 half_to_float(WideU16 h) {
   return _mm512_cvtph_ps(reinterpret_cast<__m256i>(h));
 }
+inline WideI32 round_to_int(WideF32 x) {
+  return round_by_shift<WideI32>(x);
+}
+inline void store_low_bytes(int8_t* p, WideI32 v) {
+  store_bits(p, _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
+}
+inline int32_t reduce_add(WideI32 v) {
+  return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(v));
+}
+inline int32_t reduce_max(WideI32 v) {
+  return _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(v));
+}
 
 #else
 
