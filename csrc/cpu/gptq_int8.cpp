@@ -19,6 +19,7 @@
 namespace teco::cpu::TECO_ISA {
 namespace {
 
+constexpr int kStreams = 4;          // panels at a time, where there are few rows; a task is a multiple of it
 constexpr int64_t kPrefetch = 1024;  // bytes ahead
 // Past all caches into L1; but into L2 where the loop outruns memory and its own loads fill up the miss buffers of L1.
 constexpr int kPrefetchLocality = kDotTakesBytes ? 1 : 0;
@@ -185,15 +186,18 @@ template <int kBits, bool kMinimum, class T>
 void multiply(const GptqMatmulParams& p, const QuantisedRows& rows, T* out, int num_threads) {
   const GptqLayout layout(p);
   const int64_t num_panels = ceil_div<int64_t>(p.out_features, kPanel);
-  parallel_for(num_panels, task_grain(layout.panel_bytes() * rows.count), num_threads, [&](int64_t begin, int64_t end) {
-    if (rows.count <= 2) {
-      multiply_streams<kBits, kMinimum, 4, 2>(p, layout, rows, out, begin, end);
-    } else if (rows.count <= 4) {
-      multiply_streams<kBits, kMinimum, 2, 4>(p, layout, rows, out, begin, end);
-    } else {
-      multiply_panels_by_tiles<kBits, kMinimum>(p, layout, rows, out, begin, end);
-    }
-  });
+  const int64_t task_bytes = kStreams * layout.panel_bytes() * rows.count;
+  parallel_for(ceil_div<int64_t>(num_panels, kStreams), task_grain(task_bytes), num_threads,
+               [&](int64_t first, int64_t last) {
+                 const int64_t begin = first * kStreams, end = min(last * kStreams, num_panels);
+                 if (rows.count <= 2) {
+                   multiply_streams<kBits, kMinimum, kStreams, 2>(p, layout, rows, out, begin, end);
+                 } else if (rows.count <= 4) {
+                   multiply_streams<kBits, kMinimum, kStreams / 2, 4>(p, layout, rows, out, begin, end);
+                 } else {
+                   multiply_panels_by_tiles<kBits, kMinimum>(p, layout, rows, out, begin, end);
+                 }
+               });
 }
 
 }  // namespace
