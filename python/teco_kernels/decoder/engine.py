@@ -17,6 +17,7 @@ from teco_kernels.decoder.answer import Answer
 from teco_kernels.decoder.batch import Span
 from teco_kernels.decoder.kv_cache import KVCache
 from teco_kernels.decoder.model import Transformer
+from teco_kernels.decoder.recycler import Guess, Recycler
 from teco_kernels.decoder.runner import Runner
 from teco_kernels.decoder.sampler import INVALID_TOKEN, sample_tokens, token_logprobs
 from teco_kernels.decoder.sampling_params import RequestMetrics, RequestOutput, SamplingParams
@@ -56,6 +57,20 @@ class Request:
         )
 
 
+@dataclass(eq=False)
+class _Draw:
+    """A sequence that gets a token from row `first_row` of the logits, and one from each row after it that it earns."""
+
+    sequence: Sequence
+    first_row: int
+    guess: Guess
+    num_accepted: int = 0
+    num_checked: int = 0
+
+
+_NO_GUESS = Guess([], 0)
+
+
 class Engine:
     """Answers requests, many at a time, one step after the other. Not thread-safe.
 
@@ -68,6 +83,8 @@ class Engine:
         Most tokens of a prompt and its answer.
     max_num_seqs, max_num_batched_tokens : int
         See `Scheduler`.
+    recycler : Recycler, optional
+        Makes guesses of the tokens to come. They change how fast tokens come, never which.
     """
 
     def __init__(
@@ -79,13 +96,20 @@ class Engine:
         max_model_len: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        recycler: Recycler | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
+        self.recycler = recycler
         self.runner = Runner(
-            model, cache, max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_tokens=max_num_batched_tokens
+            model,
+            cache,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_tokens=max_num_batched_tokens,
+            max_decode_tokens=1 + (recycler.max_tokens if recycler else 0),
         )
         self.scheduler = Scheduler(cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
         self._requests: dict[str, Request] = {}
@@ -177,39 +201,106 @@ class Engine:
             The requests that got new tokens, ended, or failed. When a request's logits are not numbers it ends with
             finish reason "error"; all others go on.
         """
+        started = time.perf_counter()
         batch = self.scheduler.schedule()
         if not batch:
             return []
         self._count_slots(batch)
-        spans, complete = [], []
+        guesses = self._guess(batch)
+        spans, drawing = [], []
+        num_rows = 0
         for sequence, num_tokens in batch:
             is_complete = sequence.num_computed + num_tokens == len(sequence.token_ids)
+            guess = guesses.get(sequence, _NO_GUESS)
             spans.append(
-                Span(sequence.token_ids, sequence.num_computed, num_tokens, sequence.blocks, want_logits=is_complete)
+                Span(
+                    sequence.token_ids + guess.token_ids if guess.token_ids else sequence.token_ids,
+                    sequence.num_computed,
+                    num_tokens + len(guess.token_ids),
+                    sequence.blocks,
+                    want_logits=is_complete,
+                    all_logits=bool(guess.token_ids),
+                )
             )
             if is_complete:
-                complete.append(sequence)
+                drawing.append(_Draw(sequence, num_rows, guess))
+                num_rows += 1 + len(guess.token_ids)
         logits = self.runner.run(spans)
         for sequence, num_tokens in batch:
             self.scheduler.commit(sequence, num_tokens)
-        return self._sample(complete, logits)
+        outputs = self._sample(drawing, logits)
+        if self.recycler is not None and self.runner.replayed:
+            self.recycler.cost.add(num_rows, time.perf_counter() - started)
+        return outputs
 
-    def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> list[RequestOutput]:
-        """Give every sequence, and those that fork off it, a token from its row of `logits`."""
-        if not sequences:
-            return []
-        rows, drawing = [], []
-        for row, sequence in enumerate(sequences):
-            family = [sequence, *self.scheduler.fork(sequence)]
+    def _guess(self, batch: list[tuple[Sequence, int]]) -> dict[Sequence, Guess]:
+        """Guesses for the sequences of a step that only decodes, with room in the cache reserved for them."""
+        if self.recycler is None or any(
+            num_tokens > 1 or sequence.num_computed + 1 < len(sequence.token_ids) for sequence, num_tokens in batch
+        ):
+            return {}
+        sequences = [sequence for sequence, _ in batch]
+        room = self.scheduler.max_num_batched_tokens - len(batch)
+        accepted: dict[Sequence, Guess] = {}
+        for sequence, guess in zip(sequences, self.recycler.propose(sequences), strict=True):
+            count = len(guess.token_ids)
+            if 0 < count <= room and self.scheduler.extend(sequence, count):
+                accepted[sequence] = guess
+                room -= count
+        return accepted
+
+    def _sample(self, drawing: list[_Draw], logits: torch.Tensor) -> list[RequestOutput]:
+        """Give every sequence, and those that fork off it, its next tokens.
+
+        One token at a time: what is drawn may depend on those before it. As long as a sequence draws just what was
+        guessed, the row after it is that of its next token.
+        """
+        progressed: dict[str, Request] = {}
+        unsettled = drawing
+        depth = 0
+        while unsettled:
+            tokens = self._draw(unsettled, depth, logits, progressed)
+            going_on = []
+            for draw, token_id in zip(unsettled, tokens, strict=True):
+                guessed = draw.guess.token_ids
+                draw.num_checked += depth < len(guessed)
+                if depth < len(guessed) and token_id == guessed[depth]:
+                    draw.num_accepted += 1
+                    if draw.sequence in self._request_of:  # the answer goes on
+                        self.scheduler.commit(draw.sequence, 1)
+                        going_on.append(draw)
+            unsettled = going_on
+            depth += 1
+        for draw in drawing:
+            if draw.guess.token_ids and self.recycler is not None:
+                self.recycler.learn(draw.guess, draw.num_accepted, draw.num_checked)
+                if draw.sequence in self._request_of:
+                    self.scheduler.trim(draw.sequence)
+        for request in progressed.values():
+            if request.finished and request.request_id in self._requests:
+                self._end(request, "stop")
+        return [request.take_output() for request in progressed.values()]
+
+    def _draw(self, draws: list[_Draw], depth: int, logits: torch.Tensor, progressed: dict[str, Request]) -> list[int]:
+        """Draw and push one token for every sequence and those that fork off it; returns the sequences' own."""
+        rows: list[int] = []
+        drawing, own = [], []
+        for draw in draws:
+            family = [draw.sequence, *self.scheduler.fork(draw.sequence)]
+            own.append(len(rows))
             drawing += [self._request_of[member] for member in family]
-            rows += [row] * len(family)
-        logits = logits.float() if len(rows) == len(sequences) else logits[rows].float()
+            rows += [draw.first_row + depth] * len(family)
+        first, end = rows[0], rows[0] + len(rows)
+        logits = logits[first:end] if rows == list(range(first, end)) else logits[rows]
+        if logits.dtype != torch.float32:
+            logits = logits.float()
         plain = logits
         if any(answer.params.logprobs is not None for _, answer in drawing):
             plain = logits.clone()  # sampling changes its input
         token_ids = sample_tokens(logits, [answer for _, answer in drawing])
         now = time.monotonic()
         for row, ((request, answer), token_id) in enumerate(zip(drawing, token_ids, strict=True)):
+            progressed[request.request_id] = request
             if request.finished:  # an answer to the same prompt has just failed
                 continue
             if token_id == INVALID_TOKEN:
@@ -225,11 +316,7 @@ class Engine:
             if answer.finished:
                 self.scheduler.remove([answer.sequence])
                 del self._request_of[answer.sequence]
-        progressed = {request.request_id: request for request, _ in drawing}
-        for request in progressed.values():
-            if request.finished and request.request_id in self._requests:
-                self._end(request, "stop")
-        return [request.take_output() for request in progressed.values()]
+        return [token_ids[row] for row in own]
 
     def _end(self, request: Request, reason: str, error: str | None = None) -> None:
         """Take a request out; answers that still run end for `reason`."""
@@ -305,6 +392,8 @@ class Engine:
             "requests_waiting": len(self.scheduler.waiting),
             "prompt_tokens": self._num_prompt_tokens,
             "generated_tokens": self._num_generated_tokens,
+            "guessed_tokens": self.recycler.num_guessed if self.recycler else 0,
+            "accepted_tokens": self.recycler.num_accepted if self.recycler else 0,
             "preemptions": self.scheduler.num_preemptions,
             "prefix_cache_hit_tokens": self.scheduler.num_cached_tokens,
             "prefix_cache_queried_tokens": self.scheduler.num_queried_tokens,

@@ -16,6 +16,7 @@ from teco_kernels.decoder.engine import Engine
 from teco_kernels.decoder.kv_cache import CACHE_DTYPES, KVCache
 from teco_kernels.decoder.loader import load_source
 from teco_kernels.decoder.model import Transformer
+from teco_kernels.decoder.recycler import Recycler
 from teco_kernels.decoder.sampling_params import RequestError, RequestOutput, SamplingParams
 from teco_kernels.decoder.weights import Quantization
 from teco_kernels.ops.gptq import Activation
@@ -61,8 +62,12 @@ class LLM:
     kv_cache_memory : int, optional
         Bytes for the KV cache, 1 GiB when not given. Never takes more than `max_num_seqs` longest requests need;
         memory is used as blocks are first written.
-    recycle_head, recycle_verify
-        Not available in this version.
+    recycle_head : str, optional
+        "lookup": guess tokens to come from what the text has said before, and let each step verify its guesses along
+        with the next token. The tokens are those of plain decoding, greedy and sampled, in fewer steps. A trained head
+        is not available in this version.
+    recycle_verify : bool
+        Only True in this version.
     num_threads : int, optional
         Sets ``torch.set_num_threads``, which the operators follow; for the whole process.
     gptq_activation : {"int8", "exact"}
@@ -105,8 +110,10 @@ class LLM:
     ) -> None:
         if tensor_parallel_size != 1:
             raise ValueError(f"tensor_parallel_size: {tensor_parallel_size} is not available in this version, only 1")
-        if recycle_head is not None or not recycle_verify:
-            raise ValueError("recycle_head, recycle_verify: not available in this version")
+        if recycle_head not in (None, "lookup"):
+            raise ValueError(f"recycle_head: {recycle_head!r} is not available in this version, only 'lookup'")
+        if not recycle_verify:
+            raise ValueError("recycle_verify: False is not available in this version, only True")
         compute_dtype = _choice("dtype", str(dtype).removeprefix("torch."), _DTYPES)
         cache_dtype = _choice("kv_cache_dtype", kv_cache_dtype, {"auto": compute_dtype, **CACHE_DTYPES})
         _choice("gptq_activation", gptq_activation, {"exact": None, "int8": None})
@@ -152,6 +159,7 @@ class LLM:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens or max(512, max_num_seqs),
+            recycler=Recycler() if recycle_head else None,
         )
         self._ids = count()
         # Outputs that a step made for a caller who was not the one to run it, e.g. of two streams read in turn.

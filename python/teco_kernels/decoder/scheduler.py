@@ -136,7 +136,8 @@ class Scheduler:
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give the sequence blocks of its own to write its next tokens into; False when there are not enough."""
-        missing = self._num_blocks(sequence.num_computed + num_tokens) - len(sequence.blocks)
+        # A step that failed may have left blocks behind that it had reserved for guesses.
+        missing = max(self._num_blocks(sequence.num_computed + num_tokens) - len(sequence.blocks), 0)
         first = sequence.num_computed // self.pool.block_size
         copy = first < len(sequence.blocks) and self.pool.is_shared(sequence.blocks[first])
         fresh = self.pool.allocate(missing + copy)
@@ -149,6 +150,26 @@ class Scheduler:
             sequence.blocks[first] = target
         sequence.blocks += fresh
         return True
+
+    def extend(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Reserve room for tokens after those that the next step computes; False, and none, when there is not enough.
+
+        Unlike what a step needs, this takes no block from anybody. `trim` gives back what was not used.
+        """
+        missing = self._num_blocks(len(sequence.token_ids) + num_tokens) - len(sequence.blocks)
+        if missing <= 0:
+            return True
+        fresh = self.pool.allocate(missing)
+        if fresh is None:
+            return False
+        sequence.blocks += fresh
+        return True
+
+    def trim(self, sequence: Sequence) -> None:
+        """Free the blocks that `extend` reserved and that hold no token of the sequence."""
+        used = self._num_blocks(sequence.num_computed)
+        self.pool.free(sequence.blocks[used:])
+        del sequence.blocks[used:]
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -93,10 +94,16 @@ def _per_row(value: float | Sequence[float] | Tensor, name: str, dtype: torch.dt
         return value.to(dtype).contiguous()
     if isinstance(value, (int, float)):
         _check_number(value, name, dtype)
-        return torch.full(logits.shape[:1], value, dtype=dtype, device=logits.device)
+        return _repeated(value, logits.shape[0], dtype, logits.device)
     for number in value:
         _check_number(number, name, dtype)
     return torch.tensor(value, dtype=dtype, device=logits.device)
+
+
+@lru_cache(maxsize=64)
+def _repeated(value: float, num_rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept, for a decode step asks for the same ones each time; only read."""
+    return torch.full((num_rows,), value, dtype=dtype, device=device)
 
 
 def _check_number(number: object, name: str, dtype: torch.dtype) -> None:
