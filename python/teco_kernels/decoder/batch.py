@@ -82,15 +82,15 @@ class Batch:
             logit_rows=None if len(rows) == len(token_ids) else torch.tensor(rows, dtype=torch.int64),
         )
 
-    def first(self, num_seqs: int, num_tokens: int) -> Batch:
-        """The first tokens and sequences of a batch that has logits of every token; in the same memory."""
+    def first(self, num_tokens: int) -> Batch:
+        """The first tokens, and as many sequences, of a batch that has logits of every token; in the same memory."""
         assert self.query_start_loc is not None
         return Batch(
             token_ids=self.token_ids[:num_tokens],
             positions=self.positions[:num_tokens],
             slot_mapping=self.slot_mapping[:num_tokens],
-            block_table=self.block_table[:num_seqs],
-            seq_lens=self.seq_lens[:num_seqs],
-            query_start_loc=None if num_tokens == num_seqs else self.query_start_loc[: num_seqs + 1],
+            block_table=self.block_table[:num_tokens],
+            seq_lens=self.seq_lens[:num_tokens],
+            query_start_loc=self.query_start_loc[: num_tokens + 1],
             logit_rows=None,
         )

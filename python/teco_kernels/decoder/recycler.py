@@ -8,7 +8,7 @@ steps of so many tokens took. Where none pays, as in large batches, none is made
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 from statistics import median
@@ -39,14 +39,21 @@ class StepCost:
         self._seconds: dict[int, deque[float]] = {}
         self._last_seen: dict[int, int] = {}
         self._num_steps = 0
+        self._sizes: list[int] = []  # in order
+        self._median: dict[int, float] = {}
 
     def add(self, num_tokens: int, seconds: float) -> None:
         """Note a step's duration."""
         self._num_steps += 1
-        self._seconds.setdefault(num_tokens, deque(maxlen=_WINDOW)).append(seconds)
+        if num_tokens not in self._seconds:
+            self._seconds[num_tokens] = deque(maxlen=_WINDOW)
+            insort(self._sizes, num_tokens)
+        self._seconds[num_tokens].append(seconds)
+        self._median[num_tokens] = median(self._seconds[num_tokens])
         self._last_seen[num_tokens] = self._num_steps
         for old in [size for size, seen in self._last_seen.items() if self._num_steps - seen > _FORGET_AFTER]:
-            del self._seconds[old], self._last_seen[old]
+            del self._seconds[old], self._last_seen[old], self._median[old]
+            self._sizes.remove(old)
 
     def __contains__(self, num_tokens: int) -> bool:
         """Whether steps of so many tokens have been measured."""
@@ -58,15 +65,14 @@ class StepCost:
         What is not known is thereby held to be cheap, and gets tried; but from `_ALL_TRIED` tokens on, sizes are too
         many for that, and one between two that are known lies between them.
         """
-        sizes = sorted(self._seconds)
-        if not sizes:
+        if not self._sizes:
             return 1.0
-        place = bisect_right(sizes, num_tokens)
-        lower = sizes[max(place - 1, 0)]
-        seconds = median(self._seconds[lower])
-        if lower < num_tokens and num_tokens >= _ALL_TRIED and place < len(sizes):
-            upper = sizes[place]
-            seconds += (median(self._seconds[upper]) - seconds) * (num_tokens - lower) / (upper - lower)
+        place = bisect_right(self._sizes, num_tokens)
+        lower = self._sizes[max(place - 1, 0)]
+        seconds = self._median[lower]
+        if lower < num_tokens and num_tokens >= _ALL_TRIED and place < len(self._sizes):
+            upper = self._sizes[place]
+            seconds += (self._median[upper] - seconds) * (num_tokens - lower) / (upper - lower)
         return seconds
 
 

@@ -12,15 +12,14 @@ from teco_kernels.decoder.kv_cache import KVCache
 from teco_kernels.decoder.model import Buffers, Transformer
 from teco_kernels.ops import Plan
 
-_MAX_PLANS = 128  # sizes of a step that are remembered
-
 
 class Runner:
     """A model, its cache, and memory at fixed addresses for all that a step computes.
 
-    A decode step of a known number of sequences and tokens differs from the last one in its token ids, positions, slots
-    and block tables only. The first such step is recorded as a `Plan`; later ones fill these in and replay it. Both
-    give the same bits: they are the same kernel calls.
+    A decode step of a known number of tokens differs from the last one in its token ids, positions, slots, block tables
+    and in how the tokens are shared out among sequences (for the plan there are as many sequences as tokens, the last
+    ones without any). The first such step is recorded as a `Plan`; later ones fill these in and replay it. Both give
+    the same bits: they are the same kernel calls.
 
     Parameters
     ----------
@@ -58,18 +57,18 @@ class Runner:
             token_ids=torch.zeros(self._max_planned, dtype=torch.int64),
             positions=torch.zeros(self._max_planned, dtype=torch.int64),
             slot_mapping=torch.zeros(self._max_planned, dtype=torch.int64),
-            block_table=torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32),
-            seq_lens=torch.zeros(max_num_seqs, dtype=torch.int32),
-            query_start_loc=torch.zeros(max_num_seqs + 1, dtype=torch.int32),
+            block_table=torch.zeros(self._max_planned, max_blocks, dtype=torch.int32),
+            seq_lens=torch.zeros(self._max_planned, dtype=torch.int32),
+            query_start_loc=torch.zeros(self._max_planned + 1, dtype=torch.int32),
             logit_rows=None,
         )
         assert decode.query_start_loc is not None
         # Written through numpy, which takes a tenth of the time.
-        self._per_token = [tensor.numpy() for tensor in (decode.token_ids, decode.positions, decode.slot_mapping)]
-        self._per_sequence = [tensor.numpy() for tensor in (decode.seq_lens, decode.query_start_loc[1:])]
+        per_token = (decode.token_ids, decode.positions, decode.slot_mapping)
+        self._columns = [tensor.numpy() for tensor in (*per_token, decode.seq_lens, decode.query_start_loc[1:])]
         self._block_table = decode.block_table.numpy()
         self._logits = torch.empty(self._max_planned, model.config.vocab_size, dtype=model.dtype)
-        self._plans: dict[tuple[int, int], Plan] = {}
+        self._plans: dict[int, Plan] = {}
 
     def run(self, spans: Sequence[Span]) -> Tensor:
         """Compute the spans' tokens.
@@ -92,18 +91,16 @@ class Runner:
     def _replay(self, spans: Sequence[Span], num_tokens: int) -> Tensor:
         self._fill(spans)
         logits = self._logits[:num_tokens]
-        size = len(spans), num_tokens
-        plan = self._plans.pop(size, None)
+        plan = self._plans.get(num_tokens)
         self.replayed = plan is not None
         if plan is not None:
             plan.replay()
         else:
-            batch = self._decode.first(*size)
+            batch = self._decode.first(num_tokens)
             memory = (self.model, self.cache, self.buffers, batch, logits)
-            plan = Plan(lambda: self.model.forward(batch, self.cache, self.buffers, out=logits), keep_alive=memory)
-        self._plans[size] = plan  # the last one in the order of use
-        if len(self._plans) > _MAX_PLANS:
-            del self._plans[next(iter(self._plans))]
+            self._plans[num_tokens] = Plan(
+                lambda: self.model.forward(batch, self.cache, self.buffers, out=logits), keep_alive=memory
+            )
         return logits
 
     def _fill(self, spans: Sequence[Span]) -> None:
@@ -121,7 +118,8 @@ class Runner:
             lengths.append(end)
             ends.append(len(token_ids))
             self._block_table[row, : len(span.blocks)] = span.blocks
-        for column, per_token in zip(self._per_token, (token_ids, positions, slots), strict=True):
-            column[: len(per_token)] = per_token
-        for column, per_sequence in zip(self._per_sequence, (lengths, ends), strict=True):
-            column[: len(per_sequence)] = per_sequence
+        num_tokens, num_empty = len(token_ids), len(token_ids) - len(spans)
+        lengths += [0] * num_empty
+        ends += [num_tokens] * num_empty
+        for column, values in zip(self._columns, (token_ids, positions, slots, lengths, ends), strict=True):
+            column[:num_tokens] = values
