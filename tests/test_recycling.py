@@ -36,6 +36,7 @@ class FixedGuesses(Recycler):
     def propose(self, sequences: Sequence[SequenceState]) -> list[Guess]:
         guesses = []
         for sequence in sequences:
+            self._guess(sequence)
             room = sequence.max_tokens - sequence.num_generated - 1
             guesses.append(Guess(self._function(sequence.token_ids, min(self.max_tokens, max(room, 0))), 0))
         return guesses
@@ -75,12 +76,20 @@ def test_cost_of_a_step() -> None:
         cost.add(2, seconds)
     assert cost(1) == cost(2) == cost(7) == 4.0, "what is not known is held to be cheap"
     cost.add(6, 8.0)
+    assert [cost(size) for size in (2, 3, 6, 7)] == [4.0, 4.0, 8.0, 8.0]
     cost.add(40, 16.0)
     cost.add(80, 24.0)
-    assert [cost(size) for size in (2, 3, 6, 7, 40, 60, 81)] == [4.0, 4.0, 8.0, 8.0, 16.0, 20.0, 24.0]
+    assert [cost(size) for size in (40, 60, 80, 100)] == [16.0, 20.0, 24.0, 28.0], "on a line where sizes are many"
+    assert [cost.knows(size) for size in (6, 7, 60, 81)] == [True, False, True, False]
     for _ in range(600):
         cost.add(2, 1.0)
-    assert cost(6) == cost(80) == 1.0, "a size not seen for long is tried again"
+    assert cost(6) == 1.0, "a size not seen for long is tried again"
+
+
+def test_cost_of_a_long_step() -> None:
+    cost = StepCost()
+    cost.add(32, 8.0)
+    assert [cost(size) for size in (32, 40, 64)] == [8.0, 8.0, 16.0], "only the next larger ones are tried"
 
 
 def made_guesses(seconds: Callable[[int], float], num_sequences: int, truth: float) -> int:
@@ -91,11 +100,11 @@ def made_guesses(seconds: Callable[[int], float], num_sequences: int, truth: flo
     for _ in range(200):
         guesses = recycler.propose(sequences)
         count = sum(len(guess.token_ids) for guess in guesses)
-        for guess in guesses:
+        for sequence, guess in zip(sequences, guesses, strict=True):
             accepted = 0
             while accepted < len(guess.token_ids) and draw.random() < truth:
                 accepted += 1
-            recycler.learn(guess, accepted, min(accepted + 1, len(guess.token_ids)))
+            recycler.learn(sequence, guess, accepted, min(accepted + 1, len(guess.token_ids)))
         recycler.cost.add(num_sequences + count, seconds(num_sequences + count))
     return count
 

@@ -17,7 +17,7 @@ from teco_kernels.decoder.answer import Answer
 from teco_kernels.decoder.batch import Span
 from teco_kernels.decoder.kv_cache import KVCache
 from teco_kernels.decoder.model import Transformer
-from teco_kernels.decoder.recycler import Guess, Recycler
+from teco_kernels.decoder.recycler import NO_GUESS, Guess, Recycler
 from teco_kernels.decoder.runner import Runner
 from teco_kernels.decoder.sampler import INVALID_TOKEN, sample_tokens, token_logprobs
 from teco_kernels.decoder.sampling_params import RequestMetrics, RequestOutput, SamplingParams
@@ -66,9 +66,6 @@ class _Draw:
     guess: Guess
     num_accepted: int = 0
     num_checked: int = 0
-
-
-_NO_GUESS = Guess([], 0)
 
 
 class Engine:
@@ -211,7 +208,7 @@ class Engine:
         num_rows = 0
         for sequence, num_tokens in batch:
             is_complete = sequence.num_computed + num_tokens == len(sequence.token_ids)
-            guess = guesses.get(sequence, _NO_GUESS)
+            guess = guesses.get(sequence, NO_GUESS)
             spans.append(
                 Span(
                     sequence.token_ids + guess.token_ids if guess.token_ids else sequence.token_ids,
@@ -273,7 +270,7 @@ class Engine:
             depth += 1
         for draw in drawing:
             if draw.guess.token_ids and self.recycler is not None:
-                self.recycler.learn(draw.guess, draw.num_accepted, draw.num_checked)
+                self.recycler.learn(draw.sequence, draw.guess, draw.num_accepted, draw.num_checked)
                 if draw.sequence in self._request_of:
                     self.scheduler.trim(draw.sequence)
         for request in progressed.values():
