@@ -19,7 +19,6 @@ constexpr int kPanelVectors = 2;       // vectors of 8 lanes that make up a pane
 constexpr int64_t kSlice = 256;        // inputs unpacked at a time: 16 KB of L1
 constexpr int64_t kRowBlock = 192;     // rows whose slice of inputs stays in L2
 constexpr int64_t kScratchRows = 512;  // rows converted at a time, so that scratch memory is bounded
-constexpr int kMaxTileRows = 6;        // 6 rows x 2 vectors of sums, 2 weights, 1 input: 15 of 16 registers
 
 // Rows of fp32 activations.
 struct FloatRows {
@@ -57,7 +56,8 @@ template <int R, int P>
 
 // What is read of a panel at a time, and the tile that multiplies by it: for weights that are unpacked to fp32.
 struct DenseTiles {
-  using Slice = const float*;  // [count][16]
+  static constexpr int kTileRows = 6;  // 6 rows x 2 vectors of sums, 2 weights, 1 input: 15 of 16 registers
+  using Slice = const float*;          // [count][16]
   template <int R, int P>
   static constexpr auto kTile = fma_tile<R, P>;
 };
@@ -99,10 +99,13 @@ template <int P, class T, class Unpack>
 void multiply_panels(const FloatRows& input, int64_t in_features, T* out, int64_t out_stride, const float* bias,
                      int64_t out_features, const Unpack& unpack, int64_t begin, int64_t end) {
   using Slice = typename Unpack::Slice;
-  static constexpr FmaTile<Slice> kTiles[] = {Unpack::template kTile<1, P>, Unpack::template kTile<2, P>,
-                                              Unpack::template kTile<3, P>, Unpack::template kTile<4, P>,
-                                              Unpack::template kTile<5, P>, Unpack::template kTile<6, P>};
-  constexpr int64_t tile_rows = P == 1 ? kMaxTileRows : 8 / (2 * P);
+  constexpr int tile_rows = P == 1 ? Unpack::kTileRows : 8 / (2 * P);
+  static constexpr FmaTile<Slice> kTiles[] = {Unpack::template kTile<1, P>,
+                                              Unpack::template kTile<min(2, tile_rows), P>,
+                                              Unpack::template kTile<min(3, tile_rows), P>,
+                                              Unpack::template kTile<min(4, tile_rows), P>,
+                                              Unpack::template kTile<min(5, tile_rows), P>,
+                                              Unpack::template kTile<min(6, tile_rows), P>};
   constexpr int64_t slice = kSlice / P;
   auto* scratch =
       static_cast<float*>(thread_scratch(Scratch::kTask, (kSlice + P * kRowBlock) * kPanel * sizeof(float)));
@@ -120,8 +123,8 @@ void multiply_panels(const FloatRows& input, int64_t in_features, T* out, int64_
         Slice weights[P];
         for (int s = 0; s < P; ++s) weights[s] = unpack(panel[s], k, count, scratch + s * slice * kPanel);
         for (int64_t r = 0; r < rows; r += tile_rows)
-          kTiles[min(rows - r, tile_rows) - 1](weights, input.data + (row0 + r) * input.stride + k, input.stride, count,
-                                               acc + r * kPanel, rows * kPanel);
+          kTiles[min<int64_t>(rows - r, tile_rows) - 1](weights, input.data + (row0 + r) * input.stride + k,
+                                                        input.stride, count, acc + r * kPanel, rows * kPanel);
       }
       for (int s = 0; s < P && begin + i + s * step < end; ++s)
         store_panel(out + row0 * out_stride, out_stride, rows, acc + s * rows * kPanel, panel[s], bias, out_features);

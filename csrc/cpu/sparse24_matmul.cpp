@@ -60,6 +60,7 @@ template <int R, int P, class W>
 
 template <class W>
 struct Sparse24Panels {
+  static constexpr int kTileRows = 4;  // 8 sums, and what is selected for each, in 16 registers
   using Slice = Sparse24Slice<W>;
   template <int R, int P>
   static constexpr auto kTile = sparse24_tile<R, P, W>;
