@@ -77,6 +77,7 @@ def rows(source: Source, windows: int) -> list[Row]:
         Row("RTN", replace(rtn, **small)),
         Row("GPTQ", replace(best, **small)),
         Row("GPTQ", DEFAULT_SETTINGS, "default model"),
+        Row("GPTQ", replace(DEFAULT_SETTINGS, embedding_bits=8), "default model"),
         Row("RTN", replace(rtn, bits=3)),
         Row("GPTQ", replace(best, bits=3)),
         Row("RTN", replace(rtn, bits=3, **small)),
@@ -95,6 +96,7 @@ def remarks(row: Row, settings: QuantizationSettings) -> str:
         words.append("clip search")
     words += [f"{bits} bits for `{rule}`" for rule, bits in settings.layer_bits.items()]
     words += [f"{settings.head_bits}-bit head"] if settings.head_bits else []
+    words += [f"{settings.embedding_bits}-bit embedding"] if settings.embedding_bits else []
     return ", ".join(filter(None, (row.remark, *words)))
 
 

@@ -44,6 +44,9 @@ STABLE_TORCH_LIBRARY(teco_kernels, m) {
   m.def("compiler() -> str");
 
   m.def("embedding(Tensor(a!) out, Tensor token_ids, Tensor weight) -> ()");
+  m.def(
+      "embedding.gptq(Tensor(a!) out, Tensor token_ids, Tensor weight, Tensor? input_order, int vocab_size, "
+      "int hidden_size, int bits, bool has_minimum) -> ()");
   m.def("rms_norm(Tensor(a!) out, Tensor input, Tensor weight, float eps) -> ()");
   m.def(
       "fused_add_rms_norm(Tensor(a!) out, Tensor(b!) residual_out, Tensor input, Tensor residual, Tensor weight, "
@@ -100,6 +103,7 @@ STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CPU, m) {
   m.impl("embedding", TORCH_BOX(&embedding));
+  m.impl("embedding.gptq", TORCH_BOX(&gptq_embedding));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("fused_add_rms_norm", TORCH_BOX(&fused_add_rms_norm));
   m.impl("silu_and_mul", TORCH_BOX(&silu_and_mul));

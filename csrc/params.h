@@ -132,6 +132,21 @@ struct GptqMatmulParams {
   DType dtype;           // of input and out
 };
 
+// out[t, k] = weight[k, token_ids[t]], the weight packed as it is there: rows of an embedding that is quantised along
+// them. A row is a column of its panel, four bytes of every 64.
+struct GptqEmbeddingParams {
+  void* out;                   // [num_tokens, hidden_size]
+  const int64_t* token_ids;    // [num_tokens], checked to lie within the vocabulary
+  const uint8_t* weight;       // [ceil(vocab_size / 16), num_groups, 64 + blocks_per_group * bits * 64]
+  const int32_t* input_order;  // [num_groups * blocks_per_group * 32] or null
+  int64_t num_tokens;
+  int64_t num_groups, blocks_per_group;
+  int64_t out_stride;
+  int32_t bits;
+  bool has_minimum;
+  DType dtype;  // of out
+};
+
 // Keys or values of a cache, [num_blocks, block_size, num_kv_heads, head_dim] with any strides but 1 in the last
 // dimension. int8 and fp8 elements have a scale, fp32 [num_blocks, block_size, num_kv_heads] or one for all of them.
 struct KVCacheView {

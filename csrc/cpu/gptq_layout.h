@@ -12,8 +12,8 @@ template <int kBits, bool kMinimum>
 struct Format {};
 
 // Calls body with the weight's own format: `[&]<int kBits, bool kMinimum>(Format<kBits, kMinimum>) { ... }`.
-template <class Body>
-inline void with_format(const GptqMatmulParams& p, Body body) {
+template <class Params, class Body>
+inline void with_format(const Params& p, Body body) {
   switch (p.bits) {
     case 2:
       return p.has_minimum ? body(Format<2, true>{}) : body(Format<2, false>{});
@@ -27,7 +27,8 @@ inline void with_format(const GptqMatmulParams& p, Body body) {
 }
 
 struct GptqLayout {
-  explicit GptqLayout(const GptqMatmulParams& p)
+  template <class Params>
+  explicit GptqLayout(const Params& p)
       : weight(p.weight), num_groups(p.num_groups), blocks_per_group(p.blocks_per_group), bits(p.bits) {}
 
   int64_t block_bytes() const { return bits * 64; }  // 32 inputs x 16 columns
@@ -44,7 +45,8 @@ struct GptqLayout {
   int32_t bits;
 };
 
-// Quad q of a part of a panel's columns, as many as a vector U has lanes: four codes in every lane, a byte each.
+// Quad q of a part of a panel's columns, as many as a vector U has lanes (a uint32_t has one): four codes in every
+// lane, a byte each.
 template <int kBits, class U>
 inline U quad_codes(const uint8_t* block, int q, int part) {
   constexpr int kQuads = 8 / kBits;  // that lie whole in a word

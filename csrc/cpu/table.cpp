@@ -4,6 +4,7 @@
 namespace teco::cpu::TECO_ISA {
 
 void embedding(const EmbeddingParams& p, int num_threads);
+void gptq_embedding(const GptqEmbeddingParams& p, int num_threads);
 void rms_norm(const RmsNormParams& p, int num_threads);
 void silu_and_mul(const SiluAndMulParams& p, int num_threads);
 void rotary_embedding(const RotaryEmbeddingParams& p, int num_threads);
@@ -22,6 +23,7 @@ int64_t int8_probe(int64_t iterations, int num_threads);
 extern const KernelTable table;
 const KernelTable table = {
     .embedding = embedding,
+    .gptq_embedding = gptq_embedding,
     .rms_norm = rms_norm,
     .silu_and_mul = silu_and_mul,
     .rotary_embedding = rotary_embedding,

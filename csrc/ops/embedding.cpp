@@ -1,21 +1,30 @@
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "ops/checks.h"
+#include "ops/gptq_weight.h"
 #include "ops/ops.h"
 #include "ops/plan.h"
 
 namespace teco::ops {
+namespace {
+
+const int64_t* check_token_ids(const Tensor& token_ids, Size& T, int64_t vocab_size) {
+  Argument(token_ids, "token_ids").on_cpu().dtype(ScalarType::Long).shape({&T}).contiguous();
+  const auto* ids = token_ids.const_data_ptr<int64_t>();
+  for (int64_t t = 0; t < T.value; ++t)
+    require(ids[t] >= 0 && ids[t] < vocab_size, "token_ids: expected 0 to ", vocab_size - 1,
+            " (the rows of weight), got ", ids[t], " at index ", t);
+  return ids;
+}
+
+}  // namespace
 
 void embedding(Tensor out, Tensor token_ids, Tensor weight) {
   Size T{"T"}, vocab_size{"vocab_size"}, hidden_size{"hidden_size"};
-  Argument(token_ids, "token_ids").on_cpu().dtype(ScalarType::Long).shape({&T}).contiguous();
   Argument(weight, "weight").on_cpu().floating().shape({&vocab_size, &hidden_size}).unit_last_stride();
+  const int64_t* ids = check_token_ids(token_ids, T, vocab_size.value);
   Argument(out, "out").on_cpu().floating().shape({&T, &hidden_size}).unit_last_stride().written();
   check_apart(out, "out", rows_of(out, "out"), weight, "weight", rows_of(weight, "weight"), InPlace::kNo);
-  const auto* ids = token_ids.const_data_ptr<int64_t>();
-  for (int64_t t = 0; t < T.value; ++t)
-    require(ids[t] >= 0 && ids[t] < vocab_size.value, "token_ids: expected 0 to ", vocab_size.value - 1,
-            " (the rows of weight), got ", ids[t], " at index ", t);
   const EmbeddingParams params = {
       .out = out.mutable_data_ptr(),
       .token_ids = ids,
@@ -28,6 +37,30 @@ void embedding(Tensor out, Tensor token_ids, Tensor weight) {
       .weight_dtype = to_dtype(weight.scalar_type(), "weight"),
   };
   launch(cpu::kernels()->embedding, params);
+}
+
+void gptq_embedding(Tensor out, Tensor token_ids, Tensor weight, std::optional<Tensor> input_order, int64_t vocab_size,
+                    int64_t hidden_size, int64_t bits, bool has_minimum) {
+  Size T{"T"}, columns{"hidden_size", hidden_size, "weight"};
+  const PackedGptq packed =
+      packed_gptq(weight, input_order, hidden_size, "elements in a row", vocab_size, "vocab_size", bits);
+  const int64_t* ids = check_token_ids(token_ids, T, vocab_size);
+  Argument(out, "out").on_cpu().floating().shape({&T, &columns}).unit_last_stride().written();
+  check_apart(out, "out", rows_of(out, "out"), weight, "weight", rows_of(weight, "weight"), InPlace::kNo);
+  const GptqEmbeddingParams params = {
+      .out = out.mutable_data_ptr(),
+      .token_ids = ids,
+      .weight = packed.data,
+      .input_order = packed.input_order,
+      .num_tokens = T.value,
+      .num_groups = packed.num_groups,
+      .blocks_per_group = packed.blocks_per_group,
+      .out_stride = out.stride(0),
+      .bits = static_cast<int32_t>(bits),
+      .has_minimum = has_minimum,
+      .dtype = to_dtype(out.scalar_type(), "out"),
+  };
+  launch(cpu::kernels()->gptq_embedding, params);
 }
 
 }  // namespace teco::ops

@@ -1,13 +1,14 @@
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "ops/checks.h"
+#include "ops/gptq_weight.h"
 #include "ops/ops.h"
 #include "ops/plan.h"
 
 namespace teco::ops {
 namespace {
 
-constexpr int64_t kPanel = 16, kBlock = 32, kHeaderBytes = 64;
+constexpr int64_t kPanel = 16, kBlock = 32;
 
 // Checks what all matmuls share: input [..., in_features], out [..., out_features], bias [out_features].
 struct Operands {
@@ -91,37 +92,19 @@ void sparse24_matmul(Tensor out, Tensor input, Tensor values, Tensor indices, st
 
 void gptq_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> input_order, std::optional<Tensor> bias,
                  int64_t in_features, int64_t out_features, int64_t bits, bool has_minimum, bool int8_activation) {
-  require(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits: expected 2, 3, 4 or 8, got ", bits);
-  Size panels{"num_panels", num_panels(out_features), "out_features"}, groups{"num_groups"}, bytes{"group_bytes"};
-  Argument(weight, "weight").on_cpu().dtype(ScalarType::Byte).shape({&panels, &groups, &bytes}).contiguous();
-  const int64_t block_bytes = bits * 64;
-  require(bytes.value > kHeaderBytes && (bytes.value - kHeaderBytes) % block_bytes == 0,
-          "weight: expected groups of 64 + n * ", block_bytes, " bytes, got ", bytes.value);
-  const int64_t blocks_per_group = (bytes.value - kHeaderBytes) / block_bytes;
-  Size packed_size{"packed_size", groups.value * blocks_per_group * kBlock, "weight"};
-  const int32_t* order = nullptr;
-  if (input_order) {
-    Argument(*input_order, "input_order").on_cpu().dtype(ScalarType::Int).shape({&packed_size}).contiguous();
-    order = input_order->const_data_ptr<int32_t>();
-    for (int64_t i = 0; i < packed_size.value; ++i)
-      require(order[i] >= -1 && order[i] < in_features, "input_order: expected -1 to ", in_features - 1, ", got ",
-              order[i], " at ", i);
-  } else {
-    require(packed_size.value == in_features, "weight: expected ", in_features, " inputs, got ", packed_size.value,
-            "; padding needs an input_order");
-  }
+  const PackedGptq packed = packed_gptq(weight, input_order, in_features, "inputs", out_features, "out_features", bits);
   const Operands operands = check_operands(out, input, bias, in_features, out_features);
   const GptqMatmulParams params = {
       .out = out.mutable_data_ptr(),
       .input = input.const_data_ptr(),
-      .weight = weight.const_data_ptr<uint8_t>(),
-      .input_order = order,
+      .weight = packed.data,
+      .input_order = packed.input_order,
       .bias = operands.bias,
       .num_rows = operands.input.count,
       .in_features = in_features,
       .out_features = out_features,
-      .num_groups = groups.value,
-      .blocks_per_group = blocks_per_group,
+      .num_groups = packed.num_groups,
+      .blocks_per_group = packed.blocks_per_group,
       .out_stride = operands.out.stride,
       .input_stride = operands.input.stride,
       .bits = static_cast<int32_t>(bits),

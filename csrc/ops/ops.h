@@ -13,6 +13,8 @@ namespace teco::ops {
 using torch::stable::Tensor;
 
 void embedding(Tensor out, Tensor token_ids, Tensor weight);
+void gptq_embedding(Tensor out, Tensor token_ids, Tensor weight, std::optional<Tensor> input_order, int64_t vocab_size,
+                    int64_t hidden_size, int64_t bits, bool has_minimum);
 void rms_norm(Tensor out, Tensor input, Tensor weight, double eps);
 void fused_add_rms_norm(Tensor out, Tensor residual_out, Tensor input, Tensor residual, Tensor weight, double eps);
 void silu_and_mul(Tensor out, Tensor input);

@@ -202,6 +202,9 @@ def quantize(
     ] = None,
     sparsity: Sparsity = None,
     head_bits: Annotated[int, typer.Option(help="Bits of the language-model head; 0 leaves it as it is.")] = 8,
+    embedding_bits: Annotated[
+        int, typer.Option(help="Bits of the embedding; 0 keeps it. Other tools do not load a quantised one.")
+    ] = 0,
     calibration: Annotated[
         Path | None, typer.Option(help="A text like that which the model will see; Wikipedia articles otherwise.")
     ] = None,
@@ -231,6 +234,7 @@ def quantize(
         layer_bits=dict(map(_rule, layer_bits or ())),
         sparsity=sparsity,
         head_bits=head_bits or None,
+        embedding_bits=embedding_bits or None,
         num_sequences=num_sequences,
         sequence_length=sequence_length,
     )

@@ -124,19 +124,23 @@ class Transformer:
         load = WeightLoader(source, dtype, activation, quantization)
         self.config = config
         self.dtype = dtype
-        self.embedding = load.matrix("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        self.embedding = load.embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
         self.layers = [_load_layer(load, config, index) for index in range(config.num_layers)]
         self.norm = load.vector("model.norm.weight", config.hidden_size)
-        quantised_head = source.has("lm_head.qweight")
-        head = "model.embed_tokens" if config.tie_word_embeddings and not quantised_head else "lm_head"
-        self.lm_head = load.linear([head], config.hidden_size, [config.vocab_size], bias=False)
+        # A quantizer that rounds the head of a tied model unties it, whatever the configuration still says.
+        if config.tie_word_embeddings and not source.has("lm_head.qweight"):
+            self.lm_head = load.tied_head(self.embedding)
+        else:
+            self.lm_head = load.linear(["lm_head"], config.hidden_size, [config.vocab_size], bias=False)
         self.cos_sin = cos_sin_cache(config.head_dim, max_model_len, config.rope_theta, config.rope_scaling)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights, norms aside."""
         linears = [linear for layer in self.layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-        return self.embedding.nbytes + sum(linear.nbytes for linear in [*linears, self.lm_head])
+        weights = [weight for linear in [*linears, self.lm_head] for weight in linear.weights]
+        # Embedding and head may be one object.
+        return sum({id(weight): weight.nbytes for weight in [self.embedding, *weights]}.values())
 
     def forward(self, batch: Batch, cache: KVCache, buffers: Buffers, *, out: Tensor | None = None) -> Tensor:
         """Run a step: write the tokens' keys and values into `cache`, return logits ``[R, vocab_size]``.

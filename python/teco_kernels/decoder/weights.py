@@ -100,6 +100,18 @@ class WeightLoader:
         """A floating-point weight in the dtype it is stored in, but no wider than the compute dtype."""
         return self._no_wider(self._floating(name, shape))
 
+    def embedding(self, name: str, vocab_size: int, hidden_size: int) -> Tensor | GPTQWeight:
+        """The embedding matrix ``[vocab_size, hidden_size]`` as `ops.embedding` takes it."""
+        weight = self._quantised(name, hidden_size, vocab_size, bias=False)
+        if weight is None:
+            return self.matrix(f"{name}.weight", (vocab_size, hidden_size))
+        return self._no_wider(weight.dequantize().t()).contiguous() if self._dequantize else weight
+
+    def tied_head(self, embedding: Tensor | GPTQWeight) -> Linear:
+        """The head of a model whose embedding it is; a packed one is multiplied by where it lies."""
+        weight = embedding if isinstance(embedding, GPTQWeight) else DenseWeight.from_tensor(embedding)
+        return Linear([weight], self._activation)
+
     def _no_wider(self, weight: Tensor) -> Tensor:
         return weight.to(self._dtype) if weight.dtype.itemsize > self._dtype.itemsize else weight
 

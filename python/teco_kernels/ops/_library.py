@@ -33,9 +33,9 @@ def _translate(error: RuntimeError, name: str) -> Exception:
     return exception(f"{name}: {message.splitlines()[0]}") if exception else error
 
 
-def operator(name: str) -> Callable[..., Any]:
+def operator(name: str, overload: str = "default") -> Callable[..., Any]:
     """The compiled operator `name`, with check failures raised as the exceptions they stand for."""
-    packet = getattr(torch.ops.teco_kernels, name).default
+    packet = getattr(getattr(torch.ops.teco_kernels, name), overload)
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():

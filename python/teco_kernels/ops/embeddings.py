@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from teco_kernels.ops._library import operator, register_fake_writing_only
+from teco_kernels.ops.gptq import GPTQWeight
 
 _embedding = operator("embedding")
-register_fake_writing_only("embedding")
+_gptq_embedding = operator("embedding", "gptq")
+register_fake_writing_only("embedding", "embedding.gptq")
 
 
 def embedding(
-    token_ids: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None, out: Tensor | None = None
+    token_ids: Tensor, weight: Tensor | GPTQWeight, *, dtype: torch.dtype | None = None, out: Tensor | None = None
 ) -> Tensor:
     """Gather the embeddings of tokens, converting them on the way.
 
@@ -20,29 +22,45 @@ def embedding(
     ----------
     token_ids : Tensor
         int64 ``[T]``.
-    weight : Tensor
-        ``[vocab_size, hidden_size]``, fp32, fp16 or bf16.
+    weight : Tensor or GPTQWeight
+        ``[vocab_size, hidden_size]``, fp32, fp16 or bf16. Or packed, as the head of a tied model is: `out_features` are
+        the vocabulary, `in_features` the hidden size, and a bias, which is the head's, is left out.
     dtype : torch.dtype, optional
-        Of the result, when there is no `out`; that of `weight` when not given.
+        Of the result, when there is no `out`; that of `weight` when not given, fp32 for a packed one.
     out : Tensor, optional
-        ``[T, hidden_size]``, fp32, fp16 or bf16; written and returned.
+        ``[T, hidden_size]``, fp32, fp16 or bf16; written and returned. Must not overlap `weight`.
 
     Returns
     -------
     Tensor
-        ``[T, hidden_size]``.
+        ``[T, hidden_size]``. Of a packed weight, the columns that `GPTQWeight.dequantize` gives, rounded once.
 
     Raises
     ------
     ValueError
         For a token that is not of the vocabulary.
     """
+    if isinstance(weight, GPTQWeight):
+        if out is None:
+            out = weight.packed.new_empty((len(token_ids), weight.in_features), dtype=dtype or torch.float32)
+        _gptq_embedding(
+            out,
+            token_ids,
+            weight.packed,
+            weight.input_order,
+            weight.out_features,
+            weight.in_features,
+            weight.bits,
+            weight.has_minimum,
+        )
+        return out
     if out is None:
         out = weight.new_empty((len(token_ids), weight.shape[-1]), dtype=dtype)
     _embedding(out, token_ids, weight)
     return out
 
 
-def embedding_reference(token_ids: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def embedding_reference(token_ids: Tensor, weight: Tensor | GPTQWeight, dtype: torch.dtype | None = None) -> Tensor:
     """float64 reference of `embedding`."""
-    return weight.double()[token_ids]
+    rows = weight.dequantize().t() if isinstance(weight, GPTQWeight) else weight
+    return rows[token_ids].double()

@@ -134,9 +134,14 @@ def _gptq_matmul(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
         or _choice_problem(case, "activation", ("exact", "int8"))
     ):
         return reason
+    return _packing_problem(case, "in_features", "out_features")
+
+
+def _packing_problem(case: Mapping[str, Any], *sizes: str) -> str:
+    """Of a packed weight with so many inputs and outputs, whose `bits` are good."""
     bits = case.get("bits", 8)
     multiple = codes_per_period(bits)
-    for size in ("in_features", "out_features"):  # codes along the inputs, zero points along the outputs
+    for size in sizes:  # codes along the inputs, zero points along the outputs
         if case.get(size, 0) % multiple:
             return f"{size}: expected a multiple of {multiple}, as {bits}-bit checkpoints pack them, got {case[size]}"
     if case.get("group_size", 1) < 1:
@@ -149,7 +154,11 @@ def _dense_matmul(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
 
 
 def _embedding(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
-    return _dtype_problem(dtype, case) or _choice_problem(case, "weight_dtype", _FLOATING)
+    """Of a packed weight when there are `bits`, else of a floating one."""
+    reason = _dense_matmul(dtype, case) or _choice_problem(case, "bits", BITS)
+    if reason or "bits" not in case:
+        return reason
+    return _packing_problem(case, "hidden_size", "vocab_size")
 
 
 def _sparse24_matmul(dtype: torch.dtype, case: Mapping[str, Any]) -> str:

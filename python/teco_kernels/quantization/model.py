@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -15,13 +15,15 @@ from tqdm import tqdm
 
 from teco_kernels.decoder.loader import Source, load_source
 from teco_kernels.quantization.calibration import Drift, Hessian, token_windows
-from teco_kernels.quantization.gptq import GPTQTensors, HessianFactor, gptq_quantize
+from teco_kernels.quantization.gptq import GPTQTensors, HessianFactor, gptq_quantize, round_to_nearest
 from teco_kernels.quantization.report import REPORT_NAME, LayerReport, to_json
 from teco_kernels.quantization.save import save_model
 from teco_kernels.quantization.settings import QuantizationSettings
 from teco_kernels.quantization.stages import embed, stages, torch_layers
 from teco_kernels.quantization.torch_layer import STAGES, Activations, TorchLayer
 from teco_kernels.quantization.unfinished import FinishedParts, Part, fingerprint, unfinished
+
+_EMBEDDING = "model.embed_tokens"
 
 
 def quantize_model(
@@ -88,7 +90,8 @@ def quantize_model(
 
 
 def _progress(source: Source, settings: QuantizationSettings, use_tqdm: bool) -> tqdm:
-    total = source.config.num_layers * sum(map(len, STAGES)) + (settings.head_bits is not None)
+    total = source.config.num_layers * sum(map(len, STAGES)) + _quantises_head(source, settings)
+    total += settings.embedding_bits is not None
     # Layers cost the same, the matrices of one do not: the time left is told from the mean.
     return tqdm(desc="quantising", total=total, unit="matrix", smoothing=0, disable=not use_tqdm)
 
@@ -109,9 +112,18 @@ def calibration_windows(
 def _parts(
     source: Source, windows: Tensor, settings: QuantizationSettings, finished: FinishedParts, bar: tqdm
 ) -> Iterator[Part]:
-    """The layers of the model in order, then the head when it is to be quantised: made now, or found finished."""
+    """What is to be quantised, in the order of the model from embedding to head: made now, or found finished."""
     batches = embed(source, windows)
     originals = list(batches) if settings.asymmetric else []  # what the unquantised model makes of the same tokens
+    if settings.embedding_bits is not None:
+        part = finished.read("embedding")
+        if part is None:
+            part = _record(_round_embedding(source, settings, settings.embedding_bits), bar)
+            finished.write("embedding", part)
+        else:
+            _skip(part, bar)
+        batches = embed(source, windows, part.quantised(_EMBEDDING).dequantize())
+        yield part
     for index, layer in enumerate(torch_layers(source, windows.shape[1])):
         original = layer.copy()
         part = finished.read(f"layer-{index}")
@@ -128,7 +140,8 @@ def _parts(
                 originals[place] = Activations(original(batch.hidden))
             _skip(part, bar)
         yield part
-    if settings.head_bits is not None:
+    if _quantises_head(source, settings):
+        assert settings.head_bits is not None
         part = finished.read("lm_head")
         if part is None:
             part = _record(_quantise_head(source, batches, settings, settings.head_bits), bar)
@@ -195,6 +208,24 @@ def _quantise_layer(
             yield name, quantised
 
 
+def _quantises_head(source: Source, settings: QuantizationSettings) -> bool:
+    """Whether the head is a matrix to be quantised, and not the embedding once more."""
+    return settings.head_bits is not None and not settings.shares_head(source.config)
+
+
+def _round_embedding(source: Source, settings: QuantizationSettings, bits: int) -> Iterator[tuple[str, GPTQTensors]]:
+    """To nearest, which on one-hot inputs is GPTQ; the errors are those over all rows."""
+    config = source.config
+    weight = source.tensor(f"{_EMBEDDING}.weight", (config.vocab_size, config.hidden_size))
+    try:
+        rounded = round_to_nearest(weight, bits=bits, group_size=settings.head_group_size)
+    except ValueError as error:
+        raise ValueError(f"{_EMBEDDING}: {error}") from None
+    exact = weight.float()
+    share = ((rounded.dequantize() - exact).norm() / exact.norm()).item() if exact.any() else 0.0
+    yield _EMBEDDING, replace(rounded, error=share, rounding_error=share)
+
+
 def _quantise_head(
     source: Source, batches: list[Activations], settings: QuantizationSettings, bits: int
 ) -> Iterator[tuple[str, GPTQTensors]]:
@@ -203,7 +234,7 @@ def _quantise_head(
     hessian = Hessian(config.hidden_size)
     for batch in batches:
         hessian.add(F.rms_norm(batch.hidden, (config.hidden_size,), norm, config.rms_norm_eps))
-    head = "lm_head" if source.has("lm_head.weight") else "model.embed_tokens"
+    head = "lm_head" if source.has("lm_head.weight") else _EMBEDDING
     weight = source.tensor(f"{head}.weight", (config.vocab_size, config.hidden_size))
     head_settings = QuantizationSettings(bits=bits, group_size=settings.head_group_size, dampening=settings.dampening)
     yield "lm_head", _quantise("lm_head", weight, HessianFactor.from_hessian(hessian.matrix()), head_settings)

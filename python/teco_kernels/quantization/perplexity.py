@@ -64,15 +64,15 @@ def perplexity(path: str | Path, text: str | Sequence[int], *, window: int = 102
             weight = packed.dequantize().t().contiguous()
         return weight, read_tensor(f"{name}.bias") if source.has(f"{name}.bias") else None
 
-    embedding = source.tensor("model.embed_tokens.weight")
-    batches = [F.embedding(part, embedding).float() for part in ids.split(_SEQUENCES_AT_ONCE)]
+    embedding, _ = read_linear("model.embed_tokens")
+    batches = [F.embedding(part, embedding) for part in ids.split(_SEQUENCES_AT_ONCE)]
     cos_sin = cos_sin_cache(config.head_dim, window, config.rope_theta, config.rope_scaling)
     for index in range(config.num_layers):
         layer = TorchLayer(config, index, read_linear, read_tensor, cos_sin)
         batches = [layer(batch) for batch in batches]
     norm = read_tensor("model.norm.weight")
     tied = config.tie_word_embeddings and not source.has("lm_head.qweight")
-    head = embedding.float() if tied else read_linear("lm_head")[0]
+    head = embedding if tied else read_linear("lm_head")[0]
     total, count = 0.0, 0
     for batch, part in zip(batches, ids.split(_SEQUENCES_AT_ONCE), strict=True):
         hidden = F.rms_norm(batch[:, :-1], norm.shape, norm, config.rms_norm_eps).flatten(0, 1)

@@ -36,14 +36,18 @@ def save_model(
     source : Source
         The model that was quantised: configuration, tokenizer, embedding, norms, biases.
     tensors : mapping
-        Quantised tensors by full name; ``lm_head.qweight`` and so on when the head is quantised.
+        Quantised tensors by full name; ``lm_head.qweight`` and so on when the head is quantised, likewise
+        ``model.embed_tokens.qweight``.
     settings : mapping
         Fields of `QuantizationSettings`.
     texts : mapping of str to str, optional
         Further files by name.
     """
     quantised = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
-    _save(path, source, tensors, quantised, _config(source, quantised, settings), texts)
+    config = _config(source, quantised, settings)
+    if source.config.tie_word_embeddings and "model.embed_tokens" in quantised:
+        quantised.add("lm_head")  # where a file holds both, they are the same
+    _save(path, source, tensors, quantised, config, texts)
 
 
 def save_pruned_model(
@@ -142,7 +146,14 @@ def _config(source: Source, quantised: set[str], settings: Mapping[str, Any]) ->
             "sym": True,
             "desc_act": False,
         }
-    # The first rule that matches counts. None of the others' is meant for the head.
+    if "model.embed_tokens" in quantised:
+        rules[r"model\.embed_tokens"] = {
+            "bits": settings["embedding_bits"],
+            "group_size": settings["head_group_size"],
+            "sym": True,
+            "desc_act": False,
+        }
+    # The first rule that matches counts. None of the others' is meant for head and embedding.
     rules |= {pattern: {"bits": bits} for pattern, bits in settings["layer_bits"].items()}
     if rules:
         quantization["dynamic"] = rules

@@ -29,9 +29,14 @@ class QuantizationSettings:
         Other bits for the layers whose names a regular expression matches from their beginning on (`re.match`); the
         first that matches counts. Saved as `dynamic` rules.
     head_bits : int or None
-        Bits of the language-model head, 8 as a rule; None leaves it as it is. The embedding is always left: of its
-        rows a step reads one per token. Where head and embedding are one tensor, a quantised head is written beside it.
+        Bits of the language-model head, 8 as a rule; None leaves it as it is. Where head and embedding are one tensor
+        and the embedding is kept, a quantised head is written beside it.
+    embedding_bits : int or None
+        Bits of the embedding, rounded to nearest: what would weight its errors is one-hot. None keeps it, since a step
+        reads one row per token. It saves memory, and is an extension of the format: other tools find no embedding in
+        the result. Where head and embedding are one tensor, it is both; `head_bits` are then the same or None.
     head_group_size : int
+        Inputs that share a scale in head and embedding.
     num_sequences, sequence_length : int
         Windows of the calibration text, and their tokens.
     """
@@ -47,6 +52,7 @@ class QuantizationSettings:
     sparsity: SparsityLike | None = None
     layer_bits: Mapping[str, int] = field(default_factory=dict)
     head_bits: int | None = 8
+    embedding_bits: int | None = None
     head_group_size: int = 64
     num_sequences: int = 64
     sequence_length: int = 512
@@ -54,6 +60,10 @@ class QuantizationSettings:
     def bits_of(self, name: str) -> int:
         """Bits of the layer `name`."""
         return next((bits for rule, bits in self.layer_bits.items() if re.match(rule, name)), self.bits)
+
+    def shares_head(self, config: ModelConfig) -> bool:
+        """Whether one quantised matrix is embedding and head."""
+        return self.embedding_bits is not None and config.tie_word_embeddings
 
     def check(self, config: ModelConfig) -> None:
         """Raise a ValueError that names the setting when a model of these sizes cannot be quantised like this.
@@ -83,11 +93,21 @@ class QuantizationSettings:
                         sparsity.check(shape[1])
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
-        if self.head_bits is None:
-            return
-        if self.head_bits not in BITS:
-            raise ValueError(f"head_bits: expected one of {BITS}, or None to leave the head, got {self.head_bits!r}")
-        try:
-            check_sizes(config.vocab_size, config.hidden_size, self.head_bits, self.head_group_size)
-        except ValueError as error:
-            raise ValueError(f"lm_head: head_{error}" if "group_size:" in str(error) else f"lm_head: {error}") from None
+        for setting, bits, name, keep in (
+            ("head_bits", self.head_bits, "lm_head", "leave the head"),
+            ("embedding_bits", self.embedding_bits, "model.embed_tokens", "keep the embedding"),
+        ):
+            if bits is None:
+                continue
+            if bits not in BITS:
+                raise ValueError(f"{setting}: expected one of {BITS}, or None to {keep}, got {bits!r}")
+            try:
+                check_sizes(config.vocab_size, config.hidden_size, bits, self.head_group_size)
+            except ValueError as error:
+                prefix = "head_" if "group_size:" in str(error) else ""
+                raise ValueError(f"{name}: {prefix}{error}") from None
+        if self.shares_head(config) and self.head_bits not in (None, self.embedding_bits):
+            raise ValueError(
+                f"head_bits: expected {self.embedding_bits} like embedding_bits, or None, since head and embedding of "
+                f"this model are one tensor; got {self.head_bits}"
+            )

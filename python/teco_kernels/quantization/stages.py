@@ -41,10 +41,11 @@ class Stage:
         self._layer.weights[name.removeprefix(self._layer.prefix)] = weight
 
 
-def embed(source: Source, windows: Tensor) -> list[Activations]:
-    """The residual stream at the first layer, some windows at a time."""
+def embed(source: Source, windows: Tensor, embedding: Tensor | None = None) -> list[Activations]:
+    """The residual stream at the first layer, some windows at a time; `embedding` stands in for the source's."""
     config = source.config
-    embedding = source.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    if embedding is None:
+        embedding = source.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
     return [Activations(F.embedding(ids, embedding).float()) for ids in windows.split(_SEQUENCES_AT_ONCE)]
 
 
