@@ -272,13 +272,24 @@ def test_quantize_sums_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     source, text = tmp_path / "model.gguf", tmp_path / "text"
     source.write_bytes(bytes(4096))
     text.write_text("Some text.")
-    arguments = ["--group-size", "64", "--head-bits", "0", "--no-symmetric", "--calibration", str(text)]
+    arguments = [
+        "--group-size",
+        "64",
+        "--head-bits",
+        "0",
+        "--embedding-bits",
+        "8",
+        "--no-symmetric",
+        "--calibration",
+        str(text),
+    ]
     arguments += ["--act-order", "group_aware", "--layer-bits", ".*v=x=8", "--asymmetric", "0.5", "--clip-search"]
     arguments += ["--png", str(tmp_path / "errors.png"), "--dampening", "0.05"]
     output = run("quantize", str(source), str(tmp_path / "out"), *arguments).stdout
     settings = QuantizationSettings(
         group_size=64,
         head_bits=None,
+        embedding_bits=8,
         symmetric=False,
         act_order="group_aware",
         layer_bits={".*v=x": 8},

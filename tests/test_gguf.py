@@ -94,6 +94,22 @@ def test_formats_that_are_not_taken_over_are_dequantised(tmp_path: Path) -> None
     assert torch.equal(logits_of(mixed, PROMPT), logits_of(dequantised, PROMPT))
 
 
+@pytest.mark.parametrize("quantization", TAKEN_OVER)
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_is_taken_over_and_held_once(tied: bool, quantization: str, tmp_path: Path) -> None:
+    """As in files whose matrices lie in 4 bits: a row is the same number, gathered from blocks or dequantised."""
+    model = random_model(tie_word_embeddings=tied)
+    file = save_gguf(tmp_path / "model.gguf", model, "Q4_1", exceptions={"embed_tokens": quantization})
+    taken_over, dequantised = load(file, gptq_activation="exact"), load(file, quantization="dequantize")
+    held = taken_over.engine.model
+    assert isinstance(held.embedding, GPTQWeight)
+    assert (held.lm_head.weights[0] is held.embedding) == tied
+    assert isinstance(dequantised.engine.model.embedding, torch.Tensor)
+    expected = logits_of(dequantised, PROMPT)
+    assert torch.equal(logits_of(taken_over, PROMPT), expected)
+    assert torch.equal(logits_of(taken_over, PROMPT, [1] * len(PROMPT)), expected)
+
+
 def test_damaged_scales_are_named(tmp_path: Path) -> None:
     file = save_gguf(tmp_path / "model.gguf", random_model(), "Q4_1")
     source = GGUFSource(file)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_decoder_families import PROMPT, load
-from tiny_models import logits_of, random_model, relative_error, save_model
+from tiny_models import VOCAB_SIZE, logits_of, random_model, relative_error, save_model
 from torch import Tensor
 
-from teco_kernels import GPTQWeight
+from teco_kernels import GPTQWeight, SamplingParams, embedding
 from teco_kernels.decoder.weights import WeightLoader
 from teco_kernels.ops.packing import unpack_rows
 
@@ -52,6 +52,7 @@ def quantise(
     overrides: dict[str, dict[str, Any]] | None = None,
     act_order: bool = False,
     head: bool = False,
+    embedding: bool = False,
     leave_out: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
     """Replace the projections of `directory` by random codes in `target`; return the plain model they stand for."""
@@ -60,7 +61,8 @@ def quantise(
     plain, generator = dict(tensors), torch.Generator().manual_seed(1)
     for name in [name for name in tensors if name.endswith(".weight") and tensors[name].dim() == 2]:
         layer = name.removesuffix(".weight")
-        if not (layer.endswith(PROJECTIONS) or (head and layer == "lm_head")) or layer.endswith(leave_out or ("-",)):
+        is_chosen = layer.endswith(PROJECTIONS) or layer in ("lm_head",) * head + ("model.embed_tokens",) * embedding
+        if not is_chosen or layer.endswith(leave_out or ("-",)):
             continue
         of_layer = settings | next((v for key, v in (overrides or {}).items() if layer.endswith(key)), {})
         out_features, in_features = tensors.pop(name).shape
@@ -98,6 +100,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "act-order": {"act_order": True, "settings": {"desc_act": True}},
     "v2": {"settings": {"checkpoint_format": "gptq_v2"}},
     "head": {"head": True, "settings": {"lm_head": True}},
+    "embedding": {"embedding": True},
+    "embedding and head": {
+        "embedding": True,
+        "head": True,
+        "overrides": {"embed_tokens": {"bits": 8}},
+        "settings": {"dynamic": {r"model\.embed_tokens": {"bits": 8}}},
+    },
     "dynamic": {
         "overrides": {"down_proj": {"bits": 8}, "k_proj": {"group_size": 64}},
         "settings": {"dynamic": {"+:.*down_proj": {"bits": 8}, ".*k_proj": {"group_size": 64}, "-:.*absent": {}}},
@@ -142,6 +151,42 @@ def test_quantised_head_beside_tied_embeddings(tmp_path: Path) -> None:
     file = tmp_path / "gptq/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
     assert torch.equal(logits_of(load(tmp_path / "gptq"), PROMPT), expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_tied_embedding_is_held_once(bits: int, tmp_path: Path) -> None:
+    """One packed weight is gathered from and multiplied by, with the bits of the dequantised model."""
+    directory = save_model(tmp_path / "plain", random_model(tie_word_embeddings=True))
+    settings = {"dynamic": {r"model\.embed_tokens": {"bits": bits}}}
+    overrides = {"embed_tokens": {"bits": bits}}
+    quantise(directory, tmp_path / "gptq", embedding=True, settings=settings, overrides=overrides)
+    llm, plain = load(tmp_path / "gptq", gptq_activation="exact"), load(directory)
+    model = llm.engine.model
+    assert isinstance(model.embedding, GPTQWeight)
+    assert model.lm_head.weights == [model.embedding]
+    assert model.lm_head.weights[0] is model.embedding
+    layers = [linear for layer in model.layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+    assert model.nbytes == model.embedding.nbytes + sum(linear.nbytes for linear in layers)
+    expected = logits_of(plain, PROMPT)
+    assert torch.equal(logits_of(llm, PROMPT), expected)
+    assert torch.equal(logits_of(llm, PROMPT, [1] * len(PROMPT)), expected)  # which replays a recorded step
+    assert torch.equal(logits_of(load(tmp_path / "gptq", quantization="dequantize"), PROMPT), expected)
+    params = SamplingParams(temperature=0, max_tokens=12)
+    answers = [each.generate(PROMPT, params, use_tqdm=False)[0].outputs[0].token_ids for each in (llm, plain)]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_packed_embedding_in_half_precision(dtype: str, tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "plain", random_model(tie_word_embeddings=True))
+    quantise(directory, tmp_path / "gptq", embedding=True, leave_out=PROJECTIONS)
+    llm = load(tmp_path / "gptq", gptq_activation="exact", dtype=dtype)
+    ids = torch.tensor(PROMPT)
+    weight = llm.engine.model.embedding
+    assert isinstance(weight, GPTQWeight)
+    rows = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(embedding(ids, weight, dtype=getattr(torch, dtype)), rows[ids].to(getattr(torch, dtype)))
+    assert relative_error(logits_of(llm, PROMPT), logits_of(load(directory), PROMPT)) < 0.05
 
 
 def test_settings_beside_the_configuration(tmp_path: Path) -> None:
@@ -288,14 +333,17 @@ def test_zero_points_that_contradict_the_label_are_warned_of(label: str, field: 
         ("g_idx", lambda tensor: tensor - 1, "layer '{}': g_idx: expected groups 0 to 1, got -1"),
         ("g_idx", lambda tensor: tensor.float(), "layer '{}': g_idx: expected an integer dtype, got float32"),
         ("g_idx", lambda tensor: tensor[:-1], "tensor '{}.g_idx' has shape"),
-        ("bias", lambda tensor: torch.zeros(96, dtype=torch.int8), "layer '{}': bias: expected a floating dtype"),
+        ("bias", lambda tensor: tensor.to(torch.int8), "layer '{}': bias: expected a floating dtype"),
     ],
 )
-def test_damaged_parts_of_a_layer_are_named(part: str, change: Any, message: str, tmp_path: Path) -> None:
-    quantise(save_model(tmp_path / "plain", random_model()), tmp_path / "gptq")
-    file, layer = tmp_path / "gptq/model.safetensors", "model.layers.1.mlp.up_proj"
+@pytest.mark.parametrize(("layer", "size"), [("model.layers.1.mlp.up_proj", 96), ("model.embed_tokens", VOCAB_SIZE)])
+def test_damaged_parts_of_a_layer_are_named(
+    layer: str, size: int, part: str, change: Any, message: str, tmp_path: Path
+) -> None:
+    quantise(save_model(tmp_path / "plain", random_model()), tmp_path / "gptq", embedding=True)
+    file = tmp_path / "gptq/model.safetensors"
     tensors = load_file(file)
-    changed = change(tensors.pop(f"{layer}.{part}", None))
+    changed = change(tensors.pop(f"{layer}.{part}", torch.zeros(size)))
     save_file(tensors if changed is None else tensors | {f"{layer}.{part}": changed.contiguous()}, file)
     with pytest.raises((ValueError, TypeError), match=f"gptq(/model.safetensors)?: {message.format(layer)}") as caught:
         load(tmp_path / "gptq")

@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import models, pre_tokenizers
 
+from teco_kernels import LLM
 from teco_kernels.assets import calibration_text
 from teco_kernels.decoder.loader import load_source
 from teco_kernels.decoder.tokenizer import Tokenizer
 from teco_kernels.decoder.weights import WeightLoader
 from teco_kernels.ops import GPTQWeight
+from teco_kernels.ops._reference import relative_error
 from teco_kernels.ops.packing import BITS, pack_rows, pack_zeros, unpack_rows, unpack_zeros
 from teco_kernels.ops.rope import cos_sin_cache
 from teco_kernels.quantization import (
@@ -680,6 +682,60 @@ def test_model_end_to_end(tmp_path: Path, changes: dict[str, Any], tied: bool) -
     assert abs(math.log(after / before)) < 0.1
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_is_rounded(tmp_path: Path, tied: bool, bits: int) -> None:
+    """To nearest; a tied one is also the head, and then nothing else is."""
+    path, out = tiny_model(tmp_path / "model", tie_word_embeddings=tied), tmp_path / "out"
+    if tied:  # which some files hold twice
+        tensors = load_file(path / "model.safetensors")
+        save_file(
+            tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path / "model.safetensors"
+        )
+    # The rule of a layer is none of the embedding's.
+    settings = replace(TINY, embedding_bits=bits, head_bits=bits, layer_bits={".*": 8}, asymmetric=0.5)
+    reports = quantize_model(path, out, settings, calibration=tokens(1000), use_tqdm=False)
+    assert [report.name for report in reports[:: len(reports) - 1]] == [
+        "model.embed_tokens",
+        "model.layers.1.mlp.down_proj" if tied else "lm_head",
+    ]
+    assert reports[0].bits == bits
+    assert reports[0].ratio == 1
+    weight = load_source(path).tensor("model.embed_tokens.weight")
+    rounded = round_to_nearest(weight, bits=bits, group_size=32)
+    assert math.isclose(reports[0].error, relative_error(rounded.dequantize(), weight), rel_tol=1e-4)
+    source = load_source(out)
+    assert {name for name in source.names() if name.startswith("model.embed_tokens")} == {
+        f"model.embed_tokens.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")
+    }
+    assert tied != any(name.startswith("lm_head") for name in source.names())
+    for name, tensor in rounded.tensors().items():
+        assert torch.equal(source.tensor(f"model.embed_tokens.{name}"), tensor)
+    llm = LLM(out, max_model_len=64, gptq_activation="exact")
+    held = llm.engine.model.embedding
+    assert isinstance(held, GPTQWeight)
+    assert torch.equal(held.dequantize().t(), rounded.dequantize())
+    ids = tokens(32, 1)
+    expected = perplexity(out, ids, window=32)
+    assert math.isclose(math.exp(-sum(llm.score(ids)) / 31), expected, rel_tol=1e-4)
+    assert abs(math.log(expected / perplexity(path, ids, window=32))) < 0.2
+
+
+def test_layers_see_the_rounded_embedding(tmp_path: Path) -> None:
+    """Their Hessian is that of a model which came with the rounded embedding."""
+    path, rounded = tiny_model(tmp_path / "model"), tiny_model(tmp_path / "rounded")
+    tensors = load_file(path / "model.safetensors")
+    embedding = round_to_nearest(tensors["model.embed_tokens.weight"], bits=2, group_size=32).dequantize()
+    save_file(tensors | {"model.embed_tokens.weight": embedding}, rounded / "model.safetensors")
+    one, other = replace(TINY, head_bits=None, embedding_bits=2), replace(TINY, head_bits=None)
+    quantize_model(path, tmp_path / "one", one, calibration=tokens(1000), use_tqdm=False)
+    quantize_model(rounded, tmp_path / "other", other, calibration=tokens(1000), use_tqdm=False)
+    made, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "other"))
+    layers = [name for name in expected if name.startswith("model.layers.")]
+    assert len(layers) == 2 * (7 * 4 + 2)
+    assert all(torch.equal(made[name], expected[name]) for name in layers)
+
+
 def test_layers_with_bits_of_their_own(tmp_path: Path) -> None:
     path, out = tiny_model(tmp_path / "model"), tmp_path / "out"
     settings = replace(TINY, symmetric=False, layer_bits={r".*\.v_proj$": 8, r"model\.layers\.1\.mlp": 8})
@@ -721,7 +777,7 @@ def test_text_is_tokenised_with_the_model(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-KILLED = replace(TINY, asymmetric=0.5)
+KILLED = replace(TINY, asymmetric=0.5, embedding_bits=8)
 
 
 def test_goes_on_after_being_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -748,7 +804,7 @@ quantize_model({str(path)!r}, {str(out)!r}, KILLED, calibration=tokens(1000), us
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert not out.exists()
     (folder,) = [entry for entry in (tmp_path / ".out.unfinished").iterdir() if entry.is_dir()]
-    assert [file.name for file in folder.iterdir()] == ["layer-0.safetensors"]
+    assert sorted(file.name for file in folder.iterdir()) == ["embedding.safetensors", "layer-0.safetensors"]
 
     made: list[str] = []
     quantise = model._quantise
@@ -767,11 +823,11 @@ quantize_model({str(path)!r}, {str(out)!r}, KILLED, calibration=tokens(1000), us
         patch.setattr("teco_kernels.decoder.tokenizer.Tokenizer.save", interrupt)  # when the tensors are written
         with pytest.raises(KeyboardInterrupt):
             quantize_model(path, out, other, calibration=tokens(1000), use_tqdm=False)
-    assert len(made) == 15
+    assert len(made) == 14
     assert not out.exists()
     made.clear()
     reports = quantize_model(path, out, KILLED, calibration=tokens(1000), use_tqdm=False)
-    assert len(made) == 8
+    assert len(made) == 7
     assert all("layers.0" not in name for name in made)
     assert len(reports) == 15
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model", "out", "whole"]
@@ -839,6 +895,12 @@ def test_report(tmp_path: Path) -> None:
         ({"asymmetric": -0.5}, "asymmetric: expected 0 to 1, got -0.5"),
         ({"num_sequences": 0}, "num_sequences: expected a positive number, got 0"),
         ({"head_bits": 5}, "head_bits: expected one of .*, or None to leave the head, got 5"),
+        ({"embedding_bits": 5}, "embedding_bits: expected one of .*, or None to keep the embedding, got 5"),
+        ({"embedding_bits": 4}, "head_bits: expected 4 like embedding_bits, or None, since head and embedding of this"),
+        (
+            {"embedding_bits": 8, "head_bits": None, "head_group_size": 48},
+            "model.embed_tokens: head_group_size: expected -1 or a divisor of 64 input features, got 48",
+        ),
         ({"head_group_size": 48}, "lm_head: head_group_size: expected -1 or a divisor of 64 input features, got 48"),
     ],
 )

@@ -61,6 +61,10 @@ def _dense(dtype: torch.dtype) -> None:
     tk.dense_matmul(torch.ones(1, 32), tk.DenseWeight.from_tensor(torch.ones(16, 32).to(dtype)))
 
 
+def _embedding(weight: torch.Tensor | tk.GPTQWeight) -> None:
+    tk.embedding(torch.zeros(1, dtype=torch.int64), weight)
+
+
 def _sparse24(in_features: int) -> None:
     tk.sparse24_matmul(torch.ones(1, in_features), tk.Sparse24Weight.from_dense(torch.zeros(16, in_features)))
 
@@ -96,6 +100,9 @@ UNSUPPORTED: list[tuple[str, dict[str, Any], Any, str]] = [
     ("gptq_matmul", {"bits": 3, "out_features": 48}, lambda: _gptq(3, 48), "out_features"),
     ("gptq_matmul", {"bits": 2, "out_features": 24}, lambda: _gptq(2, 24), "out_features"),
     ("gptq_matmul", {"activation": "int4"}, _gptq_activation, "activation"),
+    ("embedding", {"weight_dtype": torch.int8}, lambda: _embedding(torch.zeros(8, 4).to(torch.int8)), "weight_dtype"),
+    ("embedding", {"bits": 5}, lambda: _embedding(_gptq(5)), "bits"),
+    ("embedding", {"bits": 3, "vocab_size": 48}, lambda: _embedding(_gptq(3, 48)), "vocab_size"),
     ("dense_matmul", {"weight_dtype": torch.int8}, lambda: _dense(torch.int8), "weight_dtype"),
     ("sparse24_matmul", {"in_features": 30}, lambda: _sparse24(30), "in_features"),
     ("rotary_embedding", {"D": 8, "rotary_dim": 3}, lambda: _rotary(8, 3), "rotary_dim"),
