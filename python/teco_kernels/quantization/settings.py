@@ -32,9 +32,10 @@ class QuantizationSettings:
         Bits of the language-model head, 8 as a rule; None leaves it as it is. Where head and embedding are one tensor
         and the embedding is kept, a quantised head is written beside it.
     embedding_bits : int or None
-        Bits of the embedding, rounded to nearest: what would weight its errors is one-hot. None keeps it, since a step
-        reads one row per token. It saves memory, and is an extension of the format: other tools find no embedding in
-        the result. Where head and embedding are one tensor, it is both; `head_bits` are then the same or None.
+        Bits of the embedding, rounded to nearest, which is what GPTQ does on one-hot inputs. None keeps it: a step
+        reads one row per token, so bits of it save memory and no time. An extension of the format: other tools find no
+        embedding in the result. Where head and embedding are one tensor, this is for both, and `head_bits` is the same
+        or None.
     head_group_size : int
         Inputs that share a scale in head and embedding.
     num_sequences, sequence_length : int
