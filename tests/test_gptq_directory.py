@@ -213,6 +213,7 @@ def test_settings_beside_the_configuration(tmp_path: Path) -> None:
         ({"dynamic": {"(": {}}}, "expected an object 'dynamic' of patterns and settings in the quantization_config"),
         ({"dynamic": {".*": 8}}, "expected an object 'dynamic' of patterns and settings in the quantization_config"),
         ({"dynamic": 8}, "expected an object 'dynamic' of patterns and settings in the quantization_config"),
+        ({"checkpoint_format": ["gptq"]}, r"expected 'checkpoint_format' gptq or gptq_v2, got \['gptq'\]"),
         ({"checkpoint_format": "marlin"}, "expected 'checkpoint_format' gptq or gptq_v2, got 'marlin'"),
     ],
 )
@@ -348,6 +349,19 @@ def test_damaged_parts_of_a_layer_are_named(
     with pytest.raises((ValueError, TypeError), match=f"gptq(/model.safetensors)?: {message.format(layer)}") as caught:
         load(tmp_path / "gptq")
     assert caught.type is ValueError
+
+
+def test_an_order_without_its_groups_is_refused(tmp_path: Path) -> None:
+    quantise(save_model(tmp_path / "plain", random_model()), tmp_path / "gptq")
+    tensors = load_file(tmp_path / "gptq/model.safetensors")
+    save_file({n: t for n, t in tensors.items() if not n.endswith("g_idx")}, tmp_path / "gptq/model.safetensors")
+    load(tmp_path / "gptq")  # inputs in their own order need none
+    file = tmp_path / "gptq/config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["desc_act"] = True
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="expected a tensor"):
+        load(tmp_path / "gptq")
 
 
 def test_sizes_that_no_checkpoint_packs_are_named() -> None:

@@ -840,12 +840,15 @@ def test_what_a_finished_layer_belongs_to(tmp_path: Path) -> None:
     keys = {fingerprint(load_source(path), windows, vars(TINY))}
     assert fingerprint(load_source(path), windows.clone(), vars(TINY)) in keys
     keys.add(fingerprint(load_source(path), windows, vars(TINY) | {"dampening": 0.02}))
+    rules = {".*v_proj": 8, ".*self_attn": 3}  # the first that matches counts
+    keys.add(fingerprint(load_source(path), windows, vars(TINY) | {"layer_bits": rules}))
+    keys.add(fingerprint(load_source(path), windows, vars(TINY) | {"layer_bits": dict(reversed(rules.items()))}))
     keys.add(fingerprint(load_source(path), windows + 1, vars(TINY)))
     keys.add(fingerprint(load_source(tiny_model(tmp_path / "other", rope_theta=1e5)), windows, vars(TINY)))
     tensors = load_file(path / "model.safetensors")
     save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * 2}, path / "model.safetensors")
     keys.add(fingerprint(load_source(path), windows, vars(TINY)))
-    assert len(keys) == 5
+    assert len(keys) == 7
 
 
 def test_one_process_at_a_time_and_damaged_parts(tmp_path: Path) -> None:
@@ -889,6 +892,7 @@ def test_report(tmp_path: Path) -> None:
         ({"group_size": 40}, r"model.layers.0.self_attn.q_proj: group_size: expected -1 or a divisor of 64"),
         ({"group_size": 64}, r"model.layers.0.mlp.down_proj: group_size: expected -1 or a divisor of 96"),
         ({"layer_bits": {r".*1\.mlp\.up": 5}}, r"model.layers.1.mlp.up_proj: bits: expected one of"),
+        ({"layer_bits": {"lm_head": 4}}, "layer_bits: expected a rule for layers such as .*, 'lm_head' matches none"),
         ({"layer_bits": {"(": 4}}, r"layer_bits: expected a regular expression, got '\('"),
         ({"act_order": "yes"}, "act_order: expected one of"),
         ({"dampening": 2.0}, "dampening: expected 0 to 1, got 2"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_engine import answers, each_alone, load, random_requests, together
+from test_engine import END_ID, answers, each_alone, load, random_requests, together
 from tiny_models import VOCAB_SIZE, random_model, save_model
 
 from teco_kernels import LLM, SamplingParams
@@ -179,6 +179,23 @@ def test_rejected_guesses_leave_no_trace(path: Path) -> None:
     assert answers(guessing.generate(text, again, use_tqdm=False)) == answers(
         plain.generate(text, again, use_tqdm=False)
     )
+
+
+def test_answers_that_share_a_prompt(path: Path) -> None:
+    """The prompt's last token is a step of its own, after which its answers share blocks: no place for guesses."""
+    options: dict[str, Any] = {"block_size": 4, "max_num_batched_tokens": 30}
+    for seed in range(4):
+        prompt = random.Random(seed).sample(range(END_ID), 31)
+        params = SamplingParams(n=4, temperature=1.5, seed=seed, max_tokens=12, ignore_eos=True, logprobs=0)
+        plain = load(path, **options).generate(prompt, params, use_tqdm=False)
+        said: dict[tuple[int, ...], list[int]] = {}
+        for output in plain[0].outputs:
+            text = prompt + output.token_ids
+            said = {tuple(text[:end]): text[end:] for end in range(len(prompt), len(text))} | said
+        right = FixedGuesses(lambda ids, count, said=said: said.get(tuple(ids), [1] * count)[:count])
+        guessing = with_guesses(load(path, recycle_head="lookup", **options), right)
+        assert answers(guessing.generate(prompt, params, use_tqdm=False)) == answers(plain)
+        assert guessing.metrics()["accepted_tokens"] > 0
 
 
 def test_right_guesses_save_steps(path: Path) -> None:

@@ -86,6 +86,14 @@ def test_pruned_inputs_are_skipped(bad: float, rows: int) -> None:
     assert torch.equal(out[1:], clean[1:])
 
 
+def test_zeros_that_fill_a_group_are_multiplied() -> None:
+    """The limit that the docstring states."""
+    weight = torch.zeros(16, 4)
+    weight[0, 0] = 1
+    out = sparse24_matmul(torch.tensor([[1, torch.inf, 0, torch.inf]]), Sparse24Weight.from_dense(weight))
+    assert out.isnan().all()
+
+
 def test_nothing_is_read_past_a_row() -> None:
     """12 inputs fill no block of 32, and the row's neighbour in memory is NaN."""
     weight = sparse_weight(19, 12)

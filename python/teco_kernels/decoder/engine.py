@@ -236,7 +236,8 @@ class Engine:
             num_tokens > 1 or sequence.num_computed + 1 < len(sequence.token_ids) for sequence, num_tokens in batch
         ):
             return {}
-        sequences = [sequence for sequence, _ in batch]
+        # Siblings are about to share a sequence's blocks: what they share must hold the prompt and nothing after it.
+        sequences = [sequence for sequence, _ in batch if not sequence.siblings]
         room = self.scheduler.max_num_batched_tokens - len(batch)
         accepted: dict[Sequence, Guess] = {}
         for sequence, guess in zip(sequences, self.recycler.propose(sequences), strict=True):

@@ -94,6 +94,11 @@ class QuantizedLayers:
         if tensors["qzeros"].dtype == torch.int32:  # any other is refused soon
             self._compare_with_label(name, tensors["qzeros"], bits, label)
         g_idx = read(f"{name}.g_idx", (in_features,)) if has(f"{name}.g_idx") else None
+        if g_idx is None and settings.get("desc_act") and groups > 1:
+            raise ValueError(
+                f"{self._source.path}: layer {name!r}: expected a tensor '{name}.g_idx', as 'desc_act' is set in the "
+                f"quantization_config, found none"
+            )
         return {**tensors, "g_idx": g_idx, "bits": bits, "zero_point_format": _ZERO_POINT_FORMATS[label]}
 
     def _compare_with_label(self, name: str, qzeros: Tensor, bits: int, label: str) -> None:
@@ -154,7 +159,7 @@ class QuantizedLayers:
                 f"'group_size' (-1: one group) in the quantization_config, got {bits!r} and {group_size!r}"
             )
         layout = settings.setdefault("checkpoint_format", "gptq")
-        if layout not in _ZERO_POINT_FORMATS:
+        if not isinstance(layout, str) or layout not in _ZERO_POINT_FORMATS:
             raise ValueError(f"{path}: layer {name!r}: expected 'checkpoint_format' gptq or gptq_v2, got {layout!r}")
         return settings
 

@@ -154,7 +154,7 @@ class Scheduler:
     def extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Reserve room for tokens after those that the next step computes; False, and none, when there is not enough.
 
-        Unlike what a step needs, this takes no block from anybody. `trim` gives back what was not used.
+        Unlike what a step needs, this preempts nobody. `trim` gives back what was not used.
         """
         missing = self._num_blocks(len(sequence.token_ids) + num_tokens) - len(sequence.blocks)
         if missing <= 0:

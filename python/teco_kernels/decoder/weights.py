@@ -19,6 +19,7 @@ from teco_kernels.ops import (
     sparse24_matmul,
 )
 from teco_kernels.ops.gptq import Activation
+from teco_kernels.ops.sparse24 import check_pattern
 
 #: What becomes of quantised matrices: they are run as they are, or dequantised when they are loaded.
 Quantization = Literal["keep", "dequantize"]
@@ -160,13 +161,23 @@ class WeightLoader:
                 biases.append(weight.bias)
             else:
                 rows.append(self.matrix(f"{name}.weight", (size, in_features)))
+                self._check_pattern(name, rows[-1])
                 biases.append(self.vector(f"{name}.bias", size) if bias else None)
         joined = torch.cat(rows)
         parts = [torch.zeros(len(row)) if part is None else part for row, part in zip(rows, biases, strict=True)]
         joined_bias = None if all(part is None for part in biases) else torch.cat(parts)
-        if self._is_sparse24 and layers[0][0].startswith("model.layers."):
-            try:
-                return Sparse24Weight.from_dense(joined, joined_bias)
-            except ValueError as error:
-                raise ValueError(f"{self._source.path}: layer {layers[0][0]!r}: {error}") from None
+        if self._packs_sparse24(layers[0][0]):
+            return Sparse24Weight.from_dense(joined, joined_bias)
         return DenseWeight.from_tensor(joined, joined_bias)
+
+    def _packs_sparse24(self, name: str) -> bool:
+        return self._is_sparse24 and name.startswith("model.layers.")
+
+    def _check_pattern(self, name: str, weight: Tensor) -> None:
+        """Of a layer by itself, before its rows are joined with others'."""
+        if self._packs_sparse24(name):
+            try:
+                check_pattern(weight)
+            except ValueError as error:
+                file = self._source.file_of(f"{name}.weight")
+                raise ValueError(f"{file}: tensor '{name}.weight': {error}") from None

@@ -59,12 +59,10 @@ class Sparse24Weight:
         if weight.dim() != 2:
             raise ValueError(f"weight: expected shape [out_features, in_features], got {list(weight.shape)}")
         out_features, in_features = weight.shape
-        if in_features % GROUP:
-            raise ValueError(f"weight: expected in_features to be a multiple of {GROUP}, got {in_features}")
         if bias is not None and bias.shape != (out_features,):
             raise ValueError(f"bias: expected shape [{out_features}], got {list(bias.shape)}")
         weight = weight.detach()
-        _check_pattern(weight)
+        check_pattern(weight)
         groups = to_panels(weight.t()).unflatten(1, (in_features // GROUP, GROUP))  # [panels, groups, 4, 16]
         # Places of what is not zero (and of a zero, where there is not enough of it), in the order of the inputs.
         places = (groups == 0).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :2].sort(dim=2).values
@@ -100,8 +98,10 @@ class Sparse24Weight:
         return from_panels(dense.flatten(1, 2), self.out_features)
 
 
-def _check_pattern(weight: Tensor) -> None:
+def check_pattern(weight: Tensor) -> None:
     """Raise ValueError, naming the first place, unless at most two of every four consecutive inputs are not 0."""
+    if weight.shape[-1] % GROUP:
+        raise ValueError(f"weight: expected in_features to be a multiple of {GROUP}, got {weight.shape[-1]}")
     counts = weight.unflatten(-1, (-1, GROUP)).count_nonzero(dim=-1)
     if (wrong := (counts > 2).nonzero()).numel():
         output, group = wrong[0].tolist()
@@ -128,8 +128,9 @@ def sparse24_matmul(x: Tensor, weight: Sparse24Weight, *, out: Tensor | None = N
     Tensor
         ``[..., out_features]``, dtype of `x`. Accumulation is fp32, one chain of fused multiply-adds per element in the
         order of the inputs: a row's bits do not depend on the other rows, and are those of `dense_matmul` with the same
-        weight. Pruned weights are skipped, not multiplied by: where `x` holds NaN or infinity, only outputs with a
-        weight there see it.
+        weight. Pruned weights are skipped, not multiplied by: where `x` holds NaN or infinity, outputs without a
+        weight there do not see it, but for groups with fewer than two weights, which are filled up with zeros that
+        count as weights. A sum of zero may have another sign than that of `dense_matmul`.
     """
     if out is None:
         out = x.new_empty((*x.shape[:-1], weight.out_features))

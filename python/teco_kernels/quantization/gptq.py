@@ -242,6 +242,8 @@ def gptq_quantize(
     if isinstance(hessian, Tensor):
         hessian = HessianFactor.from_hessian(hessian, act_order=act_order, dampening=dampening, group_size=group_size)
     factor = hessian
+    if len(factor.order) != weight.shape[1]:
+        raise ValueError(f"hessian: expected the factor of {weight.shape[1]} inputs, got one of {len(factor.order)}")
     if factor.group_size not in (None, group_size):
         raise ValueError(
             f"group_size: expected {factor.group_size}, for which the Hessian's factor was ordered, got {group_size}"

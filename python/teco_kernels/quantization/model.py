@@ -36,10 +36,10 @@ def quantize_model(
 ) -> list[LayerReport]:
     """Quantise a model with GPTQ and save it as a directory that this package and others load.
 
-    Holds one layer's weights and activations at a time, beside the residual stream. Finished layers are kept in a
-    hidden folder beside `out_path`; after an interruption the same call goes on with the layer that it was at, and with
-    the same number of threads gives the bits that it would have given in one go. Another model, text or setting begins
-    anew.
+    Holds one layer's weights and activations at a time, beside the residual stream and the quantised matrices. Finished
+    layers are kept in a hidden folder beside `out_path`; after an interruption the same call goes on with the layer
+    that it was at, and with the same number of threads gives the bits that it would have given in one go. Another
+    model, text or setting begins anew.
 
     Parameters
     ----------
@@ -187,12 +187,7 @@ def _quantise_layer(
     there is none.
     """
     for index, stage in enumerate(stages([layer], batches)):
-        factor = HessianFactor.from_hessian(
-            stage.hessian,
-            act_order=settings.act_order,
-            dampening=settings.dampening,
-            group_size=settings.group_size,
-        )
+        factor = _factor(stage.names, stage.hessian, settings)
         if originals:
             drift = Drift(len(factor.order))
             for batch, before in zip(batches, originals, strict=True):
@@ -236,8 +231,20 @@ def _quantise_head(
         hessian.add(F.rms_norm(batch.hidden, (config.hidden_size,), norm, config.rms_norm_eps))
     head = "lm_head" if source.has("lm_head.weight") else _EMBEDDING
     weight = source.tensor(f"{head}.weight", (config.vocab_size, config.hidden_size))
-    head_settings = QuantizationSettings(bits=bits, group_size=settings.head_group_size, dampening=settings.dampening)
-    yield "lm_head", _quantise("lm_head", weight, HessianFactor.from_hessian(hessian.matrix()), head_settings)
+    head_settings = QuantizationSettings(bits=bits, group_size=settings.head_group_size)
+    yield "lm_head", _quantise("lm_head", weight, _factor(["lm_head"], hessian.matrix(), head_settings), head_settings)
+
+
+def _factor(names: Sequence[str], hessian: Tensor, settings: QuantizationSettings) -> HessianFactor:
+    try:
+        return HessianFactor.from_hessian(
+            hessian,
+            act_order=settings.act_order,
+            dampening=settings.dampening,
+            group_size=settings.group_size,
+        )
+    except ValueError as error:
+        raise ValueError(f"{', '.join(names)}: {error}") from None
 
 
 def _quantise(name: str, weight: Tensor, factor: HessianFactor, settings: QuantizationSettings) -> GPTQTensors:

@@ -126,7 +126,10 @@ def prune_model(
 def _prune_stage(stage: Stage, settings: PruningSettings) -> Iterator[tuple[str, Tensor, PruningReport]]:
     factor = None
     if settings.method == "sparsegpt":
-        factor = HessianFactor.from_hessian(stage.hessian, dampening=settings.dampening)
+        try:
+            factor = HessianFactor.from_hessian(stage.hessian, dampening=settings.dampening)
+        except ValueError as error:
+            raise ValueError(f"{', '.join(stage.names)}: {error}") from None
     for name in stage.names:
         weight = stage.weight(name)
         try:

@@ -29,7 +29,8 @@ class QuantizationSettings:
         Other bits for the layers whose names a regular expression matches from their beginning on (`re.match`); the
         first that matches counts. Saved as `dynamic` rules.
     head_bits : int or None
-        Bits of the language-model head, 8 as a rule; None leaves it as it is. Where head and embedding are one tensor
+        Bits of the language-model head, 8 as a rule; None leaves it as it is. Its grid is symmetric, its order and
+        dampening are the defaults. Where head and embedding are one tensor
         and the embedding is kept, a quantised head is written beside it.
     embedding_bits : int or None
         Bits of the embedding, rounded to nearest, which is what GPTQ does on one-hot inputs. None keeps it: a step
@@ -85,15 +86,24 @@ class QuantizationSettings:
                 re.compile(rule)
             except re.error as error:
                 raise ValueError(f"layer_bits: expected a regular expression, got {rule!r}: {error}") from None
-        for index in range(config.num_layers):
-            for short, shape in linear_shapes(config).items():
-                name = f"model.layers.{index}.{short}"
-                try:
-                    check_sizes(*shape, self.bits_of(name), self.group_size)
-                    if sparsity is not None:
-                        sparsity.check(shape[1])
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
+        shapes = {
+            f"model.layers.{index}.{short}": shape
+            for index in range(config.num_layers)
+            for short, shape in linear_shapes(config).items()
+        }
+        for rule in self.layer_bits:
+            if not any(re.match(rule, name) for name in shapes):
+                raise ValueError(
+                    f"layer_bits: expected a rule for layers such as {next(iter(shapes))}, {rule!r} matches none "
+                    f"(the head's bits are head_bits, the embedding's embedding_bits)"
+                )
+        for name, shape in shapes.items():
+            try:
+                check_sizes(*shape, self.bits_of(name), self.group_size)
+                if sparsity is not None:
+                    sparsity.check(shape[1])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         for setting, bits, name, keep in (
             ("head_bits", self.head_bits, "lm_head", "leave the head"),
             ("embedding_bits", self.embedding_bits, "model.embed_tokens", "keep the embedding"),

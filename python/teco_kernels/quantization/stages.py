@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from teco_kernels.decoder.loader import Source
+from teco_kernels.decoder.weights import WeightLoader
 from teco_kernels.ops.rope import cos_sin_cache
 from teco_kernels.quantization.calibration import Hessian
-from teco_kernels.quantization.torch_layer import STAGES, Activations, TorchLayer
+from teco_kernels.quantization.torch_layer import STAGES, Activations, TorchLayer, linear_shapes
 
 _SEQUENCES_AT_ONCE = 8
 
@@ -51,15 +53,17 @@ def embed(source: Source, windows: Tensor, embedding: Tensor | None = None) -> l
 
 def torch_layers(source: Source, length: int) -> Iterator[TorchLayer]:
     """The layers of an unquantised model, each read when its turn comes, for sequences of `length` tokens."""
-    config = source.config
+    config, loader = source.config, WeightLoader(source, torch.float32, "exact")
+    shapes = linear_shapes(config)
     cos_sin = cos_sin_cache(config.head_dim, length, config.rope_theta, config.rope_scaling)
 
     def read_tensor(name: str) -> Tensor:
-        return source.tensor(name).float()
+        return loader.vector(name, config.head_dim if "_norm." in name and "self_attn" in name else config.hidden_size)
 
     def read_linear(name: str) -> tuple[Tensor, Tensor | None]:
-        bias = f"{name}.bias"
-        return read_tensor(f"{name}.weight"), read_tensor(bias) if source.has(bias) else None
+        shape, bias = shapes[name.split(".", 3)[3]], f"{name}.bias"
+        weight = loader.matrix(f"{name}.weight", shape).float()
+        return weight, loader.vector(bias, shape[0]) if source.has(bias) else None
 
     for index in range(config.num_layers):
         yield TorchLayer(config, index, read_linear, read_tensor, cos_sin)

@@ -27,7 +27,9 @@ QUANTIZER_VERSION = 2
 
 def fingerprint(source: Source, windows: Tensor, settings: Mapping[str, Any]) -> str:
     """Of all that decides the result: the model's files, the tokens of the calibration, the settings."""
-    facts = [QUANTIZER_VERSION, source.raw_config, dict(settings), list(windows.shape)]
+    # Mappings among the settings are rules, and the first that matches counts.
+    ordered = {name: [*value.items()] if isinstance(value, Mapping) else value for name, value in settings.items()}
+    facts = [QUANTIZER_VERSION, source.raw_config, ordered, list(windows.shape)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     digest.update(windows.numpy().tobytes())
     files = sorted(source.path.glob("*.safetensors")) if source.path.is_dir() else [source.path]
@@ -74,7 +76,7 @@ class FinishedParts:
             with safe_open(self._folder / f"{name}.safetensors", framework="pt") as file:
                 reports = [LayerReport(**fields) for fields in json.loads(file.metadata()["reports"])]
                 return Part(reports, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (FileNotFoundError, SafetensorError):
+        except (FileNotFoundError, SafetensorError, ValueError, TypeError, KeyError):
             return None
 
 
@@ -92,18 +94,21 @@ def unfinished(out_path: Path, key: str) -> Iterator[FinishedParts]:
     """
     folder = out_path.with_name(f".{out_path.name}.unfinished")
     finished = folder / key[:16]
-    finished.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "lock"
+    with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{out_path}: another process is making it") from None
-        if out_path.exists():
+        # The process that made it may have removed the folder, lock and all, since this one opened the lock.
+        if out_path.exists() or not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
             raise ValueError(f"{out_path}: exists already")
+        finished.mkdir(exist_ok=True)
         try:
             yield FinishedParts(finished)
         except BaseException:
             if not any(folder.rglob("*.safetensors")):
                 shutil.rmtree(folder)
             raise
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
