@@ -7,7 +7,7 @@ import sys
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
-from worker import PROMPT, serve
+from worker import serve
 
 from teco_kernels.assets import default_model
 from teco_kernels.decoder.loader import load_source
@@ -17,11 +17,10 @@ source = load_source(default_model())
 config = AutoConfig.for_model(**source.raw_config)
 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 model.load_state_dict({name: source.tensor(name).float() for name in source.names()}, strict=False)
-prompt = torch.tensor([source.tokenizer.encode(PROMPT)])
 
 
-def generate(batch: int, tokens: int) -> bool:
-    ids = prompt.repeat(batch, 1)
+def generate(prompts: list[list[int]], tokens: int) -> None:
+    ids = torch.tensor(prompts)
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -30,7 +29,6 @@ def generate(batch: int, tokens: int) -> bool:
         max_new_tokens=tokens,
         pad_token_id=0,
     )
-    return True
 
 
 serve(f"{transformers.__version__}, fp32", generate)

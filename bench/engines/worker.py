@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 import time
 from collections.abc import Callable
 
-PROMPT = "The capital of France is Paris, and the capital of Germany is"
+_TOKEN_IDS = range(1000, 40000)
 
 
-def serve(description: str, generate: Callable[[int, int], bool]) -> None:
-    """Answer until stdin ends; `generate(batch, tokens)` returns whether the engine can."""
+def serve(description: str, generate: Callable[[list[list[int]], int], object]) -> None:
+    """Answer until stdin ends: `generate(prompts, tokens)` gives each prompt (token ids) so many more.
+
+    Prompts are random and never the same twice, so that no engine finds a prefix that it knows.
+    """
     print(json.dumps({"description": description}), flush=True)
+    source = random.Random(0)
     for line in sys.stdin:
-        batch, tokens = map(int, line.split())
+        batch, prompt, tokens = map(int, line.split())
+        prompts = [source.choices(_TOKEN_IDS, k=prompt) for _ in range(batch)]
         start = time.perf_counter()
-        possible = generate(batch, tokens)
-        seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds if possible else None}), flush=True)
+        generate(prompts, tokens)
+        print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)

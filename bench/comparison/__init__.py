@@ -1,0 +1,1 @@
+"""What `bench/compare_peers.py` is made of: the plan, the rounds, the results, the tables and the picture."""
