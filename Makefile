@@ -4,16 +4,20 @@ PYTHON ?= python3
 VENV   ?= .venv
 # The CPU build of torch. Plain `torch` is a CUDA build of several gigabytes on most machines.
 TORCH  ?= torch==2.13.0
+# Other people's kernels, for bench-peers alone. Their versions are in bench/peers/requirements/.
+PEERS_VENV ?= .venv-peers
+VLLM_VENV  ?= .venv-vllm
 PROMPT ?= The capital of France is Paris, and the capital of Germany is
 
 BIN     := $(VENV)/bin
+PEERS   := $(addprefix $(PEERS_VENV)/.,torch onnxruntime openvino llama_cpp) $(VLLM_VENV)/.vllm
 SOURCES := pyproject.toml setup.py $(wildcard tools/*.py) $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
 
 demo: $(VENV)/.installed ## install, fetch a small model, quantise it to 4 bits (once), and generate
 	$(BIN)/teco-kernels demo "$(PROMPT)"
@@ -26,6 +30,10 @@ verify: $(VENV)/.installed ## hold every operator against its reference on this 
 
 bench: $(VENV)/.test-tools ## time every operator beside the machine's measured ceilings
 	$(BIN)/teco-kernels bench --json bench.json --png bench.png
+
+bench-peers: $(VENV)/.test-tools ## time the kernels beside those of others (docs/performance.md); ARGS=--quick for a first look
+	-$(MAKE) --keep-going $(PEERS) # a peer that cannot be installed is a row that says so
+	$(BIN)/python bench/compare_peers.py --peers $(PEERS_VENV)/bin/python --vllm $(VLLM_VENV)/bin/python $(ARGS)
 
 quality: $(VENV)/.test-tools ## quantise the small model in many ways and measure what each costs (docs/quality.md)
 	$(BIN)/python bench/quality.py
@@ -42,7 +50,7 @@ format: $(VENV)/.lint-tools ## ruff and clang-format: rewrite
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
 
 clean: ## remove what was built here (the cache of models stays)
-	rm -rf build $(VENV) python/teco_kernels/*.so python/*.egg-info
+	rm -rf build $(VENV) $(PEERS_VENV) $(VLLM_VENV) python/teco_kernels/*.so python/*.egg-info
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -61,4 +69,23 @@ $(VENV)/.lint-tools: $(VENV)/.test-tools
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
 
-.PHONY: help demo test verify bench quality lint format clean
+$(PEERS_VENV)/.venv $(VLLM_VENV)/.venv:
+	$(PYTHON) -m venv $(@D)
+	touch $@
+
+$(PEERS_VENV)/.torch: | $(PEERS_VENV)/.venv
+	$(@D)/bin/python -m pip install -q numpy "$(TORCH)"
+	touch $@
+
+$(PEERS_VENV)/.%: bench/peers/requirements/%.txt | $(PEERS_VENV)/.venv
+	$(@D)/bin/python -m pip install -q -r $<
+	touch $@
+
+# vLLM asks for torchvision and its like, whose builds for CUDA fail beside a torch without it; it runs without them.
+$(VLLM_VENV)/.vllm: bench/peers/requirements/vllm.txt | $(VLLM_VENV)/.venv
+	$(@D)/bin/python -m pip install -q "$(TORCH)"
+	$(@D)/bin/python -m pip install -q "$(TORCH)" -r $<
+	$(@D)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+.PHONY: help demo test verify bench bench-peers quality lint format clean

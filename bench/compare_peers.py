@@ -1,7 +1,7 @@
 """Times the kernels of this package and of others in turns, and writes docs/performance.{json,png,md}.
 
-Peers live in environments of their own, which `make bench-peers` makes. One that is missing, refuses or crashes becomes a
-row that says why.
+Peers live in environments of their own, which `make bench-peers` makes. One that is missing, refuses or crashes becomes
+a row that says why.
 
     python bench/compare_peers.py --peers .venv-peers/bin/python --vllm .venv-vllm/bin/python
     python bench/compare_peers.py --quick --out build/bench-peers
@@ -10,6 +10,7 @@ row that says why.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -20,13 +21,15 @@ from typing import Any
 
 import torch
 from comparison.bars import draw
+from comparison.page import document
 from comparison.plan import FULL, PEERS, QUICK, Task
 from comparison.results import Limits, Result
 from comparison.rounds import LimitProber, Setting, Team, run_task
-from comparison.tables import document
 from decode import Engine, Load, race
 from tqdm import tqdm
 
+from teco_kernels.assets import AssetError
+from teco_kernels.quantization import default_quantized_model
 from teco_kernels.testing.machine import facts
 
 LOADS = [Load(batch=1, prompt=512, tokens=1), Load(batch=1, prompt=14, tokens=64), Load(batch=8, prompt=14, tokens=64)]
@@ -66,8 +69,10 @@ class Run:
 
     def engines(self, loads: list[Load], report: Callable[[str], None]) -> None:
         """Time the whole model, in this package and in others."""
-        specs = {"teco": "teco", "transformers": "transformers", "llama_cpp": f"llama_cpp={self.setting.pythons['peers']}"}
-        engines = [Engine(specs[name], self.setting.threads) for name in ENGINES]
+        with contextlib.suppress(AssetError):  # then the engines say what is missing
+            default_quantized_model()
+        specs = [f"llama_cpp={self.setting.pythons['peers']}" if name == "llama_cpp" else name for name in ENGINES]
+        engines = [Engine(spec, self.setting.threads) for spec in specs]
         runs = max(2, self.setting.rounds // 2)
         speeds = race(engines, loads, runs, lambda: report("end to end"))
         for engine in engines:
@@ -107,7 +112,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "performance.json").write_text(json.dumps(report, indent=1) + "\n")
         picture = self.folder / "performance.png"
-        title = f"{self._machine['processor']}, {self.setting.threads} threads; medians and quartiles of {self.setting.rounds} rounds"
+        threads, rounds = self.setting.threads, self.setting.rounds
+        title = f"{self._machine['processor']}, {threads} threads; medians and quartiles of {rounds} rounds"
         draw(self.results, self.limits, title, picture)
         page = document(report, self.results, self.limits, picture.name)
         (self.folder / "performance.md").write_text(page, encoding="utf-8")

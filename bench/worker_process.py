@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -27,9 +28,11 @@ class Worker:
         Seconds after which a silent worker is killed.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None, timeout: float = 300) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str] | None = None, timeout: float = 300
+    ) -> None:
         self._timeout = timeout
-        self._stderr = tempfile.TemporaryFile("w+", errors="replace")
+        self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed in close)
         try:
             self._process = subprocess.Popen(
                 command,
@@ -90,10 +93,8 @@ class Worker:
         """Ask it to end by closing its input, and make sure of it."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        try:
+        with contextlib.suppress(OSError):  # what could not be written to a dead process
             self._process.stdin.close()
-        except OSError:
-            pass  # what could not be written to a dead process
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -106,4 +107,4 @@ class Worker:
         code = self._process.wait()
         self._stderr.seek(0)
         lines = [line.strip() for line in self._stderr if line.strip()]
-        return lines[-1][:200] if lines and code > 0 else f"ended with code {code}"
+        return lines[-1][:200] if lines and code == 1 else f"ended with code {code}"

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from problems import Attention, Matmul
+
 from comparison.plan import OWN, PEERS
 from comparison.results import Limits, Result, operations, shortest_time
-from comparison.tables import PLACES, rate
-from problems import Attention, Matmul
+from comparison.tables import PLACES
 
 _COLUMNS = 3
 #: Ours in two strong tones; the others in one family per project.
@@ -40,7 +41,8 @@ def draw(results: list[Result], limits: Limits, title: str, path: Path) -> None:
     height = -(-len(panels) // _COLUMNS)
     with mpl.rc_context({"font.size": 8, "font.family": "DejaVu Sans", "axes.edgecolor": "#868e96"}):
         figure = Figure(figsize=(16, 1.6 + 3.4 * max(height, 1)), layout="constrained")
-        figure.suptitle(f"{title}\nblack lines: what the machine allows our format", fontsize=11)
+        lines = "black lines: the machine's limit for our format, with int8 (solid) and fp32 arithmetic (dashed)"
+        figure.suptitle(f"{title}\n{lines}", fontsize=11)
         grid: Any = figure.subplots(max(height, 1), _COLUMNS, squeeze=False)
         for axes, (name, chosen) in zip(grid.flat, panels.items(), strict=False):
             _panel(axes, name, chosen, limits)
@@ -69,7 +71,7 @@ def _panels(results: list[Result]) -> dict[str, list[Result]]:
 
 def _panel(axes: Any, name: str, results: list[Result], limits: Limits) -> None:
     bandwidth = isinstance(results[0].problem, Attention) and results[0].residence == "memory"
-    of: Callable[[Result], float] = (lambda r: r.nbytes / r.median / 1e9) if bandwidth else (lambda r: rate(r) / 1e9)
+    of: Callable[[Result], float] = (lambda r: r.nbytes / r.median / 1e9) if bandwidth else (lambda r: r.rate / 1e9)
     groups = list(dict.fromkeys((r.problem, r.rows) for r in results))
     for place, group in enumerate(groups):
         members = [r for r in results if (r.problem, r.rows) == group]
@@ -84,10 +86,11 @@ def _panel(axes: Any, name: str, results: list[Result], limits: Limits) -> None:
         for result in members:
             if not result.peer.startswith(OWN):
                 continue
-            seconds = shortest_time(result, limits, "int8" if "int8" in result.peer else "fp32")
+            seconds = shortest_time(result, limits, result.arithmetic)
             amount = result.nbytes if bandwidth else operations(result.problem, result.rows)
             limit = amount / seconds / 1e9
-            axes.plot([place - 0.45, place + 0.45], [limit, limit], color="black", lw=1.2, ls="-" if "int8" in result.peer else "--")
+            style = "-" if result.arithmetic == "int8" else "--"
+            axes.plot([place - 0.45, place + 0.45], [limit, limit], color="black", lw=1.2, ls=style)
     axes.set_title(name, fontsize=9)
     axes.set_xticks(range(len(groups)), [_tick(*group) for group in groups])
     axes.set_ylabel("GB/s of keys and values" if bandwidth else "10⁹ operations per second")

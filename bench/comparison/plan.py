@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "peers"))
 
-from problems import Attention, Matmul, Problem  # noqa: E402
+from problems import Attention, Matmul, Problem
 
 OWN = "teco_kernels"
 #: "memory": copies of the operand take turns and fill the cache several times over. "L3": they take half of it. "once":

@@ -6,8 +6,9 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from comparison.plan import Problem, Residence
 from problems import Attention, problem_from
+
+from comparison.plan import Problem, Residence
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Result:
     rows : int
     nbytes, copies : int
         Bytes of one copy of the weights (of all keys and values), and how many took turns.
-    error : float
+    error : float, optional
         Relative, against float64.
     seconds : list of float
         Per call, one number per round.
@@ -58,7 +59,7 @@ class Result:
     rows: int
     nbytes: int = 0
     copies: int = 0
-    error: float = float("nan")
+    error: float | None = None
     seconds: list[float] = field(default_factory=list)
     reason: str | None = None
 
@@ -73,6 +74,16 @@ class Result:
             return self.median, self.median
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return low, high
+
+    @property
+    def arithmetic(self) -> str:
+        """The kind of multiply-adds that our kernels do."""
+        return "int8" if "int8" in self.peer else "fp32"
+
+    @property
+    def rate(self) -> float:
+        """Operations per second."""
+        return operations(self.problem, self.rows) / self.median
 
     def as_json(self) -> dict[str, Any]:
         fields = asdict(self)

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from worker_process import Worker, WorkerError
 
 from comparison.plan import Peer, Task
 from comparison.results import Limits, Result
 from teco_kernels.ops.ceilings import READ_STREAMS, read_probe
 from teco_kernels.testing.ceilings import Prober
 from teco_kernels.testing.machine import l3_bytes
-from worker_process import Worker, WorkerError
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "peers"
-_PAUSE = 5e-3  # after each run: threads that spin on for a while must not run into the next peer's time
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Setting:
 
 
 class Team:
-    """The processes of some peers. One that cannot be started is not tried again; one that dies is, for the next task."""
+    """Processes of peers. One that cannot be started is not tried again; one that dies is, for the next task."""
 
     def __init__(self, peers: list[Peer], setting: Setting) -> None:
         self._setting = setting
@@ -149,5 +148,4 @@ def run_task(task: Task, peers: list[Peer], team: Team, setting: Setting) -> Ite
                     results[peer.name].seconds.append(answer["seconds"])
                 except WorkerError as error:
                     failed(peer, error)
-                time.sleep(_PAUSE)
         yield from results.values()

@@ -1,4 +1,4 @@
-"""OpenVINO: MatMul by a constant of 4 bits that is converted, shifted and scaled, as its weight compression writes it."""
+"""OpenVINO: MatMul by a 4-bit constant that is converted, shifted and scaled, as its weight compression writes it."""
 
 from __future__ import annotations
 

@@ -103,7 +103,9 @@ class Attention:
         queries, of_sequence = self.inputs(rows), self.keys_values()
         positions = np.unique(np.linspace(0, rows - 1, min(_CHECKED, rows)).astype(int))
         sequences = sorted({0, self.batch - 1})
-        references = [self._reference(queries[s, positions], *of_sequence(s), positions + self.context - rows) for s in sequences]
+        references = [
+            self._reference(queries[s, positions], *of_sequence(s), positions + self.context - rows) for s in sequences
+        ]
         return relative_error(result[sequences][:, positions], np.stack(references))
 
     def _reference(self, queries: Array, keys: Array, values: Array, positions: Array) -> Array:

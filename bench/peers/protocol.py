@@ -5,8 +5,9 @@
     {"bind": rows}                                -> {"error": relative error of the result}
     {"run": passes}                               -> {"seconds": per call, over passes that use each copy once}
 
-What a peer cannot do is answered with {"reason": ...}. `between` are the bytes that all copies of the weights (or of keys
-and values) together should take: at least `low`, so that they come from memory, at most `high`, so that they stay in a cache.
+What a peer cannot do is answered with {"reason": ...}. `between` are the bytes that all copies of the weights (or of
+keys and values) together should take: at least `low`, so that they come from memory, at most `high`, so that they stay
+in a cache.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from typing import Any
 
 from problems import Array, Attention, Matmul, Problem, problem_from
 
-
 _LONG_PASS = 0.5  # seconds: beside it, waking threads does not count
+_LOOK = 5e-3  # seconds between two looks at whether threads still spin
+_SETTLED_AFTER = 1.0  # seconds: what spins for longer than that spins for ever
 
 
 class CannotError(Exception):
@@ -127,6 +129,7 @@ class Session:
         seconds = time.perf_counter() - start
         gc.enable()
         self._pass_seconds = seconds / passes
+        _settle()
         return self._pass_seconds / self._copies
 
 
@@ -147,6 +150,16 @@ def serve(
             message = str(error).strip().splitlines() or [""]
             answer = {"reason": f"{type(error).__name__}: {message[0]}"}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def _settle() -> None:
+    """Wait for this process's threads to sleep: some spin for long after a job, into the next peer's time."""
+    end = time.perf_counter() + _SETTLED_AFTER
+    while time.perf_counter() < end:
+        used = time.process_time()
+        time.sleep(_LOOK)
+        if time.process_time() - used < _LOOK / 10:
+            break
 
 
 def _available_bytes() -> int:

@@ -1,4 +1,7 @@
-"""This package: `gptq_matmul` with exact or int8 activations, `paged_attention`."""
+"""This package: `gptq_matmul` with exact or int8 activations, `paged_attention`.
+
+The calls of a pass are recorded and replayed, as the decoder loop does it; others run theirs as one graph.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from protocol import Bind, Bound, serve
 
 from teco_kernels import GPTQWeight, __version__, gptq_matmul, paged_attention
 from teco_kernels.ops._library import cpu_isa
+from teco_kernels.ops.plan import Plan
 
 BLOCK_SIZE = 16
 
@@ -34,7 +38,7 @@ def load_matmul(problem: Matmul, copies: int) -> Bind:
             for weight in reversed(weights):
                 gptq_matmul(x, weight, activation=variant, out=out)
 
-        return Bound(run, out.numpy)
+        return Bound(Plan(run, (x, weights, out)).replay, out.numpy)
 
     return bind
 
@@ -65,7 +69,8 @@ def load_attention(problem: Attention, copies: int) -> Bind:
             for keys, values in reversed(caches):
                 paged_attention(query, keys, values, table, lengths, starts, out=out)
 
-        return Bound(run, lambda: np.asarray(out.float()).reshape(queries.shape))
+        plan = Plan(run, (query, caches, table, lengths, starts, out))
+        return Bound(plan.replay, lambda: np.asarray(out.float()).reshape(queries.shape))
 
     return bind
 
