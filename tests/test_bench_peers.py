@@ -26,6 +26,8 @@ from decode import Engine, Load, race  # noqa: E402
 from problems import Attention, Matmul, problem_from, to_bfloat16  # noqa: E402
 from protocol import CannotError, Session, number_of_copies  # noqa: E402
 
+from teco_kernels.testing.machine import facts  # noqa: E402
+
 LIMITS = Limits(memory=1e9, cache=4e9, fp32=1e10, int8=4e10)
 SMALL = Matmul(64, 32, 32)
 SETTING = Setting({"own": sys.executable, "peers": sys.executable, "vllm": "/nowhere/python"}, 1, 3, 1e-4)
@@ -125,12 +127,8 @@ def test_own_products(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_own_attention(dtype: str, error: float) -> None:
     session = Session(teco_peer.load_attention)
     problem = Attention(3, 64, dtype, heads=4, kv_heads=2, head_dim=16)
-    assert (
-        session.answer(Task(problem, "once", (1,)).request(next(p for p in PEERS if p.kind == "attention"), 1000))[
-            "nbytes"
-        ]
-        == problem.nbytes
-    )
+    peer = next(peer for peer in PEERS if peer.kind == "attention")
+    assert session.answer(Task(problem, "once", (1,)).request(peer, 1000))["nbytes"] == problem.nbytes
     for rows in (1, 64):
         assert session.answer({"bind": rows})["error"] < error
         assert session.answer({"run": 1})["seconds"] > 0
@@ -161,7 +159,7 @@ def test_weights_are_exact_in_every_format() -> None:
 def test_number_of_copies() -> None:
     assert number_of_copies(10, 0, 100) == 1
     assert number_of_copies(10, 95, 1000) == 10
-    assert number_of_copies(1000, 95, 5000) == 2  # one copy would stay where it is
+    assert number_of_copies(1000, 95, 5000) == 1
     assert number_of_copies(9, 16, 16) == 1
     with pytest.raises(CannotError, match="do not fit"):
         number_of_copies(17, 16, 16)
@@ -207,11 +205,10 @@ def test_page_and_picture(tmp_path: Path) -> None:
     assert [result.as_json() for result in made] == [result.as_json() for result in results()]
     assert made[0].median == pytest.approx(1.1e-2)
     assert made[0].quartiles == pytest.approx((1.05e-2, 1.2e-2))
-    machine = dict.fromkeys(("processor", "cores", "system", "instruction_set", "load", "torch"), "x")
     load = {"batch": 8, "prompt": 14, "tokens": 64}
     row = {"engine": "llama_cpp", "load": load, "median": None, "low": None, "high": None, "reason": "not there"}
     report = {
-        "machine": machine | {"l3_bytes": 32 << 20},
+        "machine": facts(),
         "settings": {"quick": True, "minutes": 1.0, "date": "today", "threads": 2, "rounds": 3},
         "peers": {"OpenVINO": "1.0"},
         "end_to_end": [row, row | {"engine": "teco", "median": 927.1, "low": 900.0, "high": 950.0, "reason": None}],

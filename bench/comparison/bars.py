@@ -81,7 +81,8 @@ def _panel(axes: Any, name: str, results: list[Result], limits: Limits) -> None:
             low, high = result.quartiles
             value = of(result)
             axes.bar(x, value, width * 0.94, color=_colour(result.peer))
-            spread = [[value - value * result.median / high], [value * result.median / low - value]]
+            slow, fast = value * result.median / high, value * result.median / low
+            spread = [[max(0.0, value - slow)], [max(0.0, fast - value)]]  # a single round may round below 0
             axes.errorbar(x, value, yerr=spread, color="black", lw=0.6)
         for result in members:
             if not result.peer.startswith(OWN):

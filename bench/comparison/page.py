@@ -67,8 +67,7 @@ def document(report: dict[str, Any], results: list[Result], limits: Limits, pict
     machine, settings = report["machine"], report["settings"]
     parts = [
         _INTRODUCTION.format(
-            **machine,
-            **{name: settings[name] for name in ("minutes", "date", "threads", "rounds")},
+            **(machine | {name: settings[name] for name in ("minutes", "date", "threads", "rounds")}),
             quick=" **A quick look of few rounds: no figures to cite.**" if settings["quick"] else "",
             own=OWN,
             picture=picture,

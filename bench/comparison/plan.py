@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "peers"))
 
 from problems import Attention, Matmul, Problem
 

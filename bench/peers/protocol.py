@@ -56,11 +56,10 @@ Bind = Callable[[Array], Bound]
 
 
 def number_of_copies(nbytes: int, low: int, high: int) -> int:
-    """So many that together they take `low` bytes (and at least two, when that is asked), without exceeding `high`."""
+    """So many that together they take `low` bytes, without exceeding `high`."""
     if nbytes > high:
         raise CannotError(f"{nbytes / 1e6:.0f} MB do not fit into the cache")
-    wanted = max(2, -(-low // nbytes)) if low else 1
-    return min(wanted, high // nbytes)
+    return min(max(1, -(-low // nbytes)), high // nbytes)
 
 
 class Session:
