@@ -15,7 +15,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,8 @@ from teco_kernels.testing.machine import facts
 
 LOADS = [Load(batch=1, prompt=512, tokens=1), Load(batch=1, prompt=14, tokens=64), Load(batch=8, prompt=14, tokens=64)]
 QUICK_LOADS = [Load(batch=1, prompt=14, tokens=16)]
+#: Of each of the machine's limits, at the start and after each task: it shows its best only at times.
+_LIMIT_SECONDS = 0.25
 ENGINES = ("teco", "llama_cpp", "transformers")
 
 
@@ -47,9 +48,9 @@ class Run:
         self.peers: dict[str, str] = {}
         self._start, self._date, self._machine = time.time(), time.strftime("%Y-%m-%d"), facts()
         self._prober = LimitProber()
-        self.limits: Limits = self._prober.measure(setting.seconds)
+        self.limits: Limits = self._prober.measure(_LIMIT_SECONDS)
 
-    def kernels(self, kind: str, tasks: list[Task], report: Callable[[str], None]) -> None:
+    def kernels(self, kind: str, tasks: list[Task], bar: tqdm) -> None:
         """Time all tasks of a kind."""
         peers = [peer for peer in PEERS if peer.kind == kind]
         team = Team(peers, self.setting)
@@ -59,22 +60,22 @@ class Run:
             for name, reason in team.reasons.items():
                 self.peers[name] = f"not measured: {reason}"
             for task in tasks:
-                for result in run_task(task, peers, team, self.setting):
-                    self.results.append(result)
-                    report(f"{task.problem.kind} {result.rows}")
-                self.limits |= self._prober.measure(self.setting.seconds)
+                bar.set_description(task.name)
+                self.results += run_task(task, peers, team, self.setting, bar.update)
+                self.limits |= self._prober.measure(_LIMIT_SECONDS)
                 self.write()
         finally:
             team.close()
 
-    def engines(self, loads: list[Load], report: Callable[[str], None]) -> None:
+    def engines(self, loads: list[Load], bar: tqdm) -> None:
         """Time the whole model, in this package and in others."""
+        bar.set_description("end to end")
         with contextlib.suppress(AssetError):  # then the engines say what is missing
             default_quantized_model()
         specs = [f"llama_cpp={self.setting.pythons['peers']}" if name == "llama_cpp" else name for name in ENGINES]
         engines = [Engine(spec, self.setting.threads) for spec in specs]
         runs = max(2, self.setting.rounds // 2)
-        speeds = race(engines, loads, runs, lambda: report("end to end"))
+        speeds = race(engines, loads, runs, bar.update)
         for engine in engines:
             engine.close()
             for load in loads:
@@ -141,17 +142,13 @@ def main() -> None:
     wanted = options.only or ["matmul", "attention", "end-to-end"]
     kinds = {kind: [task for task in tasks if task.problem.kind == kind] for kind in wanted if kind != "end-to-end"}
     steps = sum(len(task.rows) * sum(p.kind == kind for p in PEERS) for kind, some in kinds.items() for task in some)
+    steps *= rounds
     steps += len(loads) * (max(2, rounds // 2) + 1) * len(ENGINES) if "end-to-end" in wanted else 0
-    with tqdm(total=steps, unit="step") as bar:
-
-        def report(text: str) -> None:
-            bar.set_description(text)
-            bar.update()
-
+    with tqdm(total=steps, unit="run") as bar:
         for kind, some in kinds.items():
-            run.kernels(kind, some, report)
+            run.kernels(kind, some, bar)
         if "end-to-end" in wanted:
-            run.engines(loads, report)
+            run.engines(loads, bar)
     print(f"{folder}/performance.md, .json, .png: {(time.time() - run._start) / 60:.1f} minutes")
 
 

@@ -73,6 +73,13 @@ class Task:
     residence: Residence
     rows: tuple[int, ...]
 
+    @property
+    def name(self) -> str:
+        """In a few words, for a progress bar."""
+        if isinstance(self.problem, Attention):
+            return f"{self.problem.batch} x {self.problem.context} {self.problem.dtype}"
+        return f"{self.problem.in_features} x {self.problem.out_features}, {self.residence}"
+
     def request(self, peer: Peer, l3_bytes: int) -> dict[str, Any]:
         """What the peer's process is asked to prepare."""
         fields = {"kind": self.problem.kind, **asdict(self.problem)}

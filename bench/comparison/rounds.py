@@ -109,8 +109,13 @@ class LimitProber:
         return Limits(ceilings.read_bandwidth, self._cached.nbytes / best, ceilings.fp32, ceilings.int8)
 
 
-def run_task(task: Task, peers: list[Peer], team: Team, setting: Setting) -> Iterator[Result]:
-    """Time a task's peers in turns; one result per peer and number of rows, with a reason where there is no time."""
+def run_task(
+    task: Task, peers: list[Peer], team: Team, setting: Setting, advance: Callable[[], object] = lambda: None
+) -> Iterator[Result]:
+    """Time a task's peers in turns; one result per peer and number of rows, with a reason where there is no time.
+
+    `advance` is called once per peer, number of rows and round.
+    """
     prepared: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
     for peer in peers:
@@ -141,11 +146,13 @@ def run_task(task: Task, peers: list[Peer], team: Team, setting: Setting) -> Ite
             except WorkerError as error:
                 failed(peer, error)
         for index in range(setting.rounds):
-            order = [peer for peer in peers if not results[peer.name].reason]
-            for peer in order[index % max(1, len(order)) :] + order[: index % max(1, len(order))]:
-                try:
-                    answer = team.ask(peer, {"run": passes[peer.name]})
-                    results[peer.name].seconds.append(answer["seconds"])
-                except WorkerError as error:
-                    failed(peer, error)
+            first = index % len(peers)
+            for peer in peers[first:] + peers[:first]:
+                if results[peer.name].reason is None:
+                    try:
+                        answer = team.ask(peer, {"run": passes[peer.name]})
+                        results[peer.name].seconds.append(answer["seconds"])
+                    except WorkerError as error:
+                        failed(peer, error)
+                advance()
         yield from results.values()
