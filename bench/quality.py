@@ -149,7 +149,8 @@ with minima of their own, and groups of 32 here nearly fall on them.
 Perplexity is that of the weights (fp32 arithmetic) on the first {TOKENS} tokens of held-out Wikipedia articles, in
 windows of {WINDOW}. Calibration: {first.num_sequences} windows of {first.sequence_length} tokens from other articles
 ({DEFAULT_SETTINGS.num_sequences} for the default model). All grids have zero points, and those of GPTQ are chosen by
-clip search; its dampening is 0.05. Embedding and head stay in fp16 where nothing else is said. Groups of 128 do not
+clip search; its dampening is 0.05. Embedding and head stay in fp16 where nothing else is said; else their grids are
+symmetric and plain, and the head's dampening is 0.01. Groups of 128 do not
 divide the 576 inputs of SmolLM2. MB are those of the file of weights; CPU time and peak memory are those of
 quantising, with one thread unless more are named.
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_quantization import TINY, random_problem, squared_error, tiny_model, tokens
+from test_quantization import random_problem, squared_error
+from test_quantize_model import TINY, tiny_model, tokens
 
 from teco_kernels.decoder import LLM, SamplingParams
 from teco_kernels.decoder.loader import load_source

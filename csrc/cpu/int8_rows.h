@@ -1,7 +1,8 @@
 // Activations quantised to 8 bits, in the order in which an int8 matmul walks them.
 //
 // One scale per row and block of 32 inputs: code = round(x * (127 / m)), scale = m / 127, m being the block's largest
-// magnitude. Bound by instructions: some sixty per block, three quarters of them the same for 8 lanes as for 16.
+// magnitude. Bound by instructions, a good part of which do not get fewer as vectors get wider: two reductions, two
+// divisions, and the copy into the interleaved tile.
 #pragma once
 
 #include "cpu/gptq_layout.h"

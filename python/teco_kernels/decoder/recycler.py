@@ -111,7 +111,7 @@ class StepCost:
         seconds = self._median[lower]
         if lower >= num_tokens or num_tokens < _ALL_TRIED:
             return seconds
-        if place == 1 and len(self._sizes) == 1:
+        if len(self._sizes) == 1:
             return seconds if num_tokens <= lower * _NEXT_TRIED else seconds * num_tokens / lower
         other = self._sizes[place if place < len(self._sizes) else place - 2]
         slope = (self._median[other] - seconds) / (other - lower)

@@ -63,7 +63,7 @@ class Runner:
             logit_rows=None,
         )
         assert decode.query_start_loc is not None
-        # Written through numpy, which takes a tenth of the time.
+        # Written through numpy views, made once: each costs microseconds, and a step fills in all of them.
         per_token = (decode.token_ids, decode.positions, decode.slot_mapping)
         self._columns = [tensor.numpy() for tensor in (*per_token, decode.seq_lens, decode.query_start_loc[1:])]
         self._block_table = decode.block_table.numpy()

@@ -161,21 +161,21 @@ class WeightLoader:
                 biases.append(weight.bias)
             else:
                 rows.append(self.matrix(f"{name}.weight", (size, in_features)))
-                self._check_pattern(name, rows[-1])
                 biases.append(self.vector(f"{name}.bias", size) if bias else None)
         joined = torch.cat(rows)
         parts = [torch.zeros(len(row)) if part is None else part for row, part in zip(rows, biases, strict=True)]
         joined_bias = None if all(part is None for part in biases) else torch.cat(parts)
-        if self._packs_sparse24(layers[0][0]):
-            return Sparse24Weight.from_dense(joined, joined_bias)
+        if self._is_sparse24 and layers[0][0].startswith("model.layers."):
+            try:
+                return Sparse24Weight.from_dense(joined, joined_bias)
+            except ValueError:
+                self._name_broken_pattern([name for name, _ in layers], rows)
+                raise
         return DenseWeight.from_tensor(joined, joined_bias)
 
-    def _packs_sparse24(self, name: str) -> bool:
-        return self._is_sparse24 and name.startswith("model.layers.")
-
-    def _check_pattern(self, name: str, weight: Tensor) -> None:
-        """Of a layer by itself, before its rows are joined with others'."""
-        if self._packs_sparse24(name):
+    def _name_broken_pattern(self, names: Sequence[str], rows: Sequence[Tensor]) -> None:
+        """Raise what packing the joined layers raised, for the layer that it comes from."""
+        for name, weight in zip(names, rows, strict=True):
             try:
                 check_pattern(weight)
             except ValueError as error:

@@ -101,6 +101,6 @@ def dense_matmul(x: Tensor, weight: DenseWeight, *, out: Tensor | None = None) -
 
 
 def dense_matmul_reference(x: Tensor, weight: DenseWeight) -> Tensor:
-    """float64 reference of `dense_matmul`, also for a `GPTQWeight`."""
+    """float64 reference of `dense_matmul`, also for a `GPTQWeight`, and for a `Sparse24Weight` where `x` is finite."""
     out = x.double() @ weight.dequantize().double()
     return out if weight.bias is None else out + weight.bias.double()

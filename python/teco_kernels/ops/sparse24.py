@@ -136,9 +136,3 @@ def sparse24_matmul(x: Tensor, weight: Sparse24Weight, *, out: Tensor | None = N
         out = x.new_empty((*x.shape[:-1], weight.out_features))
     _sparse24_matmul(out, x, weight.values, weight.indices, weight.bias, weight.in_features, weight.out_features)
     return out
-
-
-def sparse24_matmul_reference(x: Tensor, weight: Sparse24Weight) -> Tensor:
-    """float64 reference of `sparse24_matmul`, for finite `x`."""
-    out = x.double() @ weight.dequantize().double()
-    return out if weight.bias is None else out + weight.bias.double()

@@ -13,7 +13,7 @@ from teco_kernels.ops.packing import BITS, ZeroPointFormat, pack_rows, pack_zero
 from teco_kernels.quantization.greedy import GreedyPass
 from teco_kernels.quantization.grid import Grid, fit_grid
 from teco_kernels.quantization.refine import refine
-from teco_kernels.quantization.sparsity import MaskSelector, Sparsity, SparsityLike
+from teco_kernels.quantization.sparsity import MaskSelector, Sparsity, SparsityLike, check_weight
 
 #: How inputs are ordered for rounding, see `gptq_quantize`.
 ActOrder = bool | Literal["static_groups", "group_aware"]
@@ -492,14 +492,8 @@ def check_sizes(out_features: int, in_features: int, bits: int, group_size: int)
 
 def _check_weight(weight: Tensor, bits: int, group_size: int) -> int:
     """Check the arguments and return the group size, in inputs."""
-    if not weight.is_floating_point():
-        raise TypeError(f"weight: expected a floating dtype, got {str(weight.dtype).removeprefix('torch.')}")
-    if weight.dim() != 2:
-        raise ValueError(f"weight: expected shape [out_features, in_features], got {list(weight.shape)}")
-    group_size = check_sizes(weight.shape[0], weight.shape[1], bits, group_size)
-    if not weight.isfinite().all():
-        raise ValueError("weight: expected finite values, got NaN or infinity")
-    return group_size
+    check_weight(weight)
+    return check_sizes(weight.shape[0], weight.shape[1], bits, group_size)
 
 
 def _check_hessian(hessian: Tensor) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_FP16_MAX, _FP16_TINY = 65504.0, 2.0**-24
+FP16_MAX, FP16_TINY = 65504.0, 2.0**-24
 #: The search narrows a grid to no less than this share of the range.
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
@@ -90,7 +90,7 @@ def _least_squares_scale(grid: Grid, weight: Tensor, importance: Tensor | float)
     steps = grid.codes(weight).sub_(grid.zero)
     weighted = steps * importance
     scale = (weighted * weight).sum(0) / (weighted * steps).sum(0)
-    usable = scale.isfinite() & (scale > _FP16_TINY) & (scale < _FP16_MAX)
+    usable = scale.isfinite() & (scale > FP16_TINY) & (scale < FP16_MAX)
     return Grid(torch.where(usable, scale, grid.scale).to(torch.float16).double(), grid.zero, grid.bits)
 
 
@@ -100,10 +100,10 @@ def _grid_over(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
     if not symmetric:
         # With a zero point of 1 or more there are `top - 1` steps above it.
         scale = torch.maximum(scale, high / (top - 1))
-    if scale.numel() and not scale.max() <= _FP16_MAX:
+    if scale.numel() and not scale.max() <= FP16_MAX:
         raise ValueError(f"weight: expected finite values whose scale fp16 can hold, got a scale of {scale.max()}")
     # A group of zeros gets any scale; one that fp16 would flush to zero gets the smallest there is.
-    scale = torch.where(scale == 0, 1.0, scale.clamp(min=_FP16_TINY)).to(torch.float16).double()
+    scale = torch.where(scale == 0, 1.0, scale.clamp(min=FP16_TINY)).to(torch.float16).double()
     if symmetric:
         return Grid(scale, torch.full_like(scale, 2 ** (bits - 1)), bits)
     return Grid(scale, (-low / scale).round_().clamp_(1, top), bits)

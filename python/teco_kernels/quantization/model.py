@@ -13,13 +13,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from teco_kernels.decoder.loader import Source, load_source
-from teco_kernels.quantization.calibration import Drift, Hessian, token_windows
+from teco_kernels.decoder.loader import Source
+from teco_kernels.quantization.calibration import Drift, Hessian
 from teco_kernels.quantization.gptq import GPTQTensors, HessianFactor, gptq_quantize, round_to_nearest
 from teco_kernels.quantization.report import REPORT_NAME, LayerReport, to_json
 from teco_kernels.quantization.save import save_model
 from teco_kernels.quantization.settings import QuantizationSettings
-from teco_kernels.quantization.stages import embed, stages, torch_layers
+from teco_kernels.quantization.stages import (
+    calibration_windows,
+    embed,
+    factorise,
+    open_source,
+    stages,
+    torch_layers,
+)
 from teco_kernels.quantization.torch_layer import STAGES, Activations, TorchLayer
 from teco_kernels.quantization.unfinished import FinishedParts, Part, fingerprint, unfinished
 
@@ -65,12 +72,8 @@ def quantize_model(
         text is too short, or the settings do not fit the model's sizes.
     """
     out_path = Path(out_path)
-    if out_path.exists():
-        raise ValueError(f"{out_path}: exists already")
     settings = settings or QuantizationSettings()
-    source = load_source(source_path)
-    if source.quantization_config is not None:
-        raise ValueError(f"{source.path}: expected an unquantised model, this one is quantised already")
+    source = open_source(source_path, out_path)
     settings.check(source.config)
     windows = calibration_windows(source, settings.num_sequences, settings.sequence_length, calibration)
     reports: list[LayerReport] = []
@@ -94,19 +97,6 @@ def _progress(source: Source, settings: QuantizationSettings, use_tqdm: bool) ->
     total += settings.embedding_bits is not None
     # Layers cost the same, the matrices of one do not: the time left is told from the mean.
     return tqdm(desc="quantising", total=total, unit="matrix", smoothing=0, disable=not use_tqdm)
-
-
-def calibration_windows(
-    source: Source, num_sequences: int, sequence_length: int, calibration: str | Sequence[int] | None
-) -> Tensor:
-    """Windows of the text that a model is calibrated on, as `quantize_model` takes it, in the model's tokens."""
-    if calibration is None:
-        from teco_kernels.assets import calibration_text
-
-        calibration = calibration_text()
-    if isinstance(calibration, str):
-        calibration = source.tokenizer.encode(calibration)
-    return token_windows(list(calibration), num_sequences, min(sequence_length, source.config.max_position))
 
 
 def _parts(
@@ -187,7 +177,13 @@ def _quantise_layer(
     there is none.
     """
     for index, stage in enumerate(stages([layer], batches)):
-        factor = _factor(stage.names, stage.hessian, settings)
+        factor = factorise(
+            stage.names,
+            stage.hessian,
+            act_order=settings.act_order,
+            dampening=settings.dampening,
+            group_size=settings.group_size,
+        )
         if originals:
             drift = Drift(len(factor.order))
             for batch, before in zip(batches, originals, strict=True):
@@ -232,19 +228,7 @@ def _quantise_head(
     head = "lm_head" if source.has("lm_head.weight") else _EMBEDDING
     weight = source.tensor(f"{head}.weight", (config.vocab_size, config.hidden_size))
     head_settings = QuantizationSettings(bits=bits, group_size=settings.head_group_size)
-    yield "lm_head", _quantise("lm_head", weight, _factor(["lm_head"], hessian.matrix(), head_settings), head_settings)
-
-
-def _factor(names: Sequence[str], hessian: Tensor, settings: QuantizationSettings) -> HessianFactor:
-    try:
-        return HessianFactor.from_hessian(
-            hessian,
-            act_order=settings.act_order,
-            dampening=settings.dampening,
-            group_size=settings.group_size,
-        )
-    except ValueError as error:
-        raise ValueError(f"{', '.join(names)}: {error}") from None
+    yield "lm_head", _quantise("lm_head", weight, factorise(["lm_head"], hessian.matrix()), head_settings)
 
 
 def _quantise(name: str, weight: Tensor, factor: HessianFactor, settings: QuantizationSettings) -> GPTQTensors:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from teco_kernels.decoder.loader import load_source
 from teco_kernels.decoder.weights import WeightLoader
 from teco_kernels.ops.rope import cos_sin_cache
-from teco_kernels.quantization.torch_layer import TorchLayer
+from teco_kernels.quantization.torch_layer import TorchLayer, linear_shapes
 
 _SEQUENCES_AT_ONCE, _ROWS_AT_ONCE = 8, 512
 
@@ -44,7 +44,7 @@ def perplexity(path: str | Path, text: str | Sequence[int], *, window: int = 102
     if window < 2 or len(token_ids) < window:
         raise ValueError(f"text: expected at least a window of {window} tokens (2 or more), got {len(token_ids)}")
     ids = torch.tensor(token_ids[: len(token_ids) // window * window]).view(-1, window)
-    loader = WeightLoader(source, torch.float32, "exact")
+    loader, shapes = WeightLoader(source, torch.float32, "exact"), linear_shapes(config)
 
     def read_tensor(name: str) -> Tensor:
         return source.tensor(name).float()
@@ -56,10 +56,8 @@ def perplexity(path: str | Path, text: str | Sequence[int], *, window: int = 102
             weight = read_tensor(stored)
         else:
             out_features = source.tensor(scales).shape[1]
-            in_features = {
-                "o_proj": config.num_heads * config.head_dim,
-                "down_proj": config.intermediate_size,
-            }.get(name.rpartition(".")[2], config.hidden_size)
+            # Head and embedding are no layer's.
+            _, in_features = shapes.get(name.split(".", 3)[-1], (None, config.hidden_size))
             (packed,) = loader.linear([name], in_features, [out_features], bias=False).weights
             weight = packed.dequantize().t().contiguous()
         return weight, read_tensor(f"{name}.bias") if source.has(f"{name}.bias") else None

@@ -12,13 +12,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from teco_kernels.decoder.loader import load_source
-from teco_kernels.quantization.gptq import HessianFactor
-from teco_kernels.quantization.model import calibration_windows
 from teco_kernels.quantization.save import save_pruned_model
 from teco_kernels.quantization.sparsegpt import sparsegpt_prune
 from teco_kernels.quantization.sparsity import Sparsity, SparsityLike, magnitude_mask, wanda_mask
-from teco_kernels.quantization.stages import Stage, embed, stages, torch_layers
+from teco_kernels.quantization.stages import (
+    Stage,
+    calibration_windows,
+    embed,
+    factorise,
+    open_source,
+    stages,
+    torch_layers,
+)
 from teco_kernels.quantization.torch_layer import STAGES
 
 PruningMethod = Literal["sparsegpt", "wanda", "magnitude"]
@@ -96,15 +101,11 @@ def prune_model(
         not fit the model's sizes.
     """
     out_path = Path(out_path)
-    if out_path.exists():
-        raise ValueError(f"{out_path}: exists already")
     settings = settings or PruningSettings()
     sparsity = Sparsity.parse(settings.sparsity)
     if settings.method not in ("sparsegpt", "wanda", "magnitude"):
         raise ValueError(f"method: expected sparsegpt, wanda or magnitude, got {settings.method!r}")
-    source = load_source(source_path)
-    if source.quantization_config is not None:
-        raise ValueError(f"{source.path}: expected an unquantised model, this one is quantised already")
+    source = open_source(source_path, out_path)
     windows = calibration_windows(source, settings.num_sequences, settings.sequence_length, calibration)
     reports: list[PruningReport] = []
     tensors: dict[str, Tensor] = {}
@@ -126,10 +127,7 @@ def prune_model(
 def _prune_stage(stage: Stage, settings: PruningSettings) -> Iterator[tuple[str, Tensor, PruningReport]]:
     factor = None
     if settings.method == "sparsegpt":
-        try:
-            factor = HessianFactor.from_hessian(stage.hessian, dampening=settings.dampening)
-        except ValueError as error:
-            raise ValueError(f"{', '.join(stage.names)}: {error}") from None
+        factor = factorise(stage.names, stage.hessian, dampening=settings.dampening)
     for name in stage.names:
         weight = stage.weight(name)
         try:

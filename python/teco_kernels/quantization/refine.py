@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_FP16_MAX, _FP16_TINY = 65504.0, 2.0**-24
+from teco_kernels.quantization.grid import FP16_MAX, FP16_TINY
 
 
 def refine(
@@ -77,7 +77,7 @@ def _fit_scales(codes: Tensor, scales: Tensor, zeros: Tensor, hessian: Tensor, w
     idle = normal.diagonal(dim1=1, dim2=2) == 0
     factor, failed = torch.linalg.cholesky_ex(normal + idle.double().diag_embed())
     fitted = torch.cholesky_solve(torch.where(idle, scales.t(), right).unsqueeze(-1), factor).squeeze(-1).t()
-    usable = ((fitted > _FP16_TINY) & (fitted < _FP16_MAX)).all(0) & (failed == 0)
+    usable = ((fitted > FP16_TINY) & (fitted < FP16_MAX)).all(0) & (failed == 0)
     fitted = torch.where(usable, fitted, scales).to(torch.float16).double()
     better = error(fitted) < error(scales)
     scales.copy_(torch.where(better, fitted, scales))

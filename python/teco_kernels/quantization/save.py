@@ -136,23 +136,14 @@ def _config(source: Source, quantised: set[str], settings: Mapping[str, Any]) ->
     if settings["sparsity"] is not None:
         quantization["meta"]["sparsity"] = str(Sparsity.parse(settings["sparsity"]))
     rules: dict[str, Any] = {}
+    outer = {"group_size": settings["head_group_size"], "sym": True, "desc_act": False}  # of head and embedding
     if "lm_head" in quantised:
         # Tools that do not know of a quantised head beside a tied embedding take the embedding, and are right too; the
         # mark would have them look for a head of their own.
         quantization["lm_head"] = not source.config.tie_word_embeddings
-        rules["lm_head"] = {
-            "bits": settings["head_bits"],
-            "group_size": settings["head_group_size"],
-            "sym": True,
-            "desc_act": False,
-        }
+        rules["lm_head"] = {"bits": settings["head_bits"], **outer}
     if "model.embed_tokens" in quantised:
-        rules[r"model\.embed_tokens"] = {
-            "bits": settings["embedding_bits"],
-            "group_size": settings["head_group_size"],
-            "sym": True,
-            "desc_act": False,
-        }
+        rules[r"model\.embed_tokens"] = {"bits": settings["embedding_bits"], **outer}
     # The first rule that matches counts. None of the others' is meant for head and embedding.
     rules |= {pattern: {"bits": bits} for pattern, bits in settings["layer_bits"].items()}
     if rules:

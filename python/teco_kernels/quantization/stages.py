@@ -1,21 +1,55 @@
-"""The walk through a model that quantising and pruning share: each stage sees what the earlier ones became."""
+"""What quantising and pruning a model share: source, calibration, and a walk on which stages see what others became."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from teco_kernels.decoder.loader import Source
+from teco_kernels.decoder.loader import Source, load_source
 from teco_kernels.decoder.weights import WeightLoader
 from teco_kernels.ops.rope import cos_sin_cache
-from teco_kernels.quantization.calibration import Hessian
+from teco_kernels.quantization.calibration import Hessian, token_windows
+from teco_kernels.quantization.gptq import HessianFactor
 from teco_kernels.quantization.torch_layer import STAGES, Activations, TorchLayer, linear_shapes
 
 _SEQUENCES_AT_ONCE = 8
+
+
+def open_source(source_path: str | Path, out_path: Path) -> Source:
+    """The unquantised model at `source_path`; a ValueError when it is quantised, or `out_path` exists."""
+    if out_path.exists():
+        raise ValueError(f"{out_path}: exists already")
+    source = load_source(source_path)
+    if source.quantization_config is not None:
+        raise ValueError(f"{source.path}: expected an unquantised model, this one is quantised already")
+    return source
+
+
+def calibration_windows(
+    source: Source, num_sequences: int, sequence_length: int, calibration: str | Sequence[int] | None
+) -> Tensor:
+    """Windows of the text that a model is calibrated on, as `quantize_model` takes it, in the model's tokens."""
+    if calibration is None:
+        from teco_kernels.assets import calibration_text
+
+        calibration = calibration_text()
+    if isinstance(calibration, str):
+        calibration = source.tokenizer.encode(calibration)
+    return token_windows(list(calibration), num_sequences, min(sequence_length, source.config.max_position))
+
+
+def factorise(names: Sequence[str], hessian: Tensor, **options: Any) -> HessianFactor:
+    """`HessianFactor.from_hessian`, whose errors name the layers that the Hessian is of."""
+    try:
+        return HessianFactor.from_hessian(hessian, **options)
+    except ValueError as error:
+        raise ValueError(f"{', '.join(names)}: {error}") from None
 
 
 @dataclass(frozen=True)

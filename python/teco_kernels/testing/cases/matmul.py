@@ -130,7 +130,7 @@ def _sparse24_case(rows: int, in_features: int, out_features: int, dtype: torch.
         dtype=dtype,
         make_inputs=partial(_sparse24_inputs, rows, in_features, out_features, dtype, rows % 2 == 1),
         function=sparse24.sparse24_matmul,
-        reference=sparse24.sparse24_matmul_reference,
+        reference=dense.dense_matmul_reference,
         max_error=TOLERANCE[dtype],
         bytes_moved=weight_bytes + rows * (in_features + out_features) * dtype.itemsize,
         flops=rows * in_features * out_features,
