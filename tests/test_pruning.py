@@ -408,7 +408,11 @@ def test_model_refuses(tmp_path: Path) -> None:
         prune_model(path, tmp_path / "out", PruningSettings(method="random"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="sparsity: expected a share of 0 to 1"):
         prune_model(path, tmp_path / "out", PruningSettings(sparsity="4:2"))
+    with pytest.raises(ValueError, match="dampening: expected 0 to 1, got -1"):
+        prune_model(path, tmp_path / "out", PruningSettings(dampening=-1))
+    with pytest.raises(ValueError, match="num_sequences: expected a positive number, got 0"):
+        prune_model(path, tmp_path / "out", PruningSettings(num_sequences=0))
     settings = replace(TINY_PRUNING, sparsity="2:5")
     with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj: weight: expected in_features to be"):
-        prune_model(path, tmp_path / "out", settings, calibration=tokens(1000), use_tqdm=False)
+        prune_model(path, tmp_path / "out", settings, calibration=[], use_tqdm=False)  # before the text is looked at
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]

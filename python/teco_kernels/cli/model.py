@@ -33,6 +33,12 @@ CacheDtype = Annotated[
 CacheMemory = Annotated[int | None, typer.Option("--kv-cache-memory", min=1, help="Bytes for the KV cache.")]
 Activation = Annotated[Literal["int8", "exact"], typer.Option(help="How GPTQ layers treat their input.")]
 
+Dampening = Annotated[float, typer.Option(help="Added to the Hessian's diagonal, as a share of its mean.")]
+Calibration = Annotated[
+    Path | None, typer.Option(help="A text like that which the model will see; Wikipedia articles otherwise.")
+]
+NumSequences = Annotated[int, typer.Option(min=1, help="Windows of that text to look at.")]
+SequenceLength = Annotated[int, typer.Option(min=1, help="Tokens of a window.")]
 Sparsity = Annotated[str | None, typer.Option(help="A share of weights to prune, or 2:4, 4:8: so many of them stay.")]
 
 
@@ -192,7 +198,7 @@ def quantize(
         typer.Option(help="Quantise the largest activations first; all but full keep neighbours in a group."),
     ] = "none",
     clip_search: Annotated[bool, typer.Option("--clip-search", help="Try narrower grids too.")] = False,
-    dampening: Annotated[float, typer.Option(help="Added to the Hessian's diagonal, as a share of its mean.")] = 0.01,
+    dampening: Dampening = 0.01,
     asymmetric: Annotated[
         float, typer.Option(help="From 0 to 1: how much of the error of earlier layers a layer makes up for.")
     ] = 0.0,
@@ -205,11 +211,10 @@ def quantize(
     embedding_bits: Annotated[
         int, typer.Option(help="Bits of the embedding; 0 keeps it. Other tools do not load a quantised one.")
     ] = 0,
-    calibration: Annotated[
-        Path | None, typer.Option(help="A text like that which the model will see; Wikipedia articles otherwise.")
-    ] = None,
-    num_sequences: Annotated[int, typer.Option(min=1, help="Windows of that text to look at.")] = 64,
-    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 512,
+    head_group_size: Annotated[int, typer.Option(help="Inputs per group of head and embedding; -1: all.")] = 64,
+    calibration: Calibration = None,
+    num_sequences: NumSequences = 64,
+    sequence_length: SequenceLength = 512,
     png_file: Annotated[Path | None, typer.Option("--png", help="Also draw the errors; needs matplotlib.")] = None,
     threads: Threads = None,
 ) -> None:
@@ -235,6 +240,7 @@ def quantize(
         sparsity=sparsity,
         head_bits=head_bits or None,
         embedding_bits=embedding_bits or None,
+        head_group_size=head_group_size,
         num_sequences=num_sequences,
         sequence_length=sequence_length,
     )
@@ -267,11 +273,10 @@ def prune(
     method: Annotated[
         Literal["sparsegpt", "wanda", "magnitude"], typer.Option(help="How to choose them.")
     ] = "sparsegpt",
-    calibration: Annotated[
-        Path | None, typer.Option(help="A text like that which the model will see; Wikipedia articles otherwise.")
-    ] = None,
-    num_sequences: Annotated[int, typer.Option(min=1, help="Windows of that text to look at.")] = 64,
-    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 512,
+    dampening: Dampening = 0.01,
+    calibration: Calibration = None,
+    num_sequences: NumSequences = 64,
+    sequence_length: SequenceLength = 512,
     threads: Threads = None,
 ) -> None:
     """Prune a model; with `quantize --sparsity`, prune and quantise it in one pass."""
@@ -282,7 +287,7 @@ def prune(
         raise FileNotFoundError(2, "No such file or directory", str(source))
     text = None if calibration is None else _read_text(calibration)
     set_threads(threads)
-    settings = PruningSettings(sparsity, method, num_sequences=num_sequences, sequence_length=sequence_length)
+    settings = PruningSettings(sparsity, method, dampening, num_sequences, sequence_length)
     layers = prune_model(source, out, settings, calibration=text)
     worst = max(layers, key=lambda layer: layer.error)
     mean, zeros = (sum(getattr(layer, n) for layer in layers) / len(layers) for n in ("error", "sparsity"))

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from teco_kernels.quantization.save import save_pruned_model
+from teco_kernels.decoder.config import ModelConfig
+from teco_kernels.quantization.gptq import check_options
+from teco_kernels.quantization.save import dense_dtype, save_pruned_model
+from teco_kernels.quantization.settings import check_windows
 from teco_kernels.quantization.sparsegpt import sparsegpt_prune
 from teco_kernels.quantization.sparsity import Sparsity, SparsityLike, magnitude_mask, wanda_mask
 from teco_kernels.quantization.stages import (
@@ -24,7 +27,7 @@ from teco_kernels.quantization.stages import (
     stages,
     torch_layers,
 )
-from teco_kernels.quantization.torch_layer import STAGES
+from teco_kernels.quantization.torch_layer import STAGES, linear_shapes
 
 PruningMethod = Literal["sparsegpt", "wanda", "magnitude"]
 
@@ -50,6 +53,19 @@ class PruningSettings:
     dampening: float = 0.01
     num_sequences: int = 64
     sequence_length: int = 512
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise a ValueError that names the setting when a model of these sizes cannot be pruned like this."""
+        if self.method not in ("sparsegpt", "wanda", "magnitude"):
+            raise ValueError(f"method: expected sparsegpt, wanda or magnitude, got {self.method!r}")
+        check_options(dampening=self.dampening)
+        check_windows(self.num_sequences, self.sequence_length)
+        sparsity = Sparsity.parse(self.sparsity)
+        for name, (_, in_features) in linear_shapes(config).items():
+            try:
+                sparsity.check(in_features)
+            except ValueError as error:
+                raise ValueError(f"model.layers.0.{name}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -81,7 +97,8 @@ def prune_model(
     """Prune the linear layers of a model and save it as a directory of plain weights, zeros among them.
 
     The decoder packs 2:4 layers as `Sparse24Weight`; to other tools the directory is that of any unquantised model.
-    Embedding, head, norms and biases stay as they are.
+    Embedding, head, norms and biases stay as they are. Holds one layer's weights and activations at a time, beside the
+    residual stream and the pruned matrices.
 
     Parameters
     ----------
@@ -102,10 +119,9 @@ def prune_model(
     """
     out_path = Path(out_path)
     settings = settings or PruningSettings()
-    sparsity = Sparsity.parse(settings.sparsity)
-    if settings.method not in ("sparsegpt", "wanda", "magnitude"):
-        raise ValueError(f"method: expected sparsegpt, wanda or magnitude, got {settings.method!r}")
     source = open_source(source_path, out_path)
+    settings.check(source.config)
+    dtype = dense_dtype(source)
     windows = calibration_windows(source, settings.num_sequences, settings.sequence_length, calibration)
     reports: list[PruningReport] = []
     tensors: dict[str, Tensor] = {}
@@ -117,10 +133,10 @@ def prune_model(
     ):
         for stage in stages(torch_layers(source, windows.shape[1]), embed(source, windows)):
             for name, weight, report in _prune_stage(stage, settings):
-                tensors[f"{name}.weight"] = weight
+                tensors[f"{name}.weight"] = weight.to(dtype)
                 reports.append(report)
                 progress.update()
-        save_pruned_model(out_path, source, tensors, sparsity, settings.method)
+        save_pruned_model(out_path, source, tensors, Sparsity.parse(settings.sparsity), settings.method)
     return reports
 
 

@@ -60,7 +60,7 @@ def save_pruned_model(
     path, source
         As in `save_model`.
     tensors : mapping
-        Pruned weights by full name; stored in the dtype of the others.
+        Pruned weights by full name, in `dense_dtype`.
     sparsity : Sparsity
     method : str
         What pruned them.
@@ -73,8 +73,7 @@ def save_pruned_model(
         "global_sparsity": sparsity.share,
         "method": method,
     }
-    dtype = _dense_dtype(source)
-    _save(path, source, {name: tensor.to(dtype) for name, tensor in tensors.items()}, set(), config)
+    _save(path, source, tensors, set(), config)
 
 
 def _save(
@@ -85,7 +84,7 @@ def _save(
     config: dict[str, Any],
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    dtype = _dense_dtype(source)
+    dtype = dense_dtype(source)
     dense = {
         name: source.tensor(name).to(dtype)
         for name in source.names()
@@ -105,7 +104,7 @@ def _save(
         os.rename(out, path)
 
 
-def _dense_dtype(source: Source) -> torch.dtype:
+def dense_dtype(source: Source) -> torch.dtype:
     """What unquantised tensors are stored in: as they are, but fp16 for fp32.
 
     fp16 rather than bf16: three more bits, and weights are far from where its range ends.
@@ -117,7 +116,7 @@ def _dense_dtype(source: Source) -> torch.dtype:
 def _plain_config(source: Source) -> dict[str, Any]:
     config = dict(source.raw_config)
     config.pop("dtype", None)
-    config["torch_dtype"] = str(_dense_dtype(source)).removeprefix("torch.")
+    config["torch_dtype"] = str(dense_dtype(source)).removeprefix("torch.")
     return config
 
 

@@ -78,9 +78,7 @@ class QuantizationSettings:
         sparsity = None if self.sparsity is None else Sparsity.parse(self.sparsity)
         if sparsity is not None and sparsity.pattern is not None and self.act_order is not False:
             raise ValueError(f"act_order: expected False with a sparsity of {sparsity}, got {self.act_order!r}")
-        for name in ("num_sequences", "sequence_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        check_windows(self.num_sequences, self.sequence_length)
         for rule in self.layer_bits:
             try:
                 re.compile(rule)
@@ -122,3 +120,10 @@ class QuantizationSettings:
                 f"head_bits: expected {self.embedding_bits} like embedding_bits, or None, since head and embedding of "
                 f"this model are one tensor; got {self.head_bits}"
             )
+
+
+def check_windows(num_sequences: int, sequence_length: int) -> None:
+    """Raise a ValueError unless there is something to calibrate on."""
+    for name, value in (("num_sequences", num_sequences), ("sequence_length", sequence_length)):
+        if value < 1:
+            raise ValueError(f"{name}: expected a positive number, got {value}")
