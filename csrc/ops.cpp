@@ -77,6 +77,24 @@ STABLE_TORCH_LIBRARY(teco_kernels, m) {
   m.def(
       "merge_attention_states(Tensor(a!) out, Tensor(b!) lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
       "-> ()");
+  m.def(
+      "recycle_project(Tensor(a!) out, Tensor hidden, Tensor token_ids, Tensor embedding, Tensor hidden_norm, "
+      "Tensor embedding_norm, Tensor projection, Tensor? bias, int out_features, float eps) -> ()");
+  m.def(
+      "recycle_project.gptq(Tensor(a!) out, Tensor hidden, Tensor token_ids, Tensor embedding, Tensor hidden_norm, "
+      "Tensor embedding_norm, Tensor projection, Tensor? input_order, Tensor? bias, int in_features, "
+      "int out_features, int bits, bool has_minimum, bool int8_activation, float eps) -> ()");
+  m.def(
+      "lm_head_argmax(Tensor(a!) token_ids, Tensor(b!) logits, Tensor hidden, Tensor weight, Tensor? bias, "
+      "int out_features) -> ()");
+  m.def(
+      "lm_head_argmax.gptq(Tensor(a!) token_ids, Tensor(b!) logits, Tensor hidden, Tensor weight, "
+      "Tensor? input_order, Tensor? bias, int in_features, int out_features, int bits, bool has_minimum, "
+      "bool int8_activation) -> ()");
+  m.def("verify_recycled(Tensor(a!) out, Tensor target_token_ids, Tensor recycled_token_ids) -> ()");
+  m.def(
+      "verify_recycled_sampled(Tensor(a!) num_accepted, Tensor(b!) next_token_ids, Tensor target_probs, "
+      "Tensor recycled_probs, Tensor recycled_token_ids, Tensor seed, Tensor offset) -> ()");
 
   m.def("_plan_begin() -> ()");
   m.def("_plan_end() -> int");
@@ -117,6 +135,12 @@ STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CPU, m) {
   m.impl("swap_blocks", TORCH_BOX(&swap_blocks));
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("merge_attention_states", TORCH_BOX(&merge_attention_states));
+  m.impl("recycle_project", TORCH_BOX(&recycle_project));
+  m.impl("recycle_project.gptq", TORCH_BOX(&gptq_recycle_project));
+  m.impl("lm_head_argmax", TORCH_BOX(&lm_head_argmax));
+  m.impl("lm_head_argmax.gptq", TORCH_BOX(&gptq_lm_head_argmax));
+  m.impl("verify_recycled", TORCH_BOX(&verify_recycled));
+  m.impl("verify_recycled_sampled", TORCH_BOX(&verify_recycled_sampled));
   m.impl("_read_probe", TORCH_BOX(&read_probe));
 }
 

@@ -75,7 +75,8 @@ struct SampleParams {
 constexpr int64_t kInvalidRow = -1;
 
 // out[r, n] = sum_k input[r, k] * weight[k, n] + bias[n], weight packed in panels of 16 columns:
-// [ceil(out_features / 16), in_features, 16], the last panel filled up with zeros.
+// [ceil(out_features / 16), in_features, 16], the last panel filled up with zeros; or as it is, [out_features,
+// in_features].
 struct DenseMatmulParams {
   void* out;          // [num_rows, out_features]
   const void* input;  // [num_rows, in_features]
@@ -83,8 +84,9 @@ struct DenseMatmulParams {
   const float* bias;  // [out_features] or null
   int64_t num_rows, in_features, out_features;
   int64_t out_stride, input_stride;
-  DType dtype;         // of input and out
-  DType weight_dtype;  // fp32, fp16 or bf16
+  int64_t weight_stride;  // of rows; 0: packed
+  DType dtype;            // of input and out
+  DType weight_dtype;     // fp32, fp16 or bf16
 };
 
 // The same with a 2:4 sparse weight: of every four inputs 4g to 4g + 3 of a column, two count.
@@ -145,6 +147,64 @@ struct GptqEmbeddingParams {
   int32_t bits;
   bool has_minimum;
   DType dtype;  // of out
+};
+
+// out = projection([norm(embedding[token_ids]) ; norm(hidden)]). Operators in a row: the kernel gives them a row of
+// scratch memory per token, and fills in what of their params concerns it (out and its stride, input and its stride,
+// num_rows).
+struct RecycleInputParams {
+  EmbeddingParams embedding;
+  RmsNormParams embedding_norm, hidden_norm;  // of the embedding in place, of hidden
+  int64_t vocab_size;
+};
+struct RecycleProjectParams {
+  RecycleInputParams input;
+  DenseMatmulParams projection;
+};
+struct GptqRecycleProjectParams {
+  RecycleInputParams input;
+  GptqMatmulParams projection;
+};
+
+// Of each row the largest product, before it is rounded to any dtype, and its column: the lowest one among equals.
+// A row with NaN among its products gets kInvalidRow and NaN.
+struct ArgmaxParams {
+  int64_t* token_ids;  // [num_rows]
+  float* logits;       // [num_rows]
+};
+struct LmHeadArgmaxParams {
+  ArgmaxParams argmax;
+  DenseMatmulParams matmul;  // without out
+};
+struct GptqLmHeadArgmaxParams {
+  ArgmaxParams argmax;
+  GptqMatmulParams matmul;  // without out
+};
+
+// num_accepted[s]: how many recycled tokens agree with the target's, up to the first that does not.
+struct VerifyRecycledParams {
+  int32_t* num_accepted;    // [num_seqs]
+  const int64_t* target;    // [num_seqs, num_recycled + 1]
+  const int64_t* recycled;  // [num_seqs, num_recycled]
+  int64_t num_seqs, num_recycled;
+  int64_t target_stride, recycled_stride;
+};
+
+// The rejection rule: a recycled token x is accepted with probability min(1, p(x) / q(x)), p being the target's
+// probabilities and q those that x was drawn from. The next token is drawn from max(p - q, 0) where the first one was
+// rejected, from p behind the last when all were accepted. A sequence of which something that is not a probability was
+// looked at gets kInvalidRow.
+struct VerifyRecycledSampledParams {
+  int32_t* num_accepted;     // [num_seqs]
+  int64_t* next_token_ids;   // [num_seqs]
+  const void* target;        // p [num_seqs, num_recycled + 1, vocab_size]
+  const void* recycled;      // q [num_seqs, num_recycled, vocab_size]
+  const int64_t* token_ids;  // [num_seqs, num_recycled], checked to lie within the vocabulary
+  const int64_t* seed;       // [num_seqs]
+  const int64_t* offset;     // [num_seqs], of the first recycled token
+  int64_t num_seqs, num_recycled, vocab_size;
+  int64_t target_stride, target_row_stride, recycled_stride, recycled_row_stride, token_ids_stride;
+  DType dtype;  // of both probabilities
 };
 
 // Keys or values of a cache, [num_blocks, block_size, num_kv_heads, head_dim] with any strides but 1 in the last

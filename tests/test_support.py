@@ -31,7 +31,9 @@ def test_benchmark_cases_are_supported() -> None:
         assert tk.supports(case.operator, backend="cpu", device="cpu", dtype=case.dtype, **case.params)
 
 
-@pytest.mark.parametrize("op", [op for op in operators() if op not in ("copy_blocks", "swap_blocks")])
+@pytest.mark.parametrize(
+    "op", [op for op in operators() if op not in ("copy_blocks", "swap_blocks", "verify_recycled")]
+)
 def test_float64_is_refused(op: str) -> None:
     support = tk.supports(op, backend="cpu", device="cpu", dtype=torch.float64)
     assert not support

@@ -21,17 +21,44 @@ struct DensePanels : DenseTiles {
   }
 };
 
+// A weight that is not packed: 16 of its rows are turned into columns.
+template <class W>
+struct RowMajorPanels : DenseTiles {
+  const W* weight;  // [out_features, in_features]
+  int64_t stride, out_features;
+
+  const float* operator()(int64_t panel, int64_t k, int64_t count, float* scratch) const {
+    for (int64_t column = 0; column < kPanel; ++column) {
+      const int64_t n = min(panel * kPanel + column, out_features - 1);  // those that fill up are never looked at
+      const W* row = weight + n * stride + k;
+      for (int64_t i = 0; i < count; i += kLanes) {
+        const F32x8 values = load_up_to(row + i, count - i);
+        for (int64_t lane = 0; lane < min<int64_t>(count - i, kLanes); ++lane)
+          scratch[(i + lane) * kPanel + column] = values[lane];
+      }
+    }
+    return scratch;
+  }
+};
+
 }  // namespace
 
-void dense_matmul(const DenseMatmulParams& p, int num_threads) {
-  with_float_type(p.dtype, [&]<class T>(Type<T>) {
-    with_float_type(p.weight_dtype, [&]<class W>(Type<W>) {
-      const DensePanels<W> unpack{{}, static_cast<const W*>(p.weight), p.in_features};
-      panel_matmul(static_cast<const T*>(p.input), p.input_stride, p.num_rows, p.in_features, nullptr,
-                   static_cast<T*>(p.out), p.out_stride, p.bias, p.out_features,
-                   p.in_features * kPanel * static_cast<int64_t>(sizeof(W)), unpack, num_threads);
-    });
+void multiply_dense(const DenseMatmulParams& p, const PanelSink& sink, int num_threads) {
+  with_float_type(p.weight_dtype, [&]<class W>(Type<W>) {
+    const auto* weight = static_cast<const W*>(p.weight);
+    const int64_t panel_bytes = p.in_features * kPanel * static_cast<int64_t>(sizeof(W));
+    if (p.weight_stride) {
+      const RowMajorPanels<W> unpack{{}, weight, p.weight_stride, p.out_features};
+      panel_matmul(p, p.in_features, nullptr, panel_bytes, unpack, sink, num_threads);
+    } else {
+      const DensePanels<W> unpack{{}, weight, p.in_features};
+      panel_matmul(p, p.in_features, nullptr, panel_bytes, unpack, sink, num_threads);
+    }
   });
+}
+
+void dense_matmul(const DenseMatmulParams& p, int num_threads) {
+  multiply_dense(p, store_sink(p), num_threads);
 }
 
 }  // namespace teco::cpu::TECO_ISA

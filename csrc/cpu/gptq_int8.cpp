@@ -11,10 +11,8 @@
 // streams from memory, as one stream leaves a third of the bandwidth unused. More rows: bound by the multiply units; a
 // panel is read from memory once and from L1 or L2 for every further tile of rows. Per 32 inputs, a row and a vector of
 // columns cost 8 dot products (with AVX2 a multiplication and an addition each, and one widening) and one fma.
-#include "cpu/gptq_int8.h"
-
 #include "cpu/int8_rows.h"
-#include "cpu/panel_matmul.h"
+#include "cpu/matmul.h"
 
 namespace teco::cpu::TECO_ISA {
 namespace {
@@ -146,9 +144,9 @@ inline void multiply_tile_of(int64_t num_rows, const uint8_t* const* panels, con
 }
 
 // All rows of a tile by panels [begin, end), in S streams: each walks panels of its own.
-template <int kBits, bool kMinimum, int S, int R, class T>
-void multiply_streams(const GptqMatmulParams& p, const GptqLayout& layout, const QuantisedRows& rows, T* out,
-                      int64_t begin, int64_t end) {
+template <int kBits, bool kMinimum, int S, int R>
+void multiply_streams(const GptqLayout& layout, const QuantisedRows& rows, const PanelSink& sink, int64_t begin,
+                      int64_t end) {
   alignas(64) float acc[S * R * kPanel];
   const int64_t step = ceil_div<int64_t>(end - begin, S);
   for (int64_t first = begin; first < begin + step; ++first) {
@@ -161,29 +159,27 @@ void multiply_streams(const GptqMatmulParams& p, const GptqLayout& layout, const
       for (int s = 0; s < active; ++s)
         multiply_tile_of<kBits, kMinimum, 1, R>(rows.count, panels + s, layout, rows, 0, acc + s * rows.count * kPanel);
     }
-    for (int s = 0; s < active; ++s)
-      store_panel(out, p.out_stride, rows.count, acc + s * rows.count * kPanel, first + s * step, p.bias,
-                  p.out_features);
+    for (int s = 0; s < active; ++s) sink(rows.first, rows.count, acc + s * rows.count * kPanel, first + s * step);
   }
 }
 
 // All rows by panels [begin, end), tile after tile.
-template <int kBits, bool kMinimum, class T>
-void multiply_panels_by_tiles(const GptqMatmulParams& p, const GptqLayout& layout, const QuantisedRows& rows, T* out,
-                              int64_t begin, int64_t end) {
+template <int kBits, bool kMinimum>
+void multiply_panels_by_tiles(const GptqLayout& layout, const QuantisedRows& rows, const PanelSink& sink, int64_t begin,
+                              int64_t end) {
   alignas(64) float acc[kTileRows * kPanel];
   for (int64_t panel = begin; panel < end; ++panel) {
     const uint8_t* weights = layout.group(panel, 0);
     for (int64_t row = 0; row < rows.count; row += kTileRows) {
       const int64_t count = rows.tile_rows(row);
       multiply_tile_of<kBits, kMinimum, 1, kTileRows>(count, &weights, layout, rows, row, acc);
-      store_panel(out + row * p.out_stride, p.out_stride, count, acc, panel, p.bias, p.out_features);
+      sink(rows.first + row, count, acc, panel);
     }
   }
 }
 
-template <int kBits, bool kMinimum, class T>
-void multiply(const GptqMatmulParams& p, const QuantisedRows& rows, T* out, int num_threads) {
+template <int kBits, bool kMinimum>
+void multiply(const GptqMatmulParams& p, const QuantisedRows& rows, const PanelSink& sink, int num_threads) {
   const GptqLayout layout(p);
   const int64_t num_panels = ceil_div<int64_t>(p.out_features, kPanel);
   const int64_t task_bytes = kStreams * layout.panel_bytes() * rows.count;
@@ -191,29 +187,24 @@ void multiply(const GptqMatmulParams& p, const QuantisedRows& rows, T* out, int 
                [&](int64_t first, int64_t last) {
                  const int64_t begin = first * kStreams, end = min(last * kStreams, num_panels);
                  if (rows.count <= 2) {
-                   multiply_streams<kBits, kMinimum, kStreams, 2>(p, layout, rows, out, begin, end);
+                   multiply_streams<kBits, kMinimum, kStreams, 2>(layout, rows, sink, begin, end);
                  } else if (rows.count <= 4) {
-                   multiply_streams<kBits, kMinimum, kStreams / 2, 4>(p, layout, rows, out, begin, end);
+                   multiply_streams<kBits, kMinimum, kStreams / 2, 4>(layout, rows, sink, begin, end);
                  } else {
-                   multiply_panels_by_tiles<kBits, kMinimum>(p, layout, rows, out, begin, end);
+                   multiply_panels_by_tiles<kBits, kMinimum>(layout, rows, sink, begin, end);
                  }
                });
 }
 
 }  // namespace
 
-void gptq_matmul_int8(const GptqMatmulParams& p, int num_threads) {
-  with_float_type(p.dtype, [&]<class T>(Type<T>) {
-    for (int64_t row = 0; row < p.num_rows; row += kScratchRows) {
-      const int64_t count = min(p.num_rows - row, kScratchRows);
-      const QuantisedRows rows =
-          quantise_rows(p, static_cast<const T*>(p.input) + row * p.input_stride, count, num_threads);
-      T* out = static_cast<T*>(p.out) + row * p.out_stride;
-      with_format(p, [&]<int kBits, bool kMinimum>(Format<kBits, kMinimum>) {
-        multiply<kBits, kMinimum>(p, rows, out, num_threads);
-      });
-    }
-  });
+void multiply_gptq_int8(const GptqMatmulParams& p, const PanelSink& sink, int num_threads) {
+  for (int64_t row = 0; row < p.num_rows; row += kScratchRows) {
+    const QuantisedRows rows = quantise_rows(p, row, min(p.num_rows - row, kScratchRows), num_threads);
+    with_format(p, [&]<int kBits, bool kMinimum>(Format<kBits, kMinimum>) {
+      multiply<kBits, kMinimum>(p, rows, sink, num_threads);
+    });
+  }
 }
 
 }  // namespace teco::cpu::TECO_ISA

@@ -2,7 +2,6 @@
 // code - zero at most 9, so scale * (code - zero) is exact in fp32, and scale * code + minimum is rounded once. The
 // result is, bit for bit, that of dense_matmul on the dequantised weight (in packed order). The int8 mode is in
 // gptq_int8.cpp.
-#include "cpu/gptq_int8.h"
 #include "cpu/gptq_layout.h"
 #include "cpu/panel_matmul.h"
 
@@ -35,26 +34,18 @@ struct GptqPanels : DenseTiles {
   }
 };
 
-template <int kBits, bool kMinimum>
-void gptq_matmul_exact(const GptqMatmulParams& p, int num_threads) {
-  const GptqPanels<kBits, kMinimum> unpack{{}, GptqLayout(p)};
-  with_float_type(p.dtype, [&]<class T>(Type<T>) {
-    panel_matmul(static_cast<const T*>(p.input), p.input_stride, p.num_rows, unpack.layout.packed_size(), p.input_order,
-                 static_cast<T*>(p.out), p.out_stride, p.bias, p.out_features, unpack.layout.panel_bytes(), unpack,
-                 num_threads);
+}  // namespace
+
+void multiply_gptq(const GptqMatmulParams& p, const PanelSink& sink, int num_threads) {
+  if (p.int8_activation) return multiply_gptq_int8(p, sink, num_threads);
+  with_format(p, [&]<int kBits, bool kMinimum>(Format<kBits, kMinimum>) {
+    const GptqPanels<kBits, kMinimum> unpack{{}, GptqLayout(p)};
+    panel_matmul(p, unpack.layout.packed_size(), p.input_order, unpack.layout.panel_bytes(), unpack, sink, num_threads);
   });
 }
 
-}  // namespace
-
 void gptq_matmul(const GptqMatmulParams& p, int num_threads) {
-  if (p.int8_activation) {
-    gptq_matmul_int8(p, num_threads);
-  } else {
-    with_format(p, [&]<int kBits, bool kMinimum>(Format<kBits, kMinimum>) {
-      gptq_matmul_exact<kBits, kMinimum>(p, num_threads);
-    });
-  }
+  multiply_gptq(p, store_sink(p), num_threads);
 }
 
 }  // namespace teco::cpu::TECO_ISA

@@ -19,7 +19,8 @@ constexpr float kTiny = 1e-30f;                    // a block whose inputs are a
 struct QuantisedRows {
   int8_t* codes;
   float* scales;
-  float* sums;  // scale * code, summed over a group
+  float* sums;    // scale * code, summed over a group
+  int64_t first;  // the first one's number among the rows of the matmul
   int64_t count, num_blocks, num_groups;
 
   int64_t tile_rows(int64_t row) const { return min<int64_t>(count - row / kTileRows * kTileRows, kTileRows); }
@@ -93,18 +94,25 @@ void quantise_row(const GptqMatmulParams& p, const T* input, const QuantisedRows
   }
 }
 
-// In scratch memory of the calling thread.
-template <class T>
-QuantisedRows quantise_rows(const GptqMatmulParams& p, const T* input, int64_t num_rows, int num_threads) {
+// `num_rows` rows from the first on, in scratch memory of the calling thread.
+inline QuantisedRows quantise_rows(const GptqMatmulParams& p, int64_t first, int64_t num_rows, int num_threads) {
   const GptqLayout layout(p);
   const int64_t num_blocks = layout.num_blocks(), size = layout.packed_size();
   const int64_t row_floats = num_blocks + p.num_groups;
   auto* memory = static_cast<float*>(thread_scratch(Scratch::kShared, num_rows * (row_floats * sizeof(float) + size)));
   float *scales = memory, *sums = scales + num_rows * num_blocks;
-  const QuantisedRows rows{
-      reinterpret_cast<int8_t*>(sums + num_rows * p.num_groups), scales, sums, num_rows, num_blocks, p.num_groups};
-  parallel_for(num_rows, task_grain(size * sizeof(T)), num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) quantise_row(p, input + row * p.input_stride, rows, row);
+  const QuantisedRows rows{reinterpret_cast<int8_t*>(sums + num_rows * p.num_groups),
+                           scales,
+                           sums,
+                           first,
+                           num_rows,
+                           num_blocks,
+                           p.num_groups};
+  with_float_type(p.dtype, [&]<class T>(Type<T>) {
+    const T* input = static_cast<const T*>(p.input) + first * p.input_stride;
+    parallel_for(num_rows, task_grain(size * sizeof(T)), num_threads, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) quantise_row(p, input + row * p.input_stride, rows, row);
+    });
   });
   return rows;
 }

@@ -19,6 +19,12 @@ struct KernelTable {
   void (*copy_blocks)(const CopyBlocksParams&, int num_threads);
   void (*paged_attention)(const PagedAttentionParams&, int num_threads);
   void (*merge_attention_states)(const MergeAttentionStatesParams&, int num_threads);
+  void (*recycle_project)(const RecycleProjectParams&, int num_threads);
+  void (*gptq_recycle_project)(const GptqRecycleProjectParams&, int num_threads);
+  void (*lm_head_argmax)(const LmHeadArgmaxParams&, int num_threads);
+  void (*gptq_lm_head_argmax)(const GptqLmHeadArgmaxParams&, int num_threads);
+  void (*verify_recycled)(const VerifyRecycledParams&, int num_threads);
+  void (*verify_recycled_sampled)(const VerifyRecycledSampledParams&, int num_threads);
 
   // Probes, which are no operators of a model: see ceilings.cpp. The last two return the operations they have done.
   void (*read_probe)(const ReadProbeParams&, int num_threads);

@@ -10,20 +10,17 @@
 // a panel is unpacked into L1 once and used by all rows of a block.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/matmul.h"
 
 namespace teco::cpu::TECO_ISA {
 
-constexpr int kPanel = 16;             // columns
-constexpr int kPanelVectors = 2;       // vectors of 8 lanes that make up a panel
-constexpr int64_t kSlice = 256;        // inputs unpacked at a time: 16 KB of L1
-constexpr int64_t kRowBlock = 192;     // rows whose slice of inputs stays in L2
-constexpr int64_t kScratchRows = 512;  // rows converted at a time, so that scratch memory is bounded
+constexpr int64_t kSlice = 256;     // inputs unpacked at a time: 16 KB of L1
+constexpr int64_t kRowBlock = 192;  // rows whose slice of inputs stays in L2
 
-// Rows of fp32 activations.
+// Rows of fp32 activations; `first` is the first one's number among the rows of the matmul.
 struct FloatRows {
   const float* data;
-  int64_t count, stride;
+  int64_t first, count, stride;
 };
 
 // R rows by P panels over `count` inputs; continues the chains in acc[panel][row][16].
@@ -65,39 +62,12 @@ struct DenseTiles {
 template <class Slice>
 using FmaTile = void (*)(const Slice*, const float*, int64_t, int64_t, float*, int64_t);
 
-// Writes one row of one panel: adds the bias, converts, leaves out the columns that only fill up the panel.
-template <class T>
-inline void store_panel_row(T* out, const float* acc, const float* bias, int64_t num_columns) {
-  for (int v = 0; v < kPanelVectors; ++v) {
-    const int64_t columns = min<int64_t>(num_columns - v * kLanes, kLanes);
-    if (columns <= 0) return;
-    F32x8 sum = load(acc + v * kLanes);
-    if (columns == kLanes) {
-      if (bias) sum += load(bias + v * kLanes);
-      store(out + v * kLanes, sum);
-    } else {
-      if (bias) sum += load_partial(bias + v * kLanes, columns);
-      store_partial(out + v * kLanes, sum, columns);
-    }
-  }
-}
-
-// Rows of one panel, acc[count][16], to where the first of them begins in `out`.
-template <class T>
-inline void store_panel(T* out, int64_t out_stride, int64_t count, const float* acc, int64_t panel, const float* bias,
-                        int64_t out_features) {
-  const int64_t column = panel * kPanel;
-  for (int64_t r = 0; r < count; ++r)
-    store_panel_row(out + r * out_stride + column, acc + r * kPanel, bias ? bias + column : nullptr,
-                    out_features - column);
-}
-
 // All rows by panels [begin, end), P panels at a time. `unpack(panel, k, count, scratch)` returns the slice of the
 // panel's inputs k, k + 1, ..., k + count - 1: in `scratch` ([count][16] fp32), or where it lies already. k is a
 // multiple of 32.
-template <int P, class T, class Unpack>
-void multiply_panels(const FloatRows& input, int64_t in_features, T* out, int64_t out_stride, const float* bias,
-                     int64_t out_features, const Unpack& unpack, int64_t begin, int64_t end) {
+template <int P, class Unpack>
+void multiply_panels(const FloatRows& input, int64_t in_features, const PanelSink& sink, const Unpack& unpack,
+                     int64_t begin, int64_t end) {
   using Slice = typename Unpack::Slice;
   constexpr int tile_rows = P == 1 ? Unpack::kTileRows : 8 / (2 * P);
   static constexpr FmaTile<Slice> kTiles[] = {Unpack::template kTile<1, P>,
@@ -127,18 +97,19 @@ void multiply_panels(const FloatRows& input, int64_t in_features, T* out, int64_
                                                         input.stride, count, acc + r * kPanel, rows * kPanel);
       }
       for (int s = 0; s < P && begin + i + s * step < end; ++s)
-        store_panel(out + row0 * out_stride, out_stride, rows, acc + s * rows * kPanel, panel[s], bias, out_features);
+        sink(input.first + row0, rows, acc + s * rows * kPanel, panel[s]);
     }
   }
 }
 
-// The activations as fp32 rows in packed order: where they lie when they already are that, else in scratch memory.
-// order: input at each packed place, -1 for padding; null for the identity.
+// `num_rows` rows of `input` from the first on, as fp32 in packed order: where they lie when they already are that,
+// else in scratch memory. order: input at each packed place, -1 for padding; null for the identity.
 template <class T>
-FloatRows float_rows(const T* input, int64_t stride, int64_t num_rows, int64_t size, const int32_t* order,
-                     int num_threads) {
+FloatRows float_rows(const T* input, int64_t stride, int64_t first, int64_t num_rows, int64_t size,
+                     const int32_t* order, int num_threads) {
+  input += first * stride;
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (!order) return {input, num_rows, stride};
+    if (!order) return {input, first, num_rows, stride};
   }
   const int64_t padded = ceil_div<int64_t>(size, kLanes) * kLanes;
   auto* rows = static_cast<float*>(thread_scratch(Scratch::kShared, num_rows * padded * sizeof(float)));
@@ -153,26 +124,27 @@ FloatRows float_rows(const T* input, int64_t stride, int64_t num_rows, int64_t s
       }
     }
   });
-  return {rows, num_rows, padded};
+  return {rows, first, num_rows, padded};
 }
 
 // The whole product. packed_size: inputs in packed order, padding included; panel_bytes: of packed weights.
-template <class T, class Unpack>
-void panel_matmul(const T* input, int64_t input_stride, int64_t num_rows, int64_t packed_size, const int32_t* order,
-                  T* out, int64_t out_stride, const float* bias, int64_t out_features, int64_t panel_bytes,
-                  const Unpack& unpack, int num_threads) {
-  const int64_t num_panels = ceil_div<int64_t>(out_features, kPanel);
-  for (int64_t row = 0; row < num_rows; row += kScratchRows) {
-    const int64_t count = min(num_rows - row, kScratchRows);
-    const FloatRows rows = float_rows(input + row * input_stride, input_stride, count, packed_size, order, num_threads);
-    T* first = out + row * out_stride;
+template <class Params, class Unpack>
+void panel_matmul(const Params& p, int64_t packed_size, const int32_t* order, int64_t panel_bytes, const Unpack& unpack,
+                  const PanelSink& sink, int num_threads) {
+  const int64_t num_panels = ceil_div<int64_t>(p.out_features, kPanel);
+  for (int64_t row = 0; row < p.num_rows; row += kScratchRows) {
+    const int64_t count = min(p.num_rows - row, kScratchRows);
+    FloatRows rows{};
+    with_float_type(p.dtype, [&]<class T>(Type<T>) {
+      rows = float_rows(static_cast<const T*>(p.input), p.input_stride, row, count, packed_size, order, num_threads);
+    });
     parallel_for(num_panels, task_grain(panel_bytes * count), num_threads, [&](int64_t begin, int64_t end) {
       if (count == 1) {
-        multiply_panels<4>(rows, packed_size, first, out_stride, bias, out_features, unpack, begin, end);
+        multiply_panels<4>(rows, packed_size, sink, unpack, begin, end);
       } else if (count == 2) {
-        multiply_panels<2>(rows, packed_size, first, out_stride, bias, out_features, unpack, begin, end);
+        multiply_panels<2>(rows, packed_size, sink, unpack, begin, end);
       } else {
-        multiply_panels<1>(rows, packed_size, first, out_stride, bias, out_features, unpack, begin, end);
+        multiply_panels<1>(rows, packed_size, sink, unpack, begin, end);
       }
     });
   }

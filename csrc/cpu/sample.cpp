@@ -8,13 +8,10 @@
 // Weights are integers, in units of 2^-40 of the largest: their sums are exact, hence the same in any order, and a
 // token is drawn by integer arithmetic alone. A token below half a unit is never drawn; over a whole vocabulary that is
 // less than the rounding of fp32 probabilities.
-#include "cpu/vec.h"
+#include "cpu/random.h"
 
 namespace teco::cpu::TECO_ISA {
 namespace {
-
-typedef double F64x4 __attribute__((vector_size(32)));
-typedef uint64_t U64x4 __attribute__((vector_size(32)));
 
 // Tokens at most this many nats (divided by temperature) below the maximum are looked at first by top-k and top-p;
 // twice as many when those do not suffice. At 32 every token that has a weight is among them.
@@ -44,7 +41,7 @@ struct Row {
 // Weights of eight tokens, and how far they lie below the maximum.
 struct Weights {
   F32x8 below;  // (x - max) / temperature, <= 0
-  U64x4 low, high;
+  UnitWeights units;
 };
 
 struct Collected {
@@ -52,16 +49,6 @@ struct Collected {
   uint64_t weight;  // of the candidates
   int64_t count;
 };
-
-inline int lane_bits(I32x8 mask) {
-#if defined(TECO_ISA_AVX2)
-  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask));
-#else
-  int bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= (mask[i] & 1) << i;
-  return bits;
-#endif
-}
 
 // Eight logits from i on; past the end of the row there is nothing to draw.
 template <class T>
@@ -93,25 +80,12 @@ int64_t first_equal(const T* logits, int64_t size, float value) {
   return i - kLanes + __builtin_ctz(found);
 }
 
-// Adding 2^52 leaves the rounded integer in the low mantissa bits.
-inline U64x4 to_units(F32x4 weight) {
-  const double shift = 0x1p52;
-  const F64x4 shifted = __builtin_convertvector(weight, F64x4) * 0x1p40 + shift;
-  return reinterpret_cast<U64x4>(shifted) - bit_cast<uint64_t>(shift);
-}
-
 template <class T>
 inline Weights weigh(const Row<T>& row, int64_t i) {
   const F32x8 below = (load_logits(row.logits, i, row.size) - splat(row.max)) / splat(row.temperature);
   F32x8 weight = exp(below);
   weight = weight < splat(row.min_p) ? splat(0.f) : weight;
-  return {below, to_units(__builtin_shufflevector(weight, weight, 0, 1, 2, 3)),
-          to_units(__builtin_shufflevector(weight, weight, 4, 5, 6, 7))};
-}
-
-inline uint32_t ordered_key(float logit) {
-  const uint32_t bits = bit_cast<uint32_t>(logit + 0.f);  // -0 is +0
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return {below, UnitWeights(weight)};
 }
 
 // Sums the row's weights and gathers, in order of id, the tokens at most `depth` below the maximum that have one.
@@ -121,12 +95,12 @@ Collected collect(const Row<T>& row, float depth, Candidate* candidates) {
   int64_t count = 0;
   for (int64_t i = 0; i < row.size; i += kLanes) {
     const Weights weights = weigh(row, i);
-    total += weights.low + weights.high;
+    total += weights.units.low + weights.units.high;
     int near = lane_bits(weights.below >= splat(-depth));
     if (!near) continue;
     uint64_t weight[kLanes];
-    store_bits(weight, weights.low);
-    store_bits(weight + 4, weights.high);
+    store_bits(weight, weights.units.low);
+    store_bits(weight + 4, weights.units.high);
     const F32x8 logits = load_logits(row.logits, i, row.size);
     for (; near; near &= near - 1) {
       const int lane = __builtin_ctz(near);
@@ -176,51 +150,10 @@ inline uint64_t scaled(uint64_t total, float top_p) {
   return static_cast<uint64_t>(__builtin_ceil(static_cast<double>(total) * static_cast<double>(top_p)));
 }
 
-// Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) of counter (offset, 0) under
-// the key `seed`; the first two of its four words.
-uint64_t random_bits(uint64_t seed, uint64_t offset) {
-  uint32_t c0 = static_cast<uint32_t>(offset), c1 = static_cast<uint32_t>(offset >> 32), c2 = 0, c3 = 0;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = uint64_t{0xd2511f53u} * c0, b = uint64_t{0xcd9e8d57u} * c2;
-    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(b);
-    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(a);
-    k0 += 0x9e3779b9u;
-    k1 += 0xbb67ae85u;
-  }
-  return uint64_t{c1} << 32 | c0;
-}
-
-// A uniform integer below `total`.
-inline uint64_t draw_below(uint64_t total, uint64_t bits) {
-  return static_cast<uint64_t>(static_cast<unsigned __int128>(total) * bits >> 64);
-}
-
 // The token whose share of the summed weights, in order of id, holds `point`.
 int64_t draw_candidate(const Candidate* candidates, uint64_t point) {
   while (point >= candidates->weight) point -= candidates++->weight;
   return candidates->id;
-}
-
-template <class T>
-int64_t draw_token(const Row<T>& row, uint64_t point) {
-  for (int64_t i = 0;; i += kLanes) {
-    const Weights weights = weigh(row, i);
-    const U64x4 pairs = weights.low + weights.high;
-    const uint64_t sum = (pairs[0] + pairs[1]) + (pairs[2] + pairs[3]);
-    if (point >= sum) {
-      point -= sum;
-      continue;
-    }
-    uint64_t weight[kLanes];
-    store_bits(weight, weights.low);
-    store_bits(weight + 4, weights.high);
-    int lane = 0;
-    while (point >= weight[lane]) point -= weight[lane++];
-    return i + lane;
-  }
 }
 
 template <class T>
@@ -231,12 +164,12 @@ int64_t sample_row(const SampleParams& p, int64_t r) {
   if (p.temperature[r] == 0) return first_equal(logits, p.vocab_size, max);
 
   const Row<T> row = {logits, p.vocab_size, max, p.temperature[r], p.min_p[r]};
-  const uint64_t bits = random_bits(static_cast<uint64_t>(p.seed[r]), static_cast<uint64_t>(p.offset[r]));
+  const uint64_t bits = random_bits(static_cast<uint64_t>(p.seed[r]), static_cast<uint64_t>(p.offset[r]), 0).low;
   const int64_t top_k = p.top_k[r];
   const float top_p = p.top_p[r];
   if (top_k <= 0 && top_p >= 1) {
     const Collected all = collect(row, kNoDepth, nullptr);
-    return draw_token(row, draw_below(all.total, bits));
+    return token_at(draw_below(all.total, bits), [&](int64_t i) { return weigh(row, i).units; });
   }
 
   const size_t scratch_bytes = static_cast<size_t>(p.vocab_size) * sizeof(Candidate);

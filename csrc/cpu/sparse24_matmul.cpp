@@ -78,13 +78,10 @@ struct Sparse24Panels {
 }  // namespace
 
 void sparse24_matmul(const Sparse24MatmulParams& p, int num_threads) {
-  with_float_type(p.dtype, [&]<class T>(Type<T>) {
-    with_float_type(p.value_dtype, [&]<class W>(Type<W>) {
-      const Sparse24Panels<W> unpack{static_cast<const W*>(p.values), p.indices, p.in_features};
-      panel_matmul(static_cast<const T*>(p.input), p.input_stride, p.num_rows, p.in_features, nullptr,
-                   static_cast<T*>(p.out), p.out_stride, p.bias, p.out_features,
-                   p.in_features / kSlots * kPanel * static_cast<int64_t>(sizeof(W)), unpack, num_threads);
-    });
+  with_float_type(p.value_dtype, [&]<class W>(Type<W>) {
+    const Sparse24Panels<W> unpack{static_cast<const W*>(p.values), p.indices, p.in_features};
+    const int64_t panel_bytes = p.in_features / kSlots * kPanel * static_cast<int64_t>(sizeof(W));
+    panel_matmul(p, p.in_features, nullptr, panel_bytes, unpack, store_sink(p), num_threads);
   });
 }
 

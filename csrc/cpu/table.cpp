@@ -16,6 +16,12 @@ void reshape_and_cache(const ReshapeAndCacheParams& p, int num_threads);
 void copy_blocks(const CopyBlocksParams& p, int num_threads);
 void paged_attention(const PagedAttentionParams& p, int num_threads);
 void merge_attention_states(const MergeAttentionStatesParams& p, int num_threads);
+void recycle_project(const RecycleProjectParams& p, int num_threads);
+void gptq_recycle_project(const GptqRecycleProjectParams& p, int num_threads);
+void lm_head_argmax(const LmHeadArgmaxParams& p, int num_threads);
+void gptq_lm_head_argmax(const GptqLmHeadArgmaxParams& p, int num_threads);
+void verify_recycled(const VerifyRecycledParams& p, int num_threads);
+void verify_recycled_sampled(const VerifyRecycledSampledParams& p, int num_threads);
 void read_probe(const ReadProbeParams& p, int num_threads);
 int64_t fma_probe(int64_t iterations, int num_threads);
 int64_t int8_probe(int64_t iterations, int num_threads);
@@ -35,6 +41,12 @@ const KernelTable table = {
     .copy_blocks = copy_blocks,
     .paged_attention = paged_attention,
     .merge_attention_states = merge_attention_states,
+    .recycle_project = recycle_project,
+    .gptq_recycle_project = gptq_recycle_project,
+    .lm_head_argmax = lm_head_argmax,
+    .gptq_lm_head_argmax = gptq_lm_head_argmax,
+    .verify_recycled = verify_recycled,
+    .verify_recycled_sampled = verify_recycled_sampled,
     .read_probe = read_probe,
     .fma_probe = fma_probe,
     .int8_probe = int8_probe,

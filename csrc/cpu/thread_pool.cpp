@@ -147,7 +147,7 @@ struct ScratchBuffer {
   size_t size = 0;
 };
 
-thread_local ScratchBuffer scratch[2];
+thread_local ScratchBuffer scratch[3];  // of each kind
 
 }  // namespace
 

@@ -13,9 +13,10 @@ namespace teco::cpu {
 void run_parallel(int64_t count, int64_t grain, int num_threads, void (*body)(void*, int64_t, int64_t), void* context);
 
 // Scratch memory of the calling thread, 64-byte aligned, valid until the thread's next request of the same kind.
-// kShared: asked for by the thread that calls run_parallel, read by all. kTask: asked for inside a body.
+// kShared: asked for by the thread that calls run_parallel, read by all. kTask: asked for inside a body. kCaller: for a
+// kernel that calls others, which ask for the first two.
 // Throws a runtime_error, in the form of ops/checks.h, when there is no memory.
-enum class Scratch : int { kShared, kTask };
+enum class Scratch : int { kShared, kTask, kCaller };
 void* thread_scratch(Scratch kind, size_t bytes);
 
 }  // namespace teco::cpu

@@ -221,6 +221,28 @@ inline float reduce_max(F32x8 v) {
   return m;
 }
 
+// Bit i: whether the comparison `mask` holds in lane i.
+inline int lane_bits(I32x8 mask) {
+#if defined(TECO_ISA_AVX2)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask));
+#else
+  int bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
+// Numbers in the order of their keys, which are integers.
+inline uint32_t ordered_key(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x + 0.f);  // -0 is +0
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// The number of a key.
+inline float from_ordered_key(uint32_t key) {
+  return bit_cast<float>(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
 // Combines all lanes; `fold` must be associative and commutative.
 template <class Fold>
 inline int32_t reduce(I32x8 v, Fold fold) {

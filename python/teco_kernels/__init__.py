@@ -15,8 +15,10 @@ from teco_kernels.ops import (
     embedding,
     fused_add_rms_norm,
     gptq_matmul,
+    lm_head_argmax,
     merge_attention_states,
     paged_attention,
+    recycle_project,
     reshape_and_cache,
     rms_norm,
     rotary_embedding,
@@ -25,6 +27,8 @@ from teco_kernels.ops import (
     sparse24_matmul,
     supports,
     swap_blocks,
+    verify_recycled,
+    verify_recycled_sampled,
 )
 
 if TYPE_CHECKING:
@@ -59,8 +63,10 @@ __all__ = [
     "fused_add_rms_norm",
     "gptq_matmul",
     "gptq_quantize",
+    "lm_head_argmax",
     "merge_attention_states",
     "paged_attention",
+    "recycle_project",
     "reshape_and_cache",
     "rms_norm",
     "rotary_embedding",
@@ -70,6 +76,8 @@ __all__ = [
     "sparsegpt_prune",
     "supports",
     "swap_blocks",
+    "verify_recycled",
+    "verify_recycled_sampled",
     "wanda_mask",
 ]
 

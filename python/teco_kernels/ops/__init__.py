@@ -10,10 +10,12 @@ from teco_kernels.ops.embeddings import embedding
 from teco_kernels.ops.gptq import GPTQWeight, gptq_matmul
 from teco_kernels.ops.norm import fused_add_rms_norm, rms_norm
 from teco_kernels.ops.plan import Plan
+from teco_kernels.ops.recycle import lm_head_argmax, recycle_project
 from teco_kernels.ops.rotary import rotary_embedding
 from teco_kernels.ops.sampling import sample
 from teco_kernels.ops.sparse24 import Sparse24Weight, sparse24_matmul
 from teco_kernels.ops.support import Support, supports
+from teco_kernels.ops.verify import verify_recycled, verify_recycled_sampled
 
 __all__ = [
     "DenseWeight",
@@ -26,8 +28,10 @@ __all__ = [
     "embedding",
     "fused_add_rms_norm",
     "gptq_matmul",
+    "lm_head_argmax",
     "merge_attention_states",
     "paged_attention",
+    "recycle_project",
     "reshape_and_cache",
     "rms_norm",
     "rotary_embedding",
@@ -36,4 +40,6 @@ __all__ = [
     "sparse24_matmul",
     "supports",
     "swap_blocks",
+    "verify_recycled",
+    "verify_recycled_sampled",
 ]

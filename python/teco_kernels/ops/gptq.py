@@ -373,13 +373,18 @@ def gptq_matmul(
         ``[..., out_features]``, dtype of `x`. A row's bits do not depend on the other rows. A NaN or infinity in a row
         of `x` makes that row's outputs NaN with "int8", and follows IEEE arithmetic with "exact".
     """
-    if activation not in ("exact", "int8"):
-        raise ValueError(f"activation: expected 'exact' or 'int8', got {activation!r}")
+    arguments = matmul_arguments(weight, activation)
     if out is None:
         out = x.new_empty((*x.shape[:-1], weight.out_features))
-    _gptq_matmul(
-        out,
-        x,
+    _gptq_matmul(out, x, *arguments)
+    return out
+
+
+def matmul_arguments(weight: GPTQWeight, activation: Activation) -> tuple[object, ...]:
+    """What the compiled operators that multiply take of a weight."""
+    if activation not in ("exact", "int8"):
+        raise ValueError(f"activation: expected 'exact' or 'int8', got {activation!r}")
+    return (
         weight.packed,
         weight.input_order,
         weight.bias,
@@ -389,7 +394,6 @@ def gptq_matmul(
         weight.has_minimum,
         activation == "int8",
     )
-    return out
 
 
 def gptq_matmul_reference(x: Tensor, weight: GPTQWeight, *, activation: Activation = "exact") -> Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from teco_kernels.ops._library import operator, register_fake_writing_only
+from teco_kernels.ops._per_row import per_row
 
 _sample = operator("sample")
 register_fake_writing_only("sample")
@@ -76,42 +76,14 @@ def sample(
     _sample(
         out,
         logits,
-        _per_row(temperature, "temperature", torch.float32, logits),
-        _per_row(top_k, "top_k", torch.int64, logits),
-        _per_row(top_p, "top_p", torch.float32, logits),
-        _per_row(min_p, "min_p", torch.float32, logits),
-        _per_row(seed, "seed", torch.int64, logits),
-        _per_row(offset, "offset", torch.int64, logits),
+        per_row(temperature, "sample", "temperature", torch.float32, logits),
+        per_row(top_k, "sample", "top_k", torch.int64, logits),
+        per_row(top_p, "sample", "top_p", torch.float32, logits),
+        per_row(min_p, "sample", "min_p", torch.float32, logits),
+        per_row(seed, "sample", "seed", torch.int64, logits),
+        per_row(offset, "sample", "offset", torch.int64, logits),
     )
     return out
-
-
-def _per_row(value: float | Sequence[float] | Tensor, name: str, dtype: torch.dtype, logits: Tensor) -> Tensor:
-    """The parameter as a tensor with one element per row."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point() and not dtype.is_floating_point:
-            raise TypeError(f"sample: {name}: expected integers, got dtype {value.dtype}")
-        return value.to(dtype).contiguous()
-    if isinstance(value, (int, float)):
-        _check_number(value, name, dtype)
-        return _repeated(value, logits.shape[0], dtype, logits.device)
-    for number in value:
-        _check_number(number, name, dtype)
-    return torch.tensor(value, dtype=dtype, device=logits.device)
-
-
-@lru_cache(maxsize=64)
-def _repeated(value: float, num_rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Kept, for a decode step asks for the same ones each time; only read."""
-    return torch.full((num_rows,), value, dtype=dtype, device=device)
-
-
-def _check_number(number: object, name: str, dtype: torch.dtype) -> None:
-    expected, types = ("a number", (int, float)) if dtype.is_floating_point else ("an integer", (int,))
-    if not isinstance(number, types):
-        raise TypeError(f"sample: {name}: expected {expected}, or one per row, got {number!r}")
-    if isinstance(number, int) and not -(2**63) <= number < 2**63:
-        raise ValueError(f"sample: {name}: expected a 64-bit number, got {number}")
 
 
 def sample_weights_reference(
@@ -156,13 +128,18 @@ def sample_reference(
     return (weights.cumsum(-1) <= points.unsqueeze(-1)).sum(-1)
 
 
-def philox_bits(seed: int, offset: int) -> int:
-    """The 64 random bits of ``(seed, offset)``: the first two words of Philox4x32-10, the first one low."""
+def philox(seed: int, offset: int, stream: int = 0) -> tuple[int, int]:
+    """Twice 64 random bits: the four words of Philox4x32-10, counter ``(offset, stream)``, the first one lowest."""
     mask = 0xFFFFFFFF
-    c0, c1, c2, c3 = offset & mask, offset >> 32 & mask, 0, 0
+    c0, c1, c2, c3 = offset & mask, offset >> 32 & mask, stream, 0
     k0, k1 = seed & mask, seed >> 32 & mask
     for _ in range(10):
         a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1, c2, c3 = b >> 32 ^ c1 ^ k0, b & mask, a >> 32 ^ c3 ^ k1, a & mask
         k0, k1 = k0 + 0x9E3779B9 & mask, k1 + 0xBB67AE85 & mask
-    return c1 << 32 | c0
+    return c1 << 32 | c0, c3 << 32 | c2
+
+
+def philox_bits(seed: int, offset: int) -> int:
+    """The 64 random bits that `sample` draws with."""
+    return philox(seed, offset)[0]

@@ -213,6 +213,18 @@ def _cache_problem(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
     return ""
 
 
+def _recycle_project(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
+    hidden_size = case.get("hidden_size", 0)
+    return _any_weight(dtype, {**case, "in_features": 2 * hidden_size, "out_features": hidden_size})
+
+
+def _any_weight(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
+    """Of operators that multiply by a weight of any kind: a quantised one when there are `bits`."""
+    if reason := _choice_problem(case, "weight", ("plain", "packed", "gptq")):
+        return reason
+    return (_gptq_matmul if "bits" in case else _dense_matmul)(dtype, case)
+
+
 def _any_dtype(dtype: torch.dtype, case: Mapping[str, Any]) -> str:
     return ""
 
@@ -230,6 +242,10 @@ _OPERATORS: dict[str, _Problem] = {
     "paged_attention": _paged_attention,
     "merge_attention_states": _dtype_problem,
     "reshape_and_cache": _cache_problem,
+    "recycle_project": _recycle_project,
+    "lm_head_argmax": _any_weight,
+    "verify_recycled": _any_dtype,
+    "verify_recycled_sampled": _sample,
     "copy_blocks": _any_dtype,
     "swap_blocks": _any_dtype,
 }

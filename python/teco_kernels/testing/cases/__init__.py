@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from teco_kernels.testing.case import Case
-from teco_kernels.testing.cases import activation, attention, cache, embedding, matmul, norm, rotary, sampling
+from teco_kernels.testing.cases import (
+    activation,
+    attention,
+    cache,
+    embedding,
+    matmul,
+    norm,
+    recycle,
+    rotary,
+    sampling,
+    verify,
+)
 
-FAMILIES = (embedding, norm, activation, matmul, rotary, cache, attention, sampling)
+FAMILIES = (embedding, norm, activation, matmul, rotary, cache, attention, sampling, recycle, verify)
 
 
 def all_cases() -> Iterator[Case]:
