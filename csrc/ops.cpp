@@ -78,10 +78,12 @@ STABLE_TORCH_LIBRARY(teco_kernels, m) {
       "merge_attention_states(Tensor(a!) out, Tensor(b!) lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
       "-> ()");
   m.def(
-      "recycle_project(Tensor(a!) out, Tensor hidden, Tensor token_ids, Tensor embedding, Tensor hidden_norm, "
+      "recycle_project(Tensor(a!) out, Tensor hidden, Tensor token_ids, Tensor embedding, "
+      "Tensor? embedding_order, int vocab_size, int embedding_bits, bool embedding_has_minimum, Tensor hidden_norm, "
       "Tensor embedding_norm, Tensor projection, Tensor? bias, int out_features, float eps) -> ()");
   m.def(
-      "recycle_project.gptq(Tensor(a!) out, Tensor hidden, Tensor token_ids, Tensor embedding, Tensor hidden_norm, "
+      "recycle_project.gptq(Tensor(a!) out, Tensor hidden, Tensor token_ids, Tensor embedding, "
+      "Tensor? embedding_order, int vocab_size, int embedding_bits, bool embedding_has_minimum, Tensor hidden_norm, "
       "Tensor embedding_norm, Tensor projection, Tensor? input_order, Tensor? bias, int in_features, "
       "int out_features, int bits, bool has_minimum, bool int8_activation, float eps) -> ()");
   m.def(

@@ -154,6 +154,7 @@ struct GptqEmbeddingParams {
 // num_rows).
 struct RecycleInputParams {
   EmbeddingParams embedding;
+  GptqEmbeddingParams packed_embedding;       // in its place, where it has a weight
   RmsNormParams embedding_norm, hidden_norm;  // of the embedding in place, of hidden
   int64_t vocab_size;
 };

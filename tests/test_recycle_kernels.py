@@ -75,6 +75,24 @@ def test_projection_has_the_bits_of_its_parts(kind: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_projection_of_a_packed_embedding(bits: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    embedding = a_weight(f"{bits}-bit" + " order" * (bits == 3), HIDDEN, VOCAB, generator)
+    assert isinstance(embedding, tk.GPTQWeight)
+    rows = embedding.dequantize().t().to(dtype).contiguous()
+    for kind in ("packed", "4-bit minimum"):
+        projection = a_weight(kind, 2 * HIDDEN, HIDDEN, generator)
+        for count in (1, 5, 530):
+            hidden, _, _, *norms = head_inputs(count, dtype, generator)
+            token_ids = torch.randint(VOCAB, (count,), generator=generator)
+            expected = tk.recycle_project(hidden, token_ids, rows, *norms, projection, 1e-5)
+            assert torch.equal(tk.recycle_project(hidden, token_ids, embedding, *norms, projection, 1e-5), expected)
+    with pytest.raises(ValueError, match=r"recycle_project: token_ids: expected 0 to 223 .*, got 224 at index 0"):
+        tk.recycle_project(hidden[:1], torch.tensor([224]), embedding, *norms, projection, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_argmax_has_the_bits_of_the_logits(kind: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)

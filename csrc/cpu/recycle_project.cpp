@@ -8,6 +8,7 @@
 namespace teco::cpu::TECO_ISA {
 
 void embedding(const EmbeddingParams& p, int num_threads);
+void gptq_embedding(const GptqEmbeddingParams& p, int num_threads);
 void rms_norm(const RmsNormParams& p, int num_threads);
 
 namespace {
@@ -22,27 +23,34 @@ void fill_with_nan(void* out, int64_t count, DType dtype) {
   });
 }
 
+// Embeddings of `count` tokens into the first `size` elements of so many rows. Replayed in a plan, a row may have no
+// token (kInvalidRow, of lm_head_argmax): its embedding is NaN.
+template <class Embedding>
+void embed(Embedding params, void (*gather)(const Embedding&, int), int64_t first, int64_t count, int64_t vocab_size,
+           int64_t size, char* rows, int64_t stride, int num_threads) {
+  int64_t token_ids[kScratchRows];
+  const int64_t* given = params.token_ids + first;
+  const auto is_token = [&](int64_t id) { return id >= 0 && id < vocab_size; };
+  for (int64_t r = 0; r < count; ++r) token_ids[r] = is_token(given[r]) ? given[r] : 0;
+  params.token_ids = token_ids;
+  params.num_tokens = count;
+  params.out = rows;
+  params.out_stride = stride;
+  gather(params, num_threads);
+  for (int64_t r = 0; r < count; ++r)
+    if (!is_token(given[r])) fill_with_nan(rows + r * stride * element_bytes(params.dtype), size, params.dtype);
+}
+
 // `count` rows from `first` on, [count][2 * hidden_size].
 void make_rows(const RecycleInputParams& p, int64_t first, int64_t count, char* rows, int num_threads) {
-  EmbeddingParams embedded = p.embedding;
-  const int64_t size = embedded.hidden_size, stride = 2 * size, bytes = element_bytes(embedded.dtype);
-  // Replayed in a plan, a row may have no token (kInvalidRow, of lm_head_argmax): it is NaN.
-  int64_t token_ids[kScratchRows];
-  const auto is_token = [&](int64_t id) { return id >= 0 && id < p.vocab_size; };
-  for (int64_t r = 0; r < count; ++r) {
-    const int64_t id = embedded.token_ids[first + r];
-    token_ids[r] = is_token(id) ? id : 0;
-  }
-  const int64_t* given = embedded.token_ids + first;
-  embedded.token_ids = token_ids;
-  embedded.num_tokens = count;
-  embedded.out = rows;
-  embedded.out_stride = stride;
-  embedding(embedded, num_threads);
-  for (int64_t r = 0; r < count; ++r)
-    if (!is_token(given[r])) fill_with_nan(rows + r * stride * bytes, size, embedded.dtype);
-
   RmsNormParams norm = p.embedding_norm;
+  const int64_t size = norm.hidden_size, stride = 2 * size, bytes = element_bytes(norm.dtype);
+  if (p.packed_embedding.weight) {
+    embed(p.packed_embedding, gptq_embedding, first, count, p.vocab_size, size, rows, stride, num_threads);
+  } else {
+    embed(p.embedding, embedding, first, count, p.vocab_size, size, rows, stride, num_threads);
+  }
+
   norm.input = norm.out = rows;
   norm.input_stride = norm.out_stride = stride;
   norm.num_rows = norm.inner_rows = count;

@@ -36,13 +36,15 @@ void paged_attention(Tensor out, std::optional<Tensor> lse, Tensor query, Tensor
                      std::optional<Tensor> value_scale, double scale, double soft_cap, int64_t sliding_window,
                      bool causal);
 void merge_attention_states(Tensor out, Tensor lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b);
-void recycle_project(Tensor out, Tensor hidden, Tensor token_ids, Tensor embedding, Tensor hidden_norm,
-                     Tensor embedding_norm, Tensor projection, std::optional<Tensor> bias, int64_t out_features,
-                     double eps);
-void gptq_recycle_project(Tensor out, Tensor hidden, Tensor token_ids, Tensor embedding, Tensor hidden_norm,
-                          Tensor embedding_norm, Tensor projection, std::optional<Tensor> input_order,
-                          std::optional<Tensor> bias, int64_t in_features, int64_t out_features, int64_t bits,
-                          bool has_minimum, bool int8_activation, double eps);
+void recycle_project(Tensor out, Tensor hidden, Tensor token_ids, Tensor embedding,
+                     std::optional<Tensor> embedding_order, int64_t vocab_size, int64_t embedding_bits,
+                     bool embedding_has_minimum, Tensor hidden_norm, Tensor embedding_norm, Tensor projection,
+                     std::optional<Tensor> bias, int64_t out_features, double eps);
+void gptq_recycle_project(Tensor out, Tensor hidden, Tensor token_ids, Tensor embedding,
+                          std::optional<Tensor> embedding_order, int64_t vocab_size, int64_t embedding_bits,
+                          bool embedding_has_minimum, Tensor hidden_norm, Tensor embedding_norm, Tensor projection,
+                          std::optional<Tensor> input_order, std::optional<Tensor> bias, int64_t in_features,
+                          int64_t out_features, int64_t bits, bool has_minimum, bool int8_activation, double eps);
 void lm_head_argmax(Tensor token_ids, Tensor logits, Tensor hidden, Tensor weight, std::optional<Tensor> bias,
                     int64_t out_features);
 void gptq_lm_head_argmax(Tensor token_ids, Tensor logits, Tensor hidden, Tensor weight,

@@ -1,6 +1,7 @@
 // The operators of the recycle head.
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "ops/gptq_weight.h"
 #include "ops/matmul_weight.h"
 #include "ops/ops.h"
 #include "ops/plan.h"
@@ -18,15 +19,23 @@ RmsNormParams norm_params(const Tensor& weight, const char* name, const Tensor& 
   return params;
 }
 
+// [vocab_size, hidden_size], or packed when it has bits.
+struct EmbeddingArgument {
+  const Tensor& weight;
+  const std::optional<Tensor>& order;
+  int64_t vocab_size, bits;
+  bool has_minimum;
+};
+
 // Checks all tensors, and enters what the projection has to do with them.
 template <class Matmul>
 RecycleInputParams recycle_input(Matmul& projection, const Tensor& out, const Tensor& hidden, const Tensor& token_ids,
-                                 const Tensor& embedding, const Tensor& hidden_norm, const Tensor& embedding_norm,
-                                 double eps) {
-  Size T{"T"}, H{"hidden_size"}, V{"vocab_size"}, N{"out_features", projection.out_features, "projection"};
+                                 const EmbeddingArgument& embedding, const Tensor& hidden_norm,
+                                 const Tensor& embedding_norm, double eps) {
+  Size T{"T"}, H{"hidden_size"}, V{"vocab_size", embedding.vocab_size, nullptr},
+      N{"out_features", projection.out_features, "projection"};
   Argument(hidden, "hidden").on_cpu().floating().shape({&T, &H}).unit_last_stride();
   Argument(token_ids, "token_ids").on_cpu().dtype(ScalarType::Long).shape({&T}).contiguous();
-  Argument(embedding, "embedding").on_cpu().floating().shape({&V, &H}).unit_last_stride();
   require(projection.in_features == 2 * H.value, "projection: expected 2 * hidden_size = ", 2 * H.value,
           " input features, got ", projection.in_features);
   require(eps >= 0, "eps: expected a value >= 0, got ", eps);
@@ -38,12 +47,27 @@ RecycleInputParams recycle_input(Matmul& projection, const Tensor& out, const Te
             ids[t], " at index ", t);
 
   RecycleInputParams params = {};
-  params.embedding.token_ids = ids;
-  params.embedding.weight = embedding.const_data_ptr();
-  params.embedding.hidden_size = H.value;
-  params.embedding.weight_stride = embedding.stride(0);
-  params.embedding.dtype = to_dtype(hidden.scalar_type(), "hidden");
-  params.embedding.weight_dtype = to_dtype(embedding.scalar_type(), "embedding");
+  const DType dtype = to_dtype(hidden.scalar_type(), "hidden");
+  if (embedding.bits) {
+    const PackedGptq packed = packed_gptq(embedding.weight, embedding.order, H.value, "elements in a row",
+                                          embedding.vocab_size, "vocab_size", embedding.bits);
+    params.packed_embedding.token_ids = ids;
+    params.packed_embedding.weight = packed.data;
+    params.packed_embedding.input_order = packed.input_order;
+    params.packed_embedding.num_groups = packed.num_groups;
+    params.packed_embedding.blocks_per_group = packed.blocks_per_group;
+    params.packed_embedding.bits = static_cast<int32_t>(embedding.bits);
+    params.packed_embedding.has_minimum = embedding.has_minimum;
+    params.packed_embedding.dtype = dtype;
+  } else {
+    Argument(embedding.weight, "embedding").on_cpu().floating().shape({&V, &H}).unit_last_stride();
+    params.embedding.token_ids = ids;
+    params.embedding.weight = embedding.weight.const_data_ptr();
+    params.embedding.hidden_size = H.value;
+    params.embedding.weight_stride = embedding.weight.stride(0);
+    params.embedding.dtype = dtype;
+    params.embedding.weight_dtype = to_dtype(embedding.weight.scalar_type(), "embedding");
+  }
   params.embedding_norm = norm_params(embedding_norm, "embedding_norm", hidden, H, eps);
   params.hidden_norm = norm_params(hidden_norm, "hidden_norm", hidden, H, eps);
   params.hidden_norm.input = hidden.const_data_ptr();
@@ -53,7 +77,7 @@ RecycleInputParams recycle_input(Matmul& projection, const Tensor& out, const Te
   projection.out = out.mutable_data_ptr();
   projection.out_stride = out.stride(0);
   projection.num_rows = T.value;
-  projection.dtype = params.embedding.dtype;
+  projection.dtype = dtype;
   return params;
 }
 
@@ -84,23 +108,27 @@ void check_no_nan(const ArgmaxParams& argmax, int64_t num_rows) {
 
 }  // namespace
 
-void recycle_project(Tensor out, Tensor hidden, Tensor token_ids, Tensor embedding, Tensor hidden_norm,
-                     Tensor embedding_norm, Tensor projection, std::optional<Tensor> bias, int64_t out_features,
-                     double eps) {
+void recycle_project(Tensor out, Tensor hidden, Tensor token_ids, Tensor embedding,
+                     std::optional<Tensor> embedding_order, int64_t vocab_size, int64_t embedding_bits,
+                     bool embedding_has_minimum, Tensor hidden_norm, Tensor embedding_norm, Tensor projection,
+                     std::optional<Tensor> bias, int64_t out_features, double eps) {
   DenseMatmulParams matmul = dense_weight(projection, "projection", bias, out_features);
-  const RecycleInputParams input =
-      recycle_input(matmul, out, hidden, token_ids, embedding, hidden_norm, embedding_norm, eps);
+  const RecycleInputParams input = recycle_input(
+      matmul, out, hidden, token_ids, {embedding, embedding_order, vocab_size, embedding_bits, embedding_has_minimum},
+      hidden_norm, embedding_norm, eps);
   if (out_features > 0) launch(cpu::kernels()->recycle_project, {input, matmul});
 }
 
-void gptq_recycle_project(Tensor out, Tensor hidden, Tensor token_ids, Tensor embedding, Tensor hidden_norm,
-                          Tensor embedding_norm, Tensor projection, std::optional<Tensor> input_order,
-                          std::optional<Tensor> bias, int64_t in_features, int64_t out_features, int64_t bits,
-                          bool has_minimum, bool int8_activation, double eps) {
+void gptq_recycle_project(Tensor out, Tensor hidden, Tensor token_ids, Tensor embedding,
+                          std::optional<Tensor> embedding_order, int64_t vocab_size, int64_t embedding_bits,
+                          bool embedding_has_minimum, Tensor hidden_norm, Tensor embedding_norm, Tensor projection,
+                          std::optional<Tensor> input_order, std::optional<Tensor> bias, int64_t in_features,
+                          int64_t out_features, int64_t bits, bool has_minimum, bool int8_activation, double eps) {
   GptqMatmulParams matmul =
       gptq_weight(projection, input_order, bias, in_features, out_features, bits, has_minimum, int8_activation);
-  const RecycleInputParams input =
-      recycle_input(matmul, out, hidden, token_ids, embedding, hidden_norm, embedding_norm, eps);
+  const RecycleInputParams input = recycle_input(
+      matmul, out, hidden, token_ids, {embedding, embedding_order, vocab_size, embedding_bits, embedding_has_minimum},
+      hidden_norm, embedding_norm, eps);
   launch(cpu::kernels()->gptq_recycle_project, {input, matmul});
 }
 

@@ -23,7 +23,7 @@ Weight = Tensor | DenseWeight | GPTQWeight
 def recycle_project(
     hidden: Tensor,
     token_ids: Tensor,
-    embedding: Tensor,
+    embedding: Tensor | GPTQWeight,
     hidden_norm: Tensor,
     embedding_norm: Tensor,
     projection: Weight,
@@ -40,8 +40,8 @@ def recycle_project(
         ``[T, hidden_size]``, fp32, fp16 or bf16: the model's last hidden states.
     token_ids : Tensor
         int64 ``[T]``: the tokens that came of them.
-    embedding : Tensor
-        ``[vocab_size, hidden_size]``, fp32, fp16 or bf16.
+    embedding : Tensor or GPTQWeight
+        ``[vocab_size, hidden_size]``, fp32, fp16 or bf16, or packed, as for `embedding`.
     hidden_norm, embedding_norm : Tensor
         ``[hidden_size]``, dtype of `hidden`: weights of the two norms.
     projection : Tensor, DenseWeight or GPTQWeight
@@ -73,7 +73,7 @@ def recycle_project(
     _check_weight(projection, "recycle_project: projection")
     if out is None:
         out = hidden.new_empty((*hidden.shape[:-1], _out_features(projection)))
-    inputs = (out, hidden, token_ids, embedding, hidden_norm, embedding_norm)
+    inputs = (out, hidden, token_ids, *_embedding_arguments(embedding), hidden_norm, embedding_norm)
     if isinstance(projection, GPTQWeight):
         _gptq_recycle_project(*inputs, *matmul_arguments(projection, activation), eps)
     else:
@@ -139,6 +139,17 @@ def _out_features(weight: Weight) -> int:
     return weight.shape[0] if isinstance(weight, Tensor) else weight.out_features
 
 
+def _embedding_arguments(embedding: Tensor | GPTQWeight) -> tuple[object, ...]:
+    if isinstance(embedding, GPTQWeight):
+        order, vocab_size = embedding.input_order, embedding.out_features
+        return embedding.packed, order, vocab_size, embedding.bits, embedding.has_minimum
+    if not isinstance(embedding, Tensor) or not embedding.dim():
+        raise TypeError(
+            f"recycle_project: embedding: expected a matrix or a GPTQWeight, got {type(embedding).__name__}"
+        )
+    return embedding, None, embedding.shape[0], 0, False
+
+
 def _dense_arguments(weight: Tensor | DenseWeight) -> tuple[object, ...]:
     if isinstance(weight, Tensor):
         return weight, None, weight.shape[0]
@@ -155,7 +166,7 @@ def _product_reference(x: Tensor, weight: Weight) -> Tensor:
 def recycle_project_reference(
     hidden: Tensor,
     token_ids: Tensor,
-    embedding: Tensor,
+    embedding: Tensor | GPTQWeight,
     hidden_norm: Tensor,
     embedding_norm: Tensor,
     projection: Weight,
@@ -165,7 +176,8 @@ def recycle_project_reference(
 ) -> Tensor:
     """float64 reference of `recycle_project`; "int8" is held against the unquantised product."""
     # As the operators round them: the embedding to the dtype of the hidden states.
-    embedded = rms_norm_reference(embedding.to(hidden.dtype)[token_ids], embedding_norm, eps)
+    rows = embedding.dequantize().t() if isinstance(embedding, GPTQWeight) else embedding
+    embedded = rms_norm_reference(rows[token_ids].to(hidden.dtype), embedding_norm, eps)
     return _product_reference(torch.cat((embedded, rms_norm_reference(hidden, hidden_norm, eps)), dim=-1), projection)
 
 

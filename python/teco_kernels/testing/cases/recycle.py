@@ -55,6 +55,13 @@ def _weight_bytes(kind: _Kind, in_features: int, out_features: int) -> int:
     )
 
 
+def _embedding(kind: _Kind, vocab_size: int, hidden_size: int, generator: torch.Generator) -> torch.Tensor | GPTQWeight:
+    """Quantised to 8 bits where the projection is quantised, else in the dtype of that."""
+    if kind["weight"] == "gptq":
+        return GPTQWeight.from_checkpoint(**random_checkpoint(hidden_size, vocab_size, 32, 8, generator))
+    return torch.randn(vocab_size, hidden_size, generator=generator).to(kind["weight_dtype"])
+
+
 def _project_inputs(
     tokens: int, vocab_size: int, hidden_size: int, dtype: torch.dtype, kind: _Kind, generator: torch.Generator
 ) -> Inputs:
@@ -64,7 +71,7 @@ def _project_inputs(
     return {
         "hidden": 5 * normal(tokens, hidden_size),
         "token_ids": torch.randint(vocab_size, (tokens,), generator=generator),
-        "embedding": normal(vocab_size, hidden_size).to(kind.get("weight_dtype", torch.float16)),
+        "embedding": _embedding(kind, vocab_size, hidden_size, generator),
         "hidden_norm": normal(hidden_size),
         "embedding_norm": normal(hidden_size),
         "projection": _weight(kind, 2 * hidden_size, hidden_size, generator)[0],
@@ -77,7 +84,8 @@ def _project_case(
     tokens: int, vocab_size: int, hidden_size: int, dtype: torch.dtype, kind: _Kind, benchmark: bool = False
 ) -> Case:
     int8 = kind.get("activation") == "int8"
-    rows = tokens * hidden_size * (2 * dtype.itemsize + kind.get("weight_dtype", torch.float16).itemsize)
+    embedding_bytes = kind["weight_dtype"].itemsize if kind["weight"] != "gptq" else 1.125
+    rows = int(tokens * hidden_size * (2 * dtype.itemsize + embedding_bytes))
     return Case(
         operator="recycle_project",
         params={"tokens": tokens, "vocab_size": vocab_size, "hidden_size": hidden_size, **kind},
