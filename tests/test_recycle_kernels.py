@@ -90,6 +90,8 @@ def test_projection_of_a_packed_embedding(bits: int, dtype: torch.dtype) -> None
             assert torch.equal(tk.recycle_project(hidden, token_ids, embedding, *norms, projection, 1e-5), expected)
     with pytest.raises(ValueError, match=r"recycle_project: token_ids: expected 0 to 223 .*, got 224 at index 0"):
         tk.recycle_project(hidden[:1], torch.tensor([224]), embedding, *norms, projection, 1e-5)
+    with pytest.raises(ValueError, match=r"recycle_project: embedding: expected rows of the 95 elements .*, got 96"):
+        tk.recycle_project(hidden[:1, :95], torch.tensor([0]), embedding, *norms, projection, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

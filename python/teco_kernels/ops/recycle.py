@@ -73,7 +73,7 @@ def recycle_project(
     _check_weight(projection, "recycle_project: projection")
     if out is None:
         out = hidden.new_empty((*hidden.shape[:-1], _out_features(projection)))
-    inputs = (out, hidden, token_ids, *_embedding_arguments(embedding), hidden_norm, embedding_norm)
+    inputs = (out, hidden, token_ids, *_embedding_arguments(embedding, hidden), hidden_norm, embedding_norm)
     if isinstance(projection, GPTQWeight):
         _gptq_recycle_project(*inputs, *matmul_arguments(projection, activation), eps)
     else:
@@ -139,8 +139,13 @@ def _out_features(weight: Weight) -> int:
     return weight.shape[0] if isinstance(weight, Tensor) else weight.out_features
 
 
-def _embedding_arguments(embedding: Tensor | GPTQWeight) -> tuple[object, ...]:
+def _embedding_arguments(embedding: Tensor | GPTQWeight, hidden: Tensor) -> tuple[object, ...]:
     if isinstance(embedding, GPTQWeight):
+        if hidden.shape[-1:] != (embedding.in_features,):
+            raise ValueError(
+                f"recycle_project: embedding: expected rows of the {hidden.shape[-1]} elements of hidden, "
+                f"got {embedding.in_features}"
+            )
         order, vocab_size = embedding.input_order, embedding.out_features
         return embedding.packed, order, vocab_size, embedding.bits, embedding.has_minimum
     if not isinstance(embedding, Tensor) or not embedding.dim():
