@@ -37,16 +37,18 @@ inline F32x8 add_bias(const float* sums, const float* bias, int64_t columns) {
 template <class T, class Params>
 void store_panel(const void* params, int64_t row, int64_t count, const float* sums, int64_t panel) {
   const Params& p = *static_cast<const Params*>(params);
-  for (int64_t r = 0; r < count; ++r)
+  const int64_t column = panel * kPanel, columns = p.out_features - column, stride = p.out_stride;
+  const float* bias = p.bias ? p.bias + column : nullptr;
+  T* out = static_cast<T*>(p.out) + row * stride + column;
+  for (int64_t r = 0; r < count; ++r, out += stride, sums += kPanel)
     for (int v = 0; v < kPanelVectors; ++v) {
-      const int64_t column = panel * kPanel + v * kLanes, columns = p.out_features - column;
-      if (columns <= 0) break;
-      const F32x8 sum = add_bias(sums + r * kPanel + v * kLanes, p.bias ? p.bias + column : nullptr, columns);
-      T* out = static_cast<T*>(p.out) + (row + r) * p.out_stride + column;
-      if (columns >= kLanes) {
-        store(out, sum);
+      const int64_t first = v * kLanes, left = columns - first;
+      if (left <= 0) break;
+      const F32x8 sum = add_bias(sums + first, bias ? bias + first : nullptr, left);
+      if (left >= kLanes) {
+        store(out + first, sum);
       } else {
-        store_partial(out, sum, columns);
+        store_partial(out + first, sum, left);
       }
     }
 }
