@@ -46,7 +46,7 @@ def recycle_project(
         ``[hidden_size]``, dtype of `hidden`: weights of the two norms.
     projection : Tensor, DenseWeight or GPTQWeight
         From 2 * hidden_size inputs, those of the embedding first. A plain tensor ``[out_features, 2 * hidden_size]`` is
-        read as it lies: slower than a packed one, with the same bits.
+        read as it lies: several times slower than a packed one, with the same bits.
     eps : float
         Of both norms.
     activation : {"exact", "int8"}
@@ -95,8 +95,8 @@ def lm_head_argmax(
     hidden : Tensor
         ``[T, hidden_size]``, fp32, fp16 or bf16, after the final norm.
     weight : Tensor, DenseWeight or GPTQWeight
-        The LM head, ``[V, hidden_size]`` as a plain tensor, which is read as it lies: slower than a packed one, with
-        the same bits. A bias counts.
+        The LM head, ``[V, hidden_size]`` as a plain tensor, which is read as it lies: several times slower than a
+        packed one, with the same bits. A bias counts.
     activation : {"exact", "int8"}
         As for `gptq_matmul`, with a `GPTQWeight`; the others are always exact.
     out : tuple of Tensor, optional
