@@ -156,7 +156,12 @@ def wikipedia_articles() -> list[str]:
 
 def calibration_text() -> str:
     """Four of five articles: what a quantizer or a training run may look at."""
-    return "\n\n".join(text for index, text in enumerate(wikipedia_articles()) if (index + 1) % _HELD_OUT_STRIDE)
+    return "\n\n".join(calibration_articles())
+
+
+def calibration_articles() -> list[str]:
+    """The articles of `calibration_text`."""
+    return [text for index, text in enumerate(wikipedia_articles()) if (index + 1) % _HELD_OUT_STRIDE]
 
 
 def held_out_text() -> str:

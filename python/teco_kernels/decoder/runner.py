@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from teco_kernels.decoder.batch import Batch, Span
 from teco_kernels.decoder.kv_cache import KVCache
 from teco_kernels.decoder.model import Buffers, Transformer
 from teco_kernels.ops import Plan
+
+#: See `Runner.observer`.
+Observer = Callable[[Sequence[Span], Tensor, Tensor], None]
 
 
 class Runner:
@@ -34,6 +37,9 @@ class Runner:
     ----------
     replayed : bool
         Whether the last step was replayed, rather than run eagerly or recorded.
+    observer : callable or None
+        Called after each step with its spans, the input of the LM head for each of their tokens ``[T, hidden_size]``
+        (the last hidden state after the final norm), and the logits that were wanted. Overwritten by the next step.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class Runner:
         self.model = model
         self.cache = cache
         self.replayed = False
+        self.observer: Observer | None = None
         self.buffers = Buffers.allocate(model.config, max(max_tokens, max_num_seqs), model.dtype)
         max_blocks = -(-max_model_len // cache.block_size)
         self._max_decode_tokens = max_decode_tokens
@@ -80,9 +87,13 @@ class Runner:
         """
         num_tokens = sum(span.num_tokens for span in spans)
         if num_tokens <= self._max_planned and all(self._is_decode(span) for span in spans):
-            return self._replay(spans, num_tokens)
-        self.replayed = False
-        return self.model.forward(Batch.from_spans(spans, self.cache.block_size), self.cache, self.buffers)
+            logits = self._replay(spans, num_tokens)
+        else:
+            self.replayed = False
+            logits = self.model.forward(Batch.from_spans(spans, self.cache.block_size), self.cache, self.buffers)
+        if self.observer is not None:
+            self.observer(spans, self.buffers.hidden[:num_tokens], logits)
+        return logits
 
     def _is_decode(self, span: Span) -> bool:
         few = span.num_tokens <= self._max_decode_tokens

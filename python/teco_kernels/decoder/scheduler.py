@@ -67,6 +67,11 @@ class Scheduler:
         Most sequences running at a time.
     max_num_batched_tokens : int
         Most tokens per step; longer prompts are computed in chunks.
+
+    Attributes
+    ----------
+    enable_prefix_caching : bool
+        Whether a prompt takes blocks from the prefix index; False computes all of its tokens.
     """
 
     def __init__(self, cache: KVCache, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
@@ -76,6 +81,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.enable_prefix_caching = True
         self.num_preemptions = 0
         # Of sequences that were admitted; the pool's own counters include those that then found no room.
         self.num_queried_tokens = self.num_cached_tokens = 0
@@ -113,7 +119,7 @@ class Scheduler:
             sequence = self.waiting[0]
             if self._num_running() + 1 + len(sequence.siblings) > self.max_num_seqs:
                 break
-            sequence.blocks = self.pool.find_prefix(sequence.token_ids[:-1])
+            sequence.blocks = self.pool.find_prefix(sequence.token_ids[:-1]) if self.enable_prefix_caching else []
             # Room for all of its tokens, not just for the first chunk: else it would soon be thrown out again.
             if self._num_blocks(len(sequence.token_ids)) - len(sequence.blocks) > self.pool.num_available:
                 self._release(sequence)

@@ -1,0 +1,169 @@
+"""The recycle head in torch, for training: from a model's last hidden state and the token that came of it, the next.
+
+At a place of the text, the base model has computed the hidden state h and said the token x. The head takes
+``eh_proj([norm(embedding of x) ; norm(h)])`` through decoder layers of its own and says what may come after x, by the
+base model's LM head (DeepSeek-V3's multi-token prediction, arXiv 2412.19437; RecycleGPT, arXiv 2308.03421).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from teco_kernels.decoder.config import ModelConfig
+from teco_kernels.decoder.loader import Source
+from teco_kernels.decoder.recycle_head import RecycleHeadConfig, read_recycle_head
+from teco_kernels.decoder.weights import WeightLoader
+from teco_kernels.ops import GPTQWeight
+from teco_kernels.ops.rope import cos_sin_cache
+
+
+class _Attention(nn.Module):
+    """Causal within each of several sequences that lie one after the other."""
+
+    def __init__(self, config: RecycleHeadConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
+        query, key, value = (
+            layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+        sequences = zip(*(tensor.transpose(0, 1).split(lengths, dim=1) for tensor in (query, key, value)), strict=True)
+        attended = [
+            F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
+            for q, k, v in sequences
+        ]
+        return self.o_proj(torch.cat(attended, dim=1).transpose(0, 1).flatten(1))
+
+
+class _MLP(nn.Module):
+    def __init__(self, config: RecycleHeadConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: RecycleHeadConfig, dropout: float) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = _Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = _MLP(config)
+        self._dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
+        x = x + self._dropout(self.self_attn(self.input_layernorm(x), cos, sin, lengths))
+        return x + self._dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class RecycleHead(nn.Module):
+    """The head; its parameters have the names of the file without ``mtp.``, see `decoder.recycle_head`.
+
+    Parameters
+    ----------
+    config : RecycleHeadConfig
+    dropout : float
+        Of what the layers add, and of the projection's output, while training.
+    """
+
+    def __init__(self, config: RecycleHeadConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        base, hidden = config.base_hidden_size, config.hidden_size
+        self.enorm = nn.RMSNorm(base, config.rms_norm_eps)
+        self.hnorm = nn.RMSNorm(base, config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * base, hidden, bias=False)
+        self.layers = nn.ModuleList(_Layer(config, dropout) for _ in range(config.num_layers))
+        if hidden != base:
+            self.out_proj = nn.Linear(hidden, base, bias=False)
+        self.norm = nn.RMSNorm(base, config.rms_norm_eps)
+        self._dropout = nn.Dropout(dropout)
+        for layer in self.layers:  # which begin as the identity: training starts from what the projection knows
+            nn.init.zeros_(layer.self_attn.o_proj.weight)  # type: ignore[union-attr, arg-type]
+            nn.init.zeros_(layer.mlp.down_proj.weight)  # type: ignore[union-attr, arg-type]
+
+    def forward(self, embedded: Tensor, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Input of the LM head for the token after each.
+
+        Parameters
+        ----------
+        embedded : Tensor
+            fp32 ``[T, base_hidden_size]``: embeddings of the new tokens.
+        hidden : Tensor
+            fp32 ``[T, base_hidden_size]``: the hidden states that they came of, after the base model's final norm.
+        lengths : sequence of int
+            Tokens of each sequence; ``T`` in all.
+        """
+        config = self.config
+        longest = max(lengths)
+        table = cos_sin_cache(config.head_dim, longest, config.rope_theta)
+        table = torch.cat([table[:length] for length in lengths])
+        cos, sin = table.unsqueeze(1).chunk(2, dim=-1)
+        x = self._dropout(self.eh_proj(self.inputs(embedded, hidden)))
+        for layer in self.layers:
+            x = layer(x, cos, sin, lengths)
+        if hasattr(self, "out_proj"):
+            x = self.out_proj(x)
+        return self.norm(x)
+
+    def inputs(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """What the projection is multiplied with, ``[T, 2 * base_hidden_size]``."""
+        return torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1)
+
+
+class Base:
+    """What training needs of the base model.
+
+    Attributes
+    ----------
+    config : ModelConfig
+    embedding, rows : Tensor
+        fp32 ``[vocab_size, hidden_size]``: of the embedding, and of the LM head, dequantised.
+    norm : Tensor
+        fp32 ``[hidden_size]``: weight of the final norm.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.config: ModelConfig = source.config
+        size = (source.config.vocab_size, source.config.hidden_size)
+        self.embedding = source.tensor("model.embed_tokens.weight", size).float()
+        self.norm = source.tensor("model.norm.weight").float()
+        if source.config.tie_word_embeddings and not source.has("lm_head.qweight"):
+            self.rows = self.embedding
+        elif source.has("lm_head.weight"):
+            self.rows = source.tensor("lm_head.weight", size).float()
+        else:
+            loader = WeightLoader(source, torch.float32, "exact")
+            (weight,) = loader.linear(["lm_head"], size[1], [size[0]], bias=False).weights
+            assert isinstance(weight, GPTQWeight)
+            self.rows = weight.dequantize().t().contiguous()
+
+
+def load_head(path: str | Path, base: ModelConfig) -> tuple[RecycleHead, Tensor | None]:
+    """A saved head in fp32, for evaluation, and its draft vocabulary; errors as in `read_recycle_head`."""
+    config, tensors = read_recycle_head(path, base)
+    vocabulary = tensors.pop("draft_vocabulary", None)
+    head = RecycleHead(config).eval()
+    head.load_state_dict({name.removeprefix("mtp."): tensor.float() for name, tensor in tensors.items()})
+    return head, vocabulary
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
