@@ -134,8 +134,8 @@ def read_recycle_head(path: str | Path, base: ModelConfig) -> tuple[RecycleHeadC
     Raises
     ------
     ValueError
-        Naming the file: when something is missing, damaged or of another shape, and when the head was made for a model of
-        another hidden size or vocabulary.
+        Naming the file: when something is missing, damaged or of another shape, and when the head was made for a model
+        of another hidden size or vocabulary.
     """
     path = Path(path)
     config = RecycleHeadConfig.from_dict(read_json(path / CONFIG_NAME), str(path / CONFIG_NAME))

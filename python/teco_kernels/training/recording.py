@@ -24,8 +24,8 @@ from teco_kernels.decoder.sampling_params import SamplingParams
 from teco_kernels.training.prompts import Part, prompts
 
 _PROMPTS_PER_SHARD = 128
-#: Half of the prompts are continued greedily, as most recycled tokens are; the others, and what has occurred before, are
-#: drawn at one of these temperatures, so that there is more than the greedy text to learn from.
+#: Half of the prompts are continued greedily, as most recycled tokens are; the others, and what has occurred before,
+#: are drawn at one of these temperatures, so that there is more than the greedy text to learn from.
 _TEMPERATURES = (0.7, 1.0)
 _LOGIT_ROWS = 128  # logits of prompts that are held at a time
 
@@ -158,7 +158,7 @@ def record_part(
         Without recycling.
     folder : Path
         Of the shards, ``training-00000.safetensors`` and so on. A shard depends on the model, its own number and
-        `max_new_tokens` only.
+        `max_new_tokens` only. A prompt that leaves no room for so many new tokens is cut.
     part : {"training", "validation"}
 
     Returns
@@ -167,6 +167,9 @@ def record_part(
         The shards that make up so many tokens.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    longest = llm.engine.max_model_len - max_new_tokens
+    if longest < 1:
+        raise ValueError(f"max_new_tokens: expected fewer than max_model_len, {llm.engine.max_model_len}")
     paths: list[Path] = []
     total = 0
     with tqdm(total=num_tokens, desc=f"record {part}", unit="token", unit_scale=True, disable=not use_tqdm) as bar:
@@ -174,7 +177,7 @@ def record_part(
             path = folder / f"{part}-{len(paths):05d}.safetensors"
             if not path.exists():
                 first, end = len(paths) * _PROMPTS_PER_SHARD, (len(paths) + 1) * _PROMPTS_PER_SHARD
-                drawn = prompts(llm.tokenizer, end, part)
+                drawn = [ids[:longest] for ids in prompts(llm.tokenizer, end, part)]
                 params = _sampling(drawn, part, max_new_tokens)[first:]
                 record(llm, drawn[first:], params, use_tqdm=False).save(path)
             with safe_open(path, framework="pt") as file:

@@ -1,0 +1,85 @@
+"""Commands that train: a recycle head beside a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from teco_kernels.cli.command import Threads, app, check_picture, set_threads
+from teco_kernels.cli.model import Model
+
+
+@app.command()
+def train_recycle(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to record, prompts included.")] = 1_000_000,
+    validation_tokens: Annotated[int, typer.Option(min=1, help="Further ones, for validation.")] = 40_000,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens with which a prompt is continued.")] = 192,
+    recording: Annotated[
+        Path | None, typer.Option(help="A folder to keep the recording in, or to take it from.")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Layers of the head.")] = 1,
+    hidden_size: Annotated[int, typer.Option(help="Width of its layers; 0: the model's.")] = 0,
+    intermediate_size: Annotated[int, typer.Option(help="Width of their MLPs; 0: the model's.")] = 0,
+    draft_vocab_size: Annotated[int, typer.Option(help="Most frequent tokens that it can say; 0: all.")] = 8192,
+    epochs: Annotated[float, typer.Option(help="How often each recorded text is seen.")] = 3.0,
+    tokens_per_step: Annotated[int, typer.Option(help="Tokens of a step of training.")] = 2048,
+    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 1e-3,
+    dropout: Annotated[float, typer.Option(help="Of what its layers add.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="The same seed trains the same head.")] = 0,
+    png_file: Annotated[Path | None, typer.Option("--png", help="Also draw the course; needs matplotlib.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Distil a recycle head from what a model writes. Interrupted, the same command goes on where it was."""
+    from teco_kernels.cli import tables
+    from teco_kernels.training import TrainingSettings
+    from teco_kernels.training import train_recycle as train
+    from teco_kernels.training.distil import draw
+
+    if not model.exists():
+        raise FileNotFoundError(2, "No such file or directory", str(model))
+    check_picture(png_file)
+    set_threads(threads)
+    settings = TrainingSettings(
+        num_layers=layers,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        draft_vocab_size=draft_vocab_size,
+        epochs=epochs,
+        tokens_per_step=tokens_per_step,
+        learning_rate=learning_rate,
+        dropout=dropout,
+        seed=seed,
+    )
+    try:
+        history, acceptance = train(
+            model,
+            out,
+            settings,
+            num_tokens=tokens,
+            num_validation_tokens=validation_tokens,
+            max_new_tokens=max_new_tokens,
+            recording=recording,
+        )
+    except KeyboardInterrupt:
+        typer.echo("\nteco-kernels: interrupted; the same command goes on where it was", err=True)
+        raise
+    shares = acceptance.shares()
+    size = sum(file.stat().st_size for file in out.iterdir())
+    rows = [
+        ("head alone", f"{shares['head']:.3f}", f"of {acceptance.places} tokens that the model wrote"),
+        ("lookup alone", f"{shares['lookup']:.3f}", f"it has something to say for {shares['matches']:.1%}"),
+        ("lookup, else head", f"{shares['either']:.3f}", f"the head there {shares['head_elsewhere']:.3f}"),
+        ("draft vocabulary", f"{shares['known']:.1%}", "of these tokens are in it"),
+        ("trained", f"{history[-1].minutes:.1f} min", f"loss {history[-1].validation_loss:.3f} on unseen texts"),
+        ("written to", str(out), tables.size(size)),
+    ]
+    console = Console()
+    console.print(tables.run_table(rows))
+    if png_file:
+        draw(history, f"Recycle head for {model.name}", png_file)
+        console.print(f"picture: {png_file}", highlight=False, markup=False)

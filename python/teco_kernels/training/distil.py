@@ -1,0 +1,184 @@
+"""From a model to a recycle head beside it: record, train, save."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from teco_kernels import __version__
+from teco_kernels.assets import exclusive, temporary_folder_beside
+from teco_kernels.decoder.json_file import read_json
+from teco_kernels.decoder.llm import LLM
+from teco_kernels.decoder.loader import load_source
+from teco_kernels.decoder.recycle_head import CONFIG_NAME, WEIGHTS_NAME
+from teco_kernels.quantization.unfinished import fingerprint
+from teco_kernels.training.acceptance import Acceptance, acceptance
+from teco_kernels.training.head import Base
+from teco_kernels.training.prompts import Part
+from teco_kernels.training.recording import Recording, record_part
+from teco_kernels.training.trainer import Progress, Trainer, TrainingSettings
+
+#: Its name in the folder of a head.
+REPORT_NAME = "training_report.json"
+
+_MAX_MODEL_LEN, _MAX_NUM_SEQS, _CACHE_MEMORY = 1024, 96, 4 << 30
+_MANIFEST = "recording.json"
+
+
+def train_recycle(
+    model: str | Path,
+    out: str | Path,
+    settings: TrainingSettings | None = None,
+    *,
+    num_tokens: int = 1_000_000,
+    num_validation_tokens: int = 40_000,
+    max_new_tokens: int = 192,
+    recording: str | Path | None = None,
+    use_tqdm: bool = True,
+) -> tuple[list[Progress], Acceptance]:
+    """Distil a recycle head for a model and save it in a folder of its own.
+
+    Interrupted, the same call goes on where it was: recordings and the last checkpoint lie in a hidden folder beside
+    `out` until that is complete.
+
+    Parameters
+    ----------
+    model : str or Path
+        The base model, quantised as it will be used.
+    out : str or Path
+        The folder to make.
+    settings : TrainingSettings, optional
+    num_tokens, num_validation_tokens : int
+        To record, prompts included.
+    max_new_tokens : int
+        Most tokens with which a prompt is continued.
+    recording : str or Path, optional
+        Where to keep the recording, for other trainings; one that is there is used, and made longer when it is short.
+
+    Returns
+    -------
+    list of Progress
+        The course of the training.
+    Acceptance
+        On the texts for validation.
+
+    Raises
+    ------
+    ValueError
+        When `out` exists, or what an earlier run has left belongs to another model or other settings.
+    """
+    out, settings = Path(out), settings or TrainingSettings()
+    for name, value in (("num_tokens", num_tokens), ("num_validation_tokens", num_validation_tokens)):
+        if value < 1:
+            raise ValueError(f"{name}: expected a positive number, got {value}")
+    if max_new_tokens < 2:
+        raise ValueError(f"max_new_tokens: expected 2 or more, got {max_new_tokens}")
+    source = load_source(model)
+    base = Base(source)
+    settings.head_config(base)  # says what is wrong before hours of work
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(out):
+        if out.exists():
+            raise ValueError(f"{out}: exists already")
+        work = out.with_name(f".{out.name}.unfinished")
+        work.mkdir(exist_ok=True)
+        folder = work / "recording" if recording is None else Path(recording)
+        _claim(folder, {"model": fingerprint(source, torch.empty(0), {}), "max_new_tokens": max_new_tokens})
+        shards = _record(model, folder, num_tokens, num_validation_tokens, max_new_tokens, use_tqdm)
+        training, validation = ([Recording.load(path) for path in paths] for paths in shards)
+        trainer = Trainer(base, training, validation, settings)
+        trainer.train(work / "checkpoint.safetensors", use_tqdm=use_tqdm)
+        result = acceptance(trainer.head, trainer.vocabulary, base, validation)
+        facts = {
+            "base": Path(model).name,
+            "training_tokens": sum(len(part.token_ids) for part in training),
+            "validation_tokens": sum(len(part.token_ids) for part in validation),
+            "acceptance": result.shares(),
+        }
+        save_recycle_head(out, trainer, facts)
+        shutil.rmtree(work)
+    return trainer.history, result
+
+
+def save_recycle_head(path: Path, trainer: Trainer, facts: dict[str, Any]) -> None:
+    """Write the head of a trainer in fp16, its configuration, and a report; all of it or nothing."""
+    config = trainer.head.config
+    tensors = {f"mtp.{name}": tensor.half() for name, tensor in trainer.head.state_dict().items()}
+    if config.draft_vocab_size is not None:
+        tensors["draft_vocabulary"] = trainer.vocabulary
+    report = {
+        "teco_kernels": __version__,
+        "settings": asdict(trainer.settings),
+        **facts,
+        "history": [entry._asdict() for entry in trainer.history],
+    }
+    with temporary_folder_beside(path) as folder:
+        made = folder / "head"
+        made.mkdir()
+        save_file(tensors, made / WEIGHTS_NAME, metadata={"format": "pt"})
+        _write_json(made / CONFIG_NAME, {**config.to_dict(), "base": facts.get("base")})
+        _write_json(made / REPORT_NAME, report)
+        shutil.copymode(made / CONFIG_NAME, made / WEIGHTS_NAME)  # safetensors makes files for their owner only
+        os.rename(made, path)
+
+
+def draw(history: Sequence[Progress], title: str, path: Path) -> None:
+    """Write a PNG: loss and acceptance over the training; needs matplotlib."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"font.size": 9, "font.family": "DejaVu Sans", "axes.edgecolor": "#868e96"}):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        x = [entry.tokens / 1e6 for entry in history]
+        for axis, name in zip(figure.subplots(1, 2), ("loss", "acceptance"), strict=True):
+            axis.plot(x, [getattr(entry, name) for entry in history], color="#adb5bd", label="training, with dropout")
+            values = [getattr(entry, f"validation_{name}") for entry in history]
+            axis.plot(x, values, color="#2563c9", marker="o", ms=3, label="validation")
+            axis.set_title(name, loc="left", fontsize=10)
+            axis.set_xlabel("million tokens")
+            axis.grid(axis="y", color="#e9ecef")
+            axis.set_axisbelow(True)
+            for side in ("top", "right"):
+                axis.spines[side].set_visible(False)
+            axis.legend(frameon=False)
+        figure.savefig(path, format="png", dpi=110)
+
+
+def _record(
+    model: str | Path, folder: Path, num_tokens: int, num_validation_tokens: int, max_new_tokens: int, use_tqdm: bool
+) -> tuple[list[Path], list[Path]]:
+    """Shards of training and of validation; the model is in memory only while they are made."""
+    parts: list[tuple[Part, int]] = [("training", num_tokens), ("validation", num_validation_tokens)]
+    max_model_len = min(_MAX_MODEL_LEN, load_source(model).config.max_position)
+    llm = LLM(model, max_num_seqs=_MAX_NUM_SEQS, max_model_len=max_model_len, kv_cache_memory=_CACHE_MEMORY)
+    training, validation = (
+        record_part(llm, folder, part, num_tokens=count, max_new_tokens=max_new_tokens, use_tqdm=use_tqdm)
+        for part, count in parts
+    )
+    return training, validation
+
+
+def _claim(folder: Path, facts: dict[str, Any]) -> None:
+    """Note in a folder of recordings what they are of; ValueError when they are of something else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = folder / _MANIFEST
+    noted = read_json(manifest, optional=True)
+    for name, value in facts.items():
+        if noted and noted.get(name) != value:
+            what = "another model" if name == "model" else f"{name} {noted.get(name)}, not {value}"
+            raise ValueError(f"{folder}: recorded with {what}")
+    if not noted:
+        _write_json(manifest, facts)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
