@@ -68,7 +68,7 @@ def acceptance(head: RecycleHead, vocabulary: Tensor | None, base: Base, recordi
     total = Acceptance()
     for recording in recordings:
         for ids, greedy, hidden, num_prompt in recording.sequences():
-            first = max(num_prompt - 2, 0)
+            first = max(num_prompt - 1, 0)  # where the answer has its first token
             if len(ids) - 1 <= first:
                 continue
             out = head(F.embedding(ids[1:], base.embedding), hidden[:-1].float(), [len(ids) - 1])

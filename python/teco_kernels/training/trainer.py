@@ -115,15 +115,15 @@ class _Text(NamedTuple):
     hidden: Tensor  # fp16 [n - 1, hidden_size]: what they came of
     next_hidden: Tensor  # fp16 [n - 1, hidden_size]: what the base model then has, which decides what comes after them
     next_ids: Tensor  # int32 [n - 1]: what comes after them by the base model
-    first: int  # the first place whose answer is not of the prompt
+    first: int  # the first place at which a head is asked: the answer has its first token
 
 
 def _texts(recordings: Sequence[Recording]) -> list[_Text]:
     return [
-        _Text(ids[1:], hidden[:-1], hidden[1:], greedy[1:], max(num_prompt - 2, 0))
+        _Text(ids[1:], hidden[:-1], hidden[1:], greedy[1:], max(num_prompt - 1, 0))
         for recording in recordings
         for ids, greedy, hidden, num_prompt in recording.sequences()
-        if len(ids) > max(num_prompt - 1, 1)
+        if len(ids) > max(num_prompt, 1)
     ]
 
 
@@ -260,7 +260,7 @@ class Trainer:
         lengths = [len(text.token_ids) for text in texts]
         embedded = F.embedding(torch.cat([text.token_ids for text in texts]), self.base.embedding)
         out = self.head(embedded, torch.cat([text.hidden for text in texts]).float(), lengths)
-        # What the prompt says next is given: only where an answer is due does the head ever speak.
+        # What the prompt says next is given: the head speaks only from the first token of the answer on.
         kept = torch.cat([row[text.first :] for row, text in zip(out.split(lengths), texts, strict=True)])
         next_hidden = torch.cat([text.next_hidden[text.first :] for text in texts]).float()
         wanted = self._draft_id[torch.cat([text.next_ids[text.first :] for text in texts])]
