@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,15 +105,17 @@ def test_recording_goes_on_where_it_was(llm: LLM, tmp_path: Path) -> None:
         assert one.read_bytes() == other.read_bytes()
 
 
-def test_parts_share_no_prompt(llm: LLM) -> None:
-    training, validation = (prompts(llm.tokenizer, 600, part) for part in ("training", "validation"))  # type: ignore[arg-type]
-    assert prompts(llm.tokenizer, 100) == training[:100]
-    functions = {llm.tokenizer.decode(ids) for ids in training[5::6]}
-    assert len(functions) > 40
-    told_apart = [text for text in (llm.tokenizer.decode(ids) for ids in validation[5::6]) if "def solve" not in text]
-    named = {text for text in told_apart if '"""' in text}
-    assert named
-    assert not named & functions
+def test_parts_share_no_function_and_no_article(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    articles = [f"Article {number} " + "goes on and on. " * 30 for number in range(16)]
+    monkeypatch.setattr("teco_kernels.training.prompts.calibration_articles", lambda: articles)
+    drawn = {part: prompts(llm.tokenizer, 600, part) for part in ("training", "validation")}
+    assert prompts(llm.tokenizer, 100, "training") == drawn["training"][:100]
+    texts = {part: "".join(map(llm.tokenizer.decode, ids)) for part, ids in drawn.items()}
+    for pattern in (r"def (\w+)\(", r"Article (\d+) "):
+        training, validation = (set(re.findall(pattern, texts[part])) for part in ("training", "validation"))
+        assert training
+        assert validation
+        assert not training & validation
 
 
 def test_loss_falls_and_the_head_learns(base: Base, recorded: tuple[list[Recording], list[Recording]]) -> None:
