@@ -16,6 +16,7 @@ import torch
 from prompts import prompt_sets
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from teco_kernels import LLM, SamplingParams
 from teco_kernels.decoder.loader import load_source
@@ -37,7 +38,8 @@ def recordings(model: Path, count: int, num_tokens: int, folder: Path | None) ->
         if path and path.exists():
             answers[name] = Recording.load(path)
             continue
-        answers[name] = record(llm, prompts, [params] * len(prompts))
+        with tqdm(total=sum(map(len, prompts)) + len(prompts) * num_tokens, desc=name, unit="token") as bar:
+            answers[name] = record(llm, prompts, [params] * len(prompts), progress=bar.update)
         if path:
             answers[name].save(path)
     return answers

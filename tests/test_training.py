@@ -69,7 +69,7 @@ def test_recorded_states_give_the_logits_of_a_pass_over_the_text(llm: LLM, base:
     shared = list(range(40))
     prompt_ids = [shared, [*shared, 7], [5, 6]] * 12
     params = [SamplingParams(temperature=index % 2, seed=index, max_tokens=8, ignore_eos=True) for index in range(36)]
-    recording = record(llm, prompt_ids, params, use_tqdm=False)
+    recording = record(llm, prompt_ids, params)
     assert recording.lengths.tolist() == [len(ids) + 7 for ids in prompt_ids]
     assert recording.num_prompt.tolist() == [len(ids) for ids in prompt_ids]
     for ids, greedy, hidden, num_prompt in recording.sequences():
@@ -81,12 +81,17 @@ def test_recorded_states_give_the_logits_of_a_pass_over_the_text(llm: LLM, base:
     assert llm.engine.scheduler.enable_prefix_caching
 
 
+def test_guesses_are_not_recorded(path: Path) -> None:
+    with pytest.raises(ValueError, match="llm: expected a model without recycle_head"):
+        record(LLM(path, recycle_head="lookup", max_model_len=64), [[1]], [SamplingParams()])
+
+
 def test_preempted_sequences_are_recorded_once(path: Path, llm: LLM) -> None:
     block_bytes = 3 * 16 * 2 * 2 * 16 * 4
     cramped = LLM(path, max_num_seqs=8, max_model_len=96, kv_cache_memory=12 * block_bytes)
     prompt_ids = [[index, index + 1, index + 2] for index in range(8)]
     params = [SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)] * 8
-    got, expected = (record(model, prompt_ids, params, use_tqdm=False) for model in (cramped, llm))
+    got, expected = (record(model, prompt_ids, params) for model in (cramped, llm))
     assert cramped.metrics()["preemptions"] > 0
     for name, tensor in vars(expected).items():
         assert torch.equal(tensor, getattr(got, name)), name
@@ -146,6 +151,8 @@ def test_checkpoints_of_other_trainings_are_refused(
 ) -> None:
     checkpoint = tmp_path / "checkpoint"
     Trainer(base, *recorded, SETTINGS).train(checkpoint, use_tqdm=False, stop_at=1)
+    with pytest.raises(ValueError, match=r"checkpoint: this training was begun with num_tokens \d+, not \d+"):
+        Trainer(base, recorded[1], recorded[1], SETTINGS).load(checkpoint)
     with pytest.raises(ValueError, match=r"checkpoint: this training was begun with dropout 0\.1, not 0\.2"):
         Trainer(base, *recorded, replace(SETTINGS, dropout=0.2)).load(checkpoint)
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,9 +85,10 @@ class _Sequence:
 
 
 class _Observer:
-    """Collects what passes through an engine's runner."""
+    """Collects what passes through an engine's runner; tells `progress` the number of tokens of each step."""
 
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: LLM, progress: Callable[[int], object] | None) -> None:
+        self._progress = progress
         self._lm_head = llm.engine.model.lm_head
         self._sequences: dict[int, _Sequence] = {}
 
@@ -105,6 +106,8 @@ class _Observer:
             sequence.hidden[span.start :] = states[row : row + span.num_tokens]
             sequence.greedy_ids[span.start :] = likeliest[row : row + span.num_tokens]
             row += span.num_tokens
+        if self._progress is not None:
+            self._progress(row)
 
     def recording(self) -> Recording:
         """All of it. The last token of a text was never computed, and is left out."""
@@ -121,20 +124,38 @@ class _Observer:
 
 
 def record(
-    llm: LLM, prompt_ids: Sequence[list[int]], params: Sequence[SamplingParams], *, use_tqdm: bool = True
+    llm: LLM,
+    prompt_ids: Sequence[list[int]],
+    params: Sequence[SamplingParams],
+    *,
+    progress: Callable[[int], object] | None = None,
 ) -> Recording:
     """Let a model continue prompts, and note what it computes.
 
+    Parameters
+    ----------
+    llm : LLM
+        Without recycling, and idle.
+    prompt_ids : sequence of lists of int
+    params : sequence of SamplingParams
+        One per prompt, each for one answer.
+    progress : callable, optional
+        Called after each step with its number of tokens.
+
     Raises
     ------
+    ValueError
+        When the model recycles: a step's guesses are no part of the text.
     RequestError
         When a continuation fails.
     """
-    engine, observer = llm.engine, _Observer(llm)
+    engine, observer = llm.engine, _Observer(llm, progress)
+    if engine.recycler is not None:
+        raise ValueError("llm: expected a model without recycle_head")
     engine.runner.observer = observer
     was_caching, engine.scheduler.enable_prefix_caching = engine.scheduler.enable_prefix_caching, False
     try:
-        llm.generate(prompt_ids, params, use_tqdm=use_tqdm)
+        llm.generate(prompt_ids, params, use_tqdm=False)
     finally:
         engine.runner.observer = None
         engine.scheduler.enable_prefix_caching = was_caching
@@ -179,12 +200,13 @@ def record_part(
                 first, end = len(paths) * _PROMPTS_PER_SHARD, (len(paths) + 1) * _PROMPTS_PER_SHARD
                 drawn = [ids[:longest] for ids in prompts(llm.tokenizer, end, part)]
                 params = _sampling(drawn, part, max_new_tokens)[first:]
-                record(llm, drawn[first:], params, use_tqdm=False).save(path)
+                record(llm, drawn[first:], params, progress=bar.update).save(path)
             with safe_open(path, framework="pt") as file:
                 (size,) = file.get_slice("token_ids").get_shape()
             paths.append(path)
             total += size
-            bar.update(min(size, num_tokens - bar.n))
+            bar.n = min(total, num_tokens)
+            bar.refresh()
     return paths
 
 

@@ -225,7 +225,7 @@ class Trainer:
                 loss, right, places = self._one_step()
                 self._minutes = minutes + (time.monotonic() - started) / 60
                 now = [loss / places, right / places]
-                shown = now if shown is None else [_SMOOTHING * a + (1 - _SMOOTHING) * b for a, b in zip(shown, now)]  # noqa: B905
+                shown = [_SMOOTHING * a + (1 - _SMOOTHING) * b for a, b in zip(shown or now, now, strict=True)]
                 text = f"loss {shown[0]:.3f}, acceptance {shown[1]:.3f}"
                 bar.set_postfix_str(f"{text}, validation {self.history[-1].validation_acceptance:.3f}", refresh=False)
                 bar.update()
@@ -309,9 +309,9 @@ class Trainer:
         The layers add nothing at first, so the last norm sees the projection's output: it is fitted to the hidden state
         before the weight of the base model's last norm, with which the head's own begins.
         """
+        self.head.norm.weight.copy_(self.base.norm)
         if self.head.config.hidden_size != self.base.config.hidden_size:
             return
-        self.head.norm.weight.copy_(self.base.norm)
         weight = torch.where(self.base.norm.abs() < 1e-6, 1e-6, self.base.norm)
         size = 2 * self.base.config.hidden_size
         gram = torch.zeros(size, size, dtype=torch.float64)
@@ -333,7 +333,7 @@ class Trainer:
         for index, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
         state = {
-            "settings": asdict(self.settings),
+            "settings": {"num_tokens": self._tokens, **asdict(self.settings)},
             "step": self.step,
             "order": self._order,
             "epoch": self._epoch,
@@ -351,7 +351,7 @@ class Trainer:
         Raises
         ------
         ValueError
-            When the file is damaged, or of a training with other settings.
+            When the file is damaged, or of a training with other settings or on other texts.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -359,7 +359,7 @@ class Trainer:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: expected a checkpoint: {error}") from None
-        for name, value in asdict(self.settings).items():
+        for name, value in {"num_tokens": self._tokens, **asdict(self.settings)}.items():
             if value != state["settings"].get(name):
                 raise ValueError(
                     f"{path}: this training was begun with {name} {state['settings'].get(name)}, not {value}"
