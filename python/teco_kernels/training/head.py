@@ -18,7 +18,6 @@ from teco_kernels.decoder.config import ModelConfig
 from teco_kernels.decoder.loader import Source
 from teco_kernels.decoder.recycle_head import RecycleHeadConfig, read_recycle_head
 from teco_kernels.decoder.weights import WeightLoader
-from teco_kernels.ops import GPTQWeight
 from teco_kernels.ops.rope import cos_sin_cache
 
 
@@ -141,18 +140,18 @@ class Base:
 
     def __init__(self, source: Source) -> None:
         self.config: ModelConfig = source.config
-        size = (source.config.vocab_size, source.config.hidden_size)
-        self.embedding = source.tensor("model.embed_tokens.weight", size).float()
-        self.norm = source.tensor("model.norm.weight").float()
-        if source.config.tie_word_embeddings and not source.has("lm_head.qweight"):
-            self.rows = self.embedding
-        elif source.has("lm_head.weight"):
-            self.rows = source.tensor("lm_head.weight", size).float()
-        else:
-            loader = WeightLoader(source, torch.float32, "exact")
-            (weight,) = loader.linear(["lm_head"], size[1], [size[0]], bias=False).weights
-            assert isinstance(weight, GPTQWeight)
-            self.rows = weight.dequantize().t().contiguous()
+        size = source.config.vocab_size, source.config.hidden_size
+        loader = WeightLoader(source, torch.float32, "exact", "dequantize")
+
+        def matrix(name: str) -> Tensor:
+            weight = loader.embedding(name, *size)
+            assert isinstance(weight, Tensor)  # the loader dequantises
+            return weight.float()
+
+        self.embedding = matrix("model.embed_tokens")
+        self.norm = loader.vector("model.norm.weight", size[1])
+        tied = source.config.tie_word_embeddings and not source.has("lm_head.qweight")
+        self.rows = self.embedding if tied else matrix("lm_head")
 
 
 def load_head(path: str | Path, base: ModelConfig) -> tuple[RecycleHead, Tensor | None]:
