@@ -87,12 +87,12 @@ STABLE_TORCH_LIBRARY(teco_kernels, m) {
       "Tensor embedding_norm, Tensor projection, Tensor? input_order, Tensor? bias, int in_features, "
       "int out_features, int bits, bool has_minimum, bool int8_activation, float eps) -> ()");
   m.def(
-      "lm_head_argmax(Tensor(a!) token_ids, Tensor(b!) logits, Tensor hidden, Tensor weight, Tensor? bias, "
-      "int out_features) -> ()");
+      "lm_head_argmax(Tensor(a!) token_ids, Tensor(b!) logits, Tensor(c!)? logsumexp, Tensor hidden, Tensor weight, "
+      "Tensor? bias, int out_features) -> ()");
   m.def(
-      "lm_head_argmax.gptq(Tensor(a!) token_ids, Tensor(b!) logits, Tensor hidden, Tensor weight, "
-      "Tensor? input_order, Tensor? bias, int in_features, int out_features, int bits, bool has_minimum, "
-      "bool int8_activation) -> ()");
+      "lm_head_argmax.gptq(Tensor(a!) token_ids, Tensor(b!) logits, Tensor(c!)? logsumexp, Tensor hidden, "
+      "Tensor weight, Tensor? input_order, Tensor? bias, int in_features, int out_features, int bits, "
+      "bool has_minimum, bool int8_activation) -> ()");
   m.def("verify_recycled(Tensor(a!) out, Tensor target_token_ids, Tensor recycled_token_ids) -> ()");
   m.def(
       "verify_recycled_sampled(Tensor(a!) num_accepted, Tensor(b!) next_token_ids, Tensor target_probs, "

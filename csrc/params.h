@@ -168,10 +168,12 @@ struct GptqRecycleProjectParams {
 };
 
 // Of each row the largest product, before it is rounded to any dtype, and its column: the lowest one among equals.
-// A row with NaN among its products gets kInvalidRow and NaN.
+// A row with NaN among its products gets kInvalidRow and NaN. logsumexp[r] = log sum_n exp(product[r, n]); an infinity
+// where that is the largest product, NaN where the largest is NaN.
 struct ArgmaxParams {
   int64_t* token_ids;  // [num_rows]
   float* logits;       // [num_rows]
+  float* logsumexp;    // [num_rows] or null
 };
 struct LmHeadArgmaxParams {
   ArgmaxParams argmax;

@@ -4,6 +4,10 @@
 // That number is the logit and its token in one integer, ordered as the logits are and, among equals, with the lowest
 // token last. The largest of integers is the same in any order, so threads may raise it as they come. Bound as the
 // matmul is: a panel costs a comparison more than its products, and nearly never a write.
+//
+// A sum of exponentials is not the same in any order. Where it is asked for, every panel of a row leaves its own
+// largest logit and the sum below it, two numbers for 16 logits, and these are added up at the end, in the order of the
+// panels.
 #include "cpu/matmul.h"
 
 namespace teco::cpu::TECO_ISA {
@@ -25,18 +29,23 @@ inline void raise_to(uint64_t* best, uint64_t key) {
 struct BestOfRows {
   uint64_t* keys;     // [num_rows]
   const float* bias;  // [out_features] or null
-  int64_t out_features;
+  int64_t out_features, num_panels;
+  // Of each row and panel the largest logit, and the sum of exp(logit - largest); [num_rows, num_panels]. Not written
+  // where a logit is NaN.
+  float* maxima;
+  float* sums;
 };
 
 // Eight logits of a panel; -inf in place of columns that only fill it up.
 inline F32x8 panel_logits(const BestOfRows& best, const float* sums, int64_t column) {
   const int64_t columns = best.out_features - column;
-  if (columns <= 0) return splat(-__builtin_inff());
+  if (columns <= 0) return splat(-kInfinity);
   F32x8 logits = add_bias(sums, best.bias ? best.bias + column : nullptr, columns);
-  for (int64_t lane = columns; lane < kLanes; ++lane) logits[lane] = -__builtin_inff();
+  for (int64_t lane = columns; lane < kLanes; ++lane) logits[lane] = -kInfinity;
   return logits;
 }
 
+template <bool kSums>
 void take_best(const void* context, int64_t row, int64_t count, const float* sums, int64_t panel) {
   const BestOfRows& best = *static_cast<const BestOfRows*>(context);
   const int64_t column = panel * kPanel;
@@ -48,24 +57,69 @@ void take_best(const void* context, int64_t row, int64_t count, const float* sum
       continue;
     }
     const float largest = reduce_max(max(low, high));
+    if constexpr (kSums) {
+      const F32x8 shift = splat(finite_or_zero(largest));
+      const int64_t place = (row + r) * best.num_panels + panel;
+      best.maxima[place] = largest;
+      best.sums[place] = reduce_add(exp_nonpositive(low - shift) + exp_nonpositive(high - shift));
+    }
     if (best_key(largest, column) <= __atomic_load_n(key, __ATOMIC_RELAXED)) continue;
     const int found = lane_bits(low == splat(largest)) | lane_bits(high == splat(largest)) << kLanes;
     raise_to(key, best_key(largest, column + __builtin_ctz(found)));
   }
 }
 
+// log sum exp(logit) of a row whose largest logit is known. Lane i adds up panels i, i + 8, ..., so the order is that
+// of the panels, whoever left them.
+float merge_panels(const float* maxima, const float* sums, int64_t num_panels, float largest) {
+  if (!(__builtin_fabsf(largest) < kInfinity)) return largest;
+  F32x8 total = splat(0.f);
+  for (int64_t i = 0; i < num_panels; i += kLanes) {
+    // Lanes past the last panel hold a sum of 0; without min() their exponential could be no number.
+    const F32x8 below = min(load_up_to(maxima + i, num_panels - i) - splat(largest), splat(0.f));
+    total = fma(load_up_to(sums + i, num_panels - i), exp_nonpositive(below), total);
+  }
+  return largest + log_one(reduce_add(total));
+}
+
+// Rows [0, matmul.num_rows), no more than scratch memory is meant for.
 template <class Matmul>
-void argmax(const ArgmaxParams& p, const Matmul& matmul, void (*multiply)(const Matmul&, const PanelSink&, int),
-            int num_threads) {
+void argmax_rows(const ArgmaxParams& p, const Matmul& matmul, void (*multiply)(const Matmul&, const PanelSink&, int),
+                 int num_threads) {
+  const int64_t num_rows = matmul.num_rows, num_panels = ceil_div<int64_t>(matmul.out_features, kPanel);
   auto* keys = reinterpret_cast<uint64_t*>(p.token_ids);  // until they are complete
-  __builtin_memset(keys, 0, static_cast<size_t>(matmul.num_rows) * sizeof(uint64_t));
-  const BestOfRows best = {keys, matmul.bias, matmul.out_features};
-  multiply(matmul, {take_best, &best}, num_threads);
-  for (int64_t r = 0; r < matmul.num_rows; ++r) {
+  BestOfRows best = {keys, matmul.bias, matmul.out_features, num_panels, nullptr, nullptr};
+  if (p.logsumexp) {
+    const int64_t count = num_rows * num_panels;
+    best.maxima = static_cast<float*>(thread_scratch(Scratch::kCaller, static_cast<size_t>(2 * count) * sizeof(float)));
+    best.sums = best.maxima + count;
+  }
+  __builtin_memset(keys, 0, static_cast<size_t>(num_rows) * sizeof(uint64_t));
+  multiply(matmul, {p.logsumexp ? take_best<true> : take_best<false>, &best}, num_threads);
+  for (int64_t r = 0; r < num_rows; ++r) {
     const uint64_t key = keys[r];
     const bool is_nan = key == kNaNKey;
     p.token_ids[r] = is_nan ? kInvalidRow : static_cast<int64_t>(kLastToken - static_cast<uint32_t>(key));
     p.logits[r] = is_nan ? __builtin_nanf("") : from_ordered_key(static_cast<uint32_t>(key >> 32));
+  }
+  if (!p.logsumexp) return;
+  const int64_t row_bytes = 2 * num_panels * static_cast<int64_t>(sizeof(float));
+  parallel_for(num_rows, task_grain(row_bytes), num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      p.logsumexp[r] = merge_panels(best.maxima + r * num_panels, best.sums + r * num_panels, num_panels, p.logits[r]);
+  });
+}
+
+template <class Matmul>
+void argmax(const ArgmaxParams& p, Matmul matmul, void (*multiply)(const Matmul&, const PanelSink&, int),
+            int num_threads) {
+  const int64_t num_rows = matmul.num_rows, row_bytes = matmul.input_stride * element_bytes(matmul.dtype);
+  const auto* input = static_cast<const char*>(matmul.input);
+  for (int64_t first = 0; first < num_rows; first += kScratchRows) {
+    matmul.num_rows = min(num_rows - first, kScratchRows);
+    matmul.input = input + first * row_bytes;
+    argmax_rows({p.token_ids + first, p.logits + first, p.logsumexp ? p.logsumexp + first : nullptr}, matmul, multiply,
+                num_threads);
   }
 }
 

@@ -8,40 +8,6 @@
 
 namespace teco::cpu::TECO_ISA {
 
-constexpr float kInfinity = __builtin_inff();
-
-// What to subtract from scores of which this is the largest: with nothing but -inf there is no number to shift by.
-inline float finite_or_zero(float max) {
-  return max == -kInfinity ? 0.f : max;
-}
-
-// exp(x) for x <= 0, relative error below 2e-7; exactly 1 at 0, 0 below -87.7 (also for -inf), NaN for NaN. As exp() in
-// vec.h, without what only positive arguments need.
-inline F32x8 exp_nonpositive(F32x8 x) {
-  const F32x8 shift = splat(0x1.8p23f);
-  x = max(splat(-88.f), x);  // the order of operands keeps a NaN
-  const F32x8 n_shifted = fma(x, splat(0x1.715476p0f), shift);
-  const F32x8 n = n_shifted - shift;
-  F32x8 r = fma(n, splat(-0x1.62e4p-1f), x);
-  r = fma(n, splat(-0x1.7f7d1cp-20f), r);
-  F32x8 p = splat(0x1.6a2434p-10f);
-  p = fma(p, r, splat(0x1.1239e2p-7f));
-  p = fma(p, r, splat(0x1.5558f2p-5f));
-  p = fma(p, r, splat(0x1.555492p-3f));
-  p = fma(p, r, splat(0x1.fffffcp-2f));
-  p = fma(p, r, splat(1.f));
-  p = fma(p, r, splat(1.f));
-  // 2^n, n >= -127: the shift drops all of n_shifted but n. -127 gives 0.
-  return p * reinterpret_cast<F32x8>((reinterpret_cast<I32x8>(n_shifted) << 23) + (127 << 23));
-}
-// Lane 0 of the vector function: one way to round everywhere.
-inline float exp_one(float x) {
-  return exp_nonpositive(splat(x))[0];
-}
-inline float log_one(float x) {
-  return x == 0.f ? -kInfinity : __builtin_logf(x);
-}
-
 template <class T>
 inline void store_up_to(T* p, F32x8 v, int64_t n) {
   if (n >= kLanes) {

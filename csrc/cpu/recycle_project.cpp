@@ -13,10 +13,6 @@ void rms_norm(const RmsNormParams& p, int num_threads);
 
 namespace {
 
-inline int64_t element_bytes(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : 2;
-}
-
 void fill_with_nan(void* out, int64_t count, DType dtype) {
   with_float_type(dtype, [&]<class T>(Type<T>) {
     for (int64_t i = 0; i < count; ++i) store_partial(static_cast<T*>(out) + i, splat(__builtin_nanf("")), 1);

@@ -24,6 +24,7 @@ typedef int8_t I8x32 __attribute__((vector_size(32)));
 typedef float F32x4 __attribute__((vector_size(16)));
 
 constexpr int kLanes = 8;
+constexpr float kInfinity = __builtin_inff();
 
 struct Half {
   uint16_t bits;
@@ -301,6 +302,38 @@ inline F32x8 exp(F32x8 x) {
   return x != x ? x : p;
 }
 
+// exp(x) for x <= 0, relative error below 2e-7; exactly 1 at 0, 0 below -87.7 (also for -inf), NaN for NaN. As exp(),
+// without what only positive arguments need.
+inline F32x8 exp_nonpositive(F32x8 x) {
+  const F32x8 shift = splat(0x1.8p23f);
+  x = max(splat(-88.f), x);  // the order of operands keeps a NaN
+  const F32x8 n_shifted = fma(x, splat(0x1.715476p0f), shift);
+  const F32x8 n = n_shifted - shift;
+  F32x8 r = fma(n, splat(-0x1.62e4p-1f), x);
+  r = fma(n, splat(-0x1.7f7d1cp-20f), r);
+  F32x8 p = splat(0x1.6a2434p-10f);
+  p = fma(p, r, splat(0x1.1239e2p-7f));
+  p = fma(p, r, splat(0x1.5558f2p-5f));
+  p = fma(p, r, splat(0x1.555492p-3f));
+  p = fma(p, r, splat(0x1.fffffcp-2f));
+  p = fma(p, r, splat(1.f));
+  p = fma(p, r, splat(1.f));
+  // 2^n, n >= -127: the shift drops all of n_shifted but n. -127 gives 0.
+  return p * reinterpret_cast<F32x8>((reinterpret_cast<I32x8>(n_shifted) << 23) + (127 << 23));
+}
+// Lane 0 of the vector function: one way to round everywhere.
+inline float exp_one(float x) {
+  return exp_nonpositive(splat(x))[0];
+}
+inline float log_one(float x) {
+  return x == 0.f ? -kInfinity : __builtin_logf(x);
+}
+
+// What to subtract from scores of which this is the largest: with nothing but -inf there is no number to shift by.
+inline float finite_or_zero(float max) {
+  return max == -kInfinity ? 0.f : max;
+}
+
 // Calls body(begin, end) over [0, count) in parallel; see run_parallel.
 template <class Body>
 inline void parallel_for(int64_t count, int64_t grain, int num_threads, Body body) {
@@ -315,6 +348,11 @@ constexpr int64_t kMinTaskBytes = 32 * 1024;
 // Items of a task at the least, each moving so many bytes (none at all, when a tensor is empty).
 inline int64_t task_grain(int64_t item_bytes) {
   return ceil_div(kMinTaskBytes, max<int64_t>(item_bytes, 1));
+}
+
+// Of a floating dtype.
+inline int64_t element_bytes(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
 }
 
 template <class T>

@@ -45,9 +45,9 @@ void gptq_recycle_project(Tensor out, Tensor hidden, Tensor token_ids, Tensor em
                           bool embedding_has_minimum, Tensor hidden_norm, Tensor embedding_norm, Tensor projection,
                           std::optional<Tensor> input_order, std::optional<Tensor> bias, int64_t in_features,
                           int64_t out_features, int64_t bits, bool has_minimum, bool int8_activation, double eps);
-void lm_head_argmax(Tensor token_ids, Tensor logits, Tensor hidden, Tensor weight, std::optional<Tensor> bias,
-                    int64_t out_features);
-void gptq_lm_head_argmax(Tensor token_ids, Tensor logits, Tensor hidden, Tensor weight,
+void lm_head_argmax(Tensor token_ids, Tensor logits, std::optional<Tensor> logsumexp, Tensor hidden, Tensor weight,
+                    std::optional<Tensor> bias, int64_t out_features);
+void gptq_lm_head_argmax(Tensor token_ids, Tensor logits, std::optional<Tensor> logsumexp, Tensor hidden, Tensor weight,
                          std::optional<Tensor> input_order, std::optional<Tensor> bias, int64_t in_features,
                          int64_t out_features, int64_t bits, bool has_minimum, bool int8_activation);
 void verify_recycled(Tensor out, Tensor target_token_ids, Tensor recycled_token_ids);

@@ -83,7 +83,8 @@ RecycleInputParams recycle_input(Matmul& projection, const Tensor& out, const Te
 
 // Checks all tensors, and enters the rows that the head multiplies.
 template <class Matmul>
-ArgmaxParams argmax_params(Matmul& head, const Tensor& token_ids, const Tensor& logits, const Tensor& hidden) {
+ArgmaxParams argmax_params(Matmul& head, const Tensor& token_ids, const Tensor& logits,
+                           const std::optional<Tensor>& logsumexp, const Tensor& hidden) {
   Size T{"T"}, H{"hidden_size", head.in_features, "weight"};
   Argument(hidden, "hidden").on_cpu().floating().shape({&T, &H}).unit_last_stride();
   Argument(token_ids, "out[0]").on_cpu().dtype(ScalarType::Long).shape({&T}).contiguous();
@@ -94,11 +95,18 @@ ArgmaxParams argmax_params(Matmul& head, const Tensor& token_ids, const Tensor& 
   check_apart(token_ids, "out[0]", ids, hidden, "hidden", rows, InPlace::kNo);
   check_apart(logits, "out[1]", ids, hidden, "hidden", rows, InPlace::kNo);
   check_apart(logits, "out[1]", ids, token_ids, "out[0]", ids, InPlace::kNo);
+  if (logsumexp) {
+    Argument(*logsumexp, "logsumexp").on_cpu().dtype(ScalarType::Float).shape({&T}).contiguous();
+    check_apart(*logsumexp, "logsumexp", ids, hidden, "hidden", rows, InPlace::kNo);
+    check_apart(*logsumexp, "logsumexp", ids, token_ids, "out[0]", ids, InPlace::kNo);
+    check_apart(*logsumexp, "logsumexp", ids, logits, "out[1]", ids, InPlace::kNo);
+  }
   head.input = hidden.const_data_ptr();
   head.input_stride = hidden.stride(0);
   head.num_rows = T.value;
   head.dtype = to_dtype(hidden.scalar_type(), "hidden");
-  return {token_ids.mutable_data_ptr<int64_t>(), logits.mutable_data_ptr<float>()};
+  return {token_ids.mutable_data_ptr<int64_t>(), logits.mutable_data_ptr<float>(),
+          logsumexp ? logsumexp->mutable_data_ptr<float>() : nullptr};
 }
 
 void check_no_nan(const ArgmaxParams& argmax, int64_t num_rows) {
@@ -132,20 +140,20 @@ void gptq_recycle_project(Tensor out, Tensor hidden, Tensor token_ids, Tensor em
   launch(cpu::kernels()->gptq_recycle_project, {input, matmul});
 }
 
-void lm_head_argmax(Tensor token_ids, Tensor logits, Tensor hidden, Tensor weight, std::optional<Tensor> bias,
-                    int64_t out_features) {
+void lm_head_argmax(Tensor token_ids, Tensor logits, std::optional<Tensor> logsumexp, Tensor hidden, Tensor weight,
+                    std::optional<Tensor> bias, int64_t out_features) {
   DenseMatmulParams head = dense_weight(weight, "weight", bias, out_features);
-  const ArgmaxParams argmax = argmax_params(head, token_ids, logits, hidden);
+  const ArgmaxParams argmax = argmax_params(head, token_ids, logits, logsumexp, hidden);
   launch(cpu::kernels()->lm_head_argmax, {argmax, head});
   check_no_nan(argmax, head.num_rows);
 }
 
-void gptq_lm_head_argmax(Tensor token_ids, Tensor logits, Tensor hidden, Tensor weight,
+void gptq_lm_head_argmax(Tensor token_ids, Tensor logits, std::optional<Tensor> logsumexp, Tensor hidden, Tensor weight,
                          std::optional<Tensor> input_order, std::optional<Tensor> bias, int64_t in_features,
                          int64_t out_features, int64_t bits, bool has_minimum, bool int8_activation) {
   GptqMatmulParams head =
       gptq_weight(weight, input_order, bias, in_features, out_features, bits, has_minimum, int8_activation);
-  const ArgmaxParams argmax = argmax_params(head, token_ids, logits, hidden);
+  const ArgmaxParams argmax = argmax_params(head, token_ids, logits, logsumexp, hidden);
   launch(cpu::kernels()->gptq_lm_head_argmax, {argmax, head});
   check_no_nan(argmax, head.num_rows);
 }

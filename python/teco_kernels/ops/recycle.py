@@ -86,9 +86,12 @@ def lm_head_argmax(
     weight: Weight,
     *,
     activation: Activation = "exact",
+    logsumexp: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The token with the largest logit, and that logit; the logits are never in memory.
+
+    Where `logsumexp` is given, ``exp(logit - logsumexp)`` is the token's probability under the softmax.
 
     Parameters
     ----------
@@ -99,6 +102,10 @@ def lm_head_argmax(
         packed one, with the same bits. A bias counts.
     activation : {"exact", "int8"}
         As for `gptq_matmul`, with a `GPTQWeight`; the others are always exact.
+    logsumexp : Tensor, optional
+        fp32 ``[T]``, written: the logarithm of the sum of ``exp(logits)`` of a row, never below `logit`, and an
+        infinity where that is one (a probability of NaN then comes of them). Bits do not depend on the other rows nor
+        on threads. None: not computed.
     out : tuple of Tensor, optional
         ``(token_ids, logit)``, written and returned.
 
@@ -113,8 +120,8 @@ def lm_head_argmax(
     Raises
     ------
     ValueError
-        A row's logits hold NaN; the message names the first such row. `out` then has -1 and NaN for these rows, and is
-        right for all others.
+        A row's logits hold NaN; the message names the first such row. `out` then has -1 and NaN for these rows,
+        `logsumexp` NaN, and both are right for all others.
     """
     _check_weight(weight, "lm_head_argmax: weight")
     if out is None:
@@ -122,9 +129,9 @@ def lm_head_argmax(
         out = torch.empty(shape, dtype=torch.int64, device=device), torch.empty(shape, device=device)
     token_ids, logit = out
     if isinstance(weight, GPTQWeight):
-        _gptq_lm_head_argmax(token_ids, logit, hidden, *matmul_arguments(weight, activation))
+        _gptq_lm_head_argmax(token_ids, logit, logsumexp, hidden, *matmul_arguments(weight, activation))
     else:
-        _lm_head_argmax(token_ids, logit, hidden, *_dense_arguments(weight))
+        _lm_head_argmax(token_ids, logit, logsumexp, hidden, *_dense_arguments(weight))
     return token_ids, logit
 
 
@@ -187,13 +194,15 @@ def recycle_project_reference(
 
 
 def lm_head_argmax_reference(
-    hidden: Tensor, weight: Weight, *, activation: Activation = "exact"
+    hidden: Tensor, weight: Weight, *, activation: Activation = "exact", logsumexp: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """float64 reference of `lm_head_argmax`; "int8" is held against the unquantised product.
 
-    Another token may come of logits that are equal but for rounding.
+    Another token may come of logits that are equal but for rounding. `logsumexp` is written in its own dtype.
     """
     logits = _product_reference(hidden, weight)
+    if logsumexp is not None:
+        logsumexp.copy_(torch.logsumexp(logits, dim=-1))
     largest = logits.amax(dim=-1)
     ids = torch.arange(logits.shape[-1]).expand_as(logits)
     return torch.where(logits == largest.unsqueeze(-1), ids, logits.shape[-1]).amin(dim=-1), largest

@@ -102,29 +102,50 @@ def _project_case(
 
 
 def _argmax_inputs(
-    tokens: int, vocab_size: int, hidden_size: int, dtype: torch.dtype, kind: _Kind, generator: torch.Generator
+    tokens: int,
+    vocab_size: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    kind: _Kind,
+    logsumexp: bool,
+    generator: torch.Generator,
 ) -> Inputs:
-    """Hidden states that lean towards a token each, so far that rounding makes no other the largest."""
+    """Hidden states that lean towards a token each, so far that rounding makes no other the largest.
+
+    With `logsumexp` they are short enough for the other tokens to count too.
+    """
     weight, values = _weight(kind, hidden_size, vocab_size, generator)
     towards = values[torch.randint(vocab_size, (tokens,), generator=generator)]
     hidden = torch.randn(tokens, hidden_size, generator=generator) + 4 * towards
-    return {"hidden": hidden.to(dtype), "weight": weight, "activation": kind.get("activation", "exact")}
+    if logsumexp:
+        hidden *= 8 / (values @ hidden.t()).amax(dim=0).unsqueeze(-1)
+    inputs = {"hidden": hidden.to(dtype), "weight": weight, "activation": kind.get("activation", "exact")}
+    return inputs | ({"logsumexp": torch.empty(tokens)} if logsumexp else {})
 
 
 def _argmax_case(
-    tokens: int, vocab_size: int, hidden_size: int, dtype: torch.dtype, kind: _Kind, benchmark: bool = False
+    tokens: int,
+    vocab_size: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    kind: _Kind,
+    benchmark: bool = False,
+    *,
+    logsumexp: bool = False,
 ) -> Case:
     int8 = kind.get("activation") == "int8"
+    options = {"logsumexp": True} if logsumexp else {}
     return Case(
         operator="lm_head_argmax",
-        params={"tokens": tokens, "in_features": hidden_size, "out_features": vocab_size, **kind},
+        params={"tokens": tokens, "in_features": hidden_size, "out_features": vocab_size, **kind, **options},
         dtype=dtype,
-        make_inputs=partial(_argmax_inputs, tokens, vocab_size, hidden_size, dtype, kind),
+        make_inputs=partial(_argmax_inputs, tokens, vocab_size, hidden_size, dtype, kind, logsumexp),
         function=recycle.lm_head_argmax,
         reference=recycle.lm_head_argmax_reference,
         max_error=INT8_TOLERANCE if int8 else TOLERANCE[torch.float32],  # the logit is fp32
         bytes_moved=tokens * (hidden_size * dtype.itemsize + 12) + _weight_bytes(kind, hidden_size, vocab_size),
         flops=2 * tokens * hidden_size * vocab_size,
+        mutates=tuple(options),
         benchmark=benchmark,
         arithmetic="int8" if int8 else "fp32",
     )
@@ -143,3 +164,8 @@ def cases() -> Iterator[Case]:
         for tokens in (1, 4):
             for kind in (FLOATING[0], FLOATING[2], QUANTISED[-1]):
                 yield make(tokens, 49152, 576, torch.float32, kind, True)
+    for dtype in TOLERANCE:
+        for kind in (FLOATING[0], *QUANTISED[-2:]):
+            for shape in QUANTISED_SHAPES if kind["weight"] == "gptq" else SHAPES:
+                yield _argmax_case(*shape, dtype, kind, logsumexp=True)
+    yield _argmax_case(1, 8192, 576, torch.float32, QUANTISED[-1], True, logsumexp=True)
