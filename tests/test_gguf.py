@@ -88,7 +88,7 @@ def test_formats_that_are_not_taken_over_are_dequantised(tmp_path: Path) -> None
     """As in files of mixed formats: here the down projections lie in F16 among 4-bit matrices."""
     file = save_gguf(tmp_path / "model.gguf", random_model(), "Q4_1", exceptions={"down_proj": "F16", "v_proj": "Q8_0"})
     mixed, dequantised = load(file, gptq_activation="exact"), load(file, quantization="dequantize")
-    layer = mixed.engine.model.layers[0]
+    layer = mixed.engine.model.stack.layers[0]
     assert [type(weight) for weight in layer.down.weights] == [DenseWeight]
     assert [weight.bits for weight in layer.qkv.weights if isinstance(weight, GPTQWeight)] == [4, 8]
     assert torch.equal(logits_of(mixed, PROMPT), logits_of(dequantised, PROMPT))

@@ -165,7 +165,7 @@ def test_a_tied_embedding_is_held_once(bits: int, tmp_path: Path) -> None:
     assert isinstance(model.embedding, GPTQWeight)
     assert model.lm_head.weights == [model.embedding]
     assert model.lm_head.weights[0] is model.embedding
-    layers = [linear for layer in model.layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+    layers = [linear for layer in model.stack.layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)]
     assert model.nbytes == model.embedding.nbytes + sum(linear.nbytes for linear in layers)
     expected = logits_of(plain, PROMPT)
     assert torch.equal(logits_of(llm, PROMPT), expected)
@@ -309,7 +309,7 @@ def test_zero_points_that_contradict_the_label_are_warned_of(label: str, field: 
     with pytest.warns(UserWarning, match=f"'checkpoint_format' is '{label}', but the zero points look like") as warned:
         llm = load(tmp_path / "gptq", gptq_activation="exact")
     assert len([warning for warning in warned if "checkpoint_format" in str(warning.message)]) == 1
-    (weight,) = llm.engine.model.layers[0].down.weights
+    (weight,) = llm.engine.model.stack.layers[0].down.weights
     assert isinstance(weight, GPTQWeight)
     codes = unpack_rows(tensors["model.layers.0.mlp.down_proj.qweight"], 4)
     zero = {"gptq": 9, "gptq_v2": 7}[label]

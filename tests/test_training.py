@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from teco_kernels import LLM, SamplingParams, assets
 from teco_kernels.cli import app
 from teco_kernels.decoder.loader import load_source
-from teco_kernels.decoder.recycle_head import read_recycle_head
+from teco_kernels.decoder.recycle_head import RecycleHeadTensors
 from teco_kernels.training import TrainingSettings, acceptance, load_head, train_recycle
 from teco_kernels.training.head import Base, RecycleHead
 from teco_kernels.training.prompts import prompts
@@ -160,18 +160,24 @@ def test_checkpoints_of_other_trainings_are_refused(
         Trainer(base, *recorded, SETTINGS).load(checkpoint)
 
 
-@pytest.mark.parametrize("settings", [{}, {"hidden_size": 32, "num_layers": 2, "draft_vocab_size": 0}])
-def test_a_saved_head_loads_and_says_the_same(path: Path, base: Base, tmp_path: Path, settings: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("settings", "bits"), [({}, 8), ({"hidden_size": 32, "num_layers": 2, "draft_vocab_size": 0}, None)]
+)
+def test_a_saved_head_loads_and_says_the_same(
+    path: Path, base: Base, tmp_path: Path, settings: dict[str, int], bits: int | None
+) -> None:
     out, recording = tmp_path / "head", tmp_path / "recording"
-    history, result = train_recycle(path, out, replace(SETTINGS, **settings), recording=recording, **SIZES)
+    history, result = train_recycle(path, out, replace(SETTINGS, **settings), recording=recording, bits=bits, **SIZES)
     assert sorted(file.name for file in tmp_path.iterdir() if not file.name.endswith(".lock")) == ["head", "recording"]
     head, vocabulary = load_head(out, base.config)
-    config, tensors = read_recycle_head(out, base.config)
+    tensors = RecycleHeadTensors(out, base.config)
+    config = tensors.config
     assert (vocabulary is None) == (config.draft_vocab_size is None)
-    assert tensors["mtp.eh_proj.weight"].shape == (config.hidden_size, 128)
+    assert tensors.has("mtp.eh_proj.weight" if bits is None else "mtp.eh_proj.qweight")
+    assert head.eh_proj.weight.shape == (config.hidden_size, 128)
     validation = [Recording.load(file) for file in sorted(recording.glob("validation*"))]
     again = acceptance(head, vocabulary, base, validation)
-    assert abs(again.head - result.head) <= 0.02 * result.places  # the file is in fp16
+    assert abs(again.head - result.head) <= 0.02 * result.places  # the file is rounded
     assert again.lookup == result.lookup
     report = json.loads((out / "training_report.json").read_text())
     assert len(report["history"]) == len(history)

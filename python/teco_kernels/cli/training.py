@@ -31,6 +31,7 @@ def train_recycle(
     learning_rate: Annotated[float, typer.Option(help="The highest.")] = 1e-3,
     dropout: Annotated[float, typer.Option(help="Of what its layers add.")] = 0.1,
     seed: Annotated[int, typer.Option(help="The same seed trains the same head.")] = 0,
+    bits: Annotated[int, typer.Option(help="Bits of the saved head: 2, 3, 4, 8; 16 for fp16.")] = 8,
     png_file: Annotated[Path | None, typer.Option("--png", help="Also draw the course; needs matplotlib.")] = None,
     threads: Threads = None,
 ) -> None:
@@ -64,6 +65,7 @@ def train_recycle(
             num_validation_tokens=validation_tokens,
             max_new_tokens=max_new_tokens,
             recording=recording,
+            bits=None if bits == 16 else bits,
         )
     except KeyboardInterrupt:
         typer.echo("\nteco-kernels: interrupted; the same command goes on where it was", err=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import secrets
 import time
+import warnings
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
-from math import isnan
+from math import exp, isnan
 from operator import index
 from typing import Any
 
@@ -17,6 +18,8 @@ from teco_kernels.decoder.answer import Answer
 from teco_kernels.decoder.batch import Span
 from teco_kernels.decoder.kv_cache import KVCache
 from teco_kernels.decoder.model import Transformer
+from teco_kernels.decoder.recycle_module import RecycleModule
+from teco_kernels.decoder.recycle_runner import RecycleRunner
 from teco_kernels.decoder.recycler import NO_GUESS, Guess, Recycler
 from teco_kernels.decoder.runner import Runner
 from teco_kernels.decoder.sampler import INVALID_TOKEN, sample_tokens, token_logprobs
@@ -81,7 +84,9 @@ class Engine:
     max_num_seqs, max_num_batched_tokens : int
         See `Scheduler`.
     recycler : Recycler, optional
-        Makes guesses of the tokens to come. They change how fast tokens come, never which.
+        Makes guesses of the tokens to come. They change how fast tokens come, never which, unless it does not verify.
+    recycle_module : RecycleModule, optional
+        The head that the recycler listens to; `cache` must have room for its layers.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class Engine:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         recycler: Recycler | None = None,
+        recycle_module: RecycleModule | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -108,6 +114,10 @@ class Engine:
             max_tokens=max_num_batched_tokens,
             max_decode_tokens=1 + (recycler.max_tokens if recycler else 0),
         )
+        self.recycle_runner = None
+        if recycle_module is not None:
+            most = max(max_num_batched_tokens, max_num_seqs)
+            self.recycle_runner = RecycleRunner(recycle_module, cache, self.runner, max_tokens=most)
         self.scheduler = Scheduler(cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
         self._requests: dict[str, Request] = {}
         self._request_of: dict[Sequence, tuple[Request, Answer]] = {}
@@ -226,9 +236,35 @@ class Engine:
         for sequence, num_tokens in batch:
             self.scheduler.commit(sequence, num_tokens)
         outputs = self._sample(drawing, logits)
-        if self.recycler is not None and self.runner.replayed:
-            self.recycler.cost.add(num_rows, time.perf_counter() - started)
+        if self.recycler is not None:
+            if self.runner.replayed:
+                self.recycler.cost.add(num_rows, time.perf_counter() - started)
+            try:
+                self._listen(batch, spans, drawing)
+            except Exception as error:
+                # The step's answers are complete, and go on without the head.
+                self.recycle_runner = None
+                warnings.warn(f"the recycle head failed, and is not used any more: {error}", stacklevel=2)
         return outputs
+
+    def _listen(self, batch: list[tuple[Sequence, int]], spans: list[Span], drawing: list[_Draw]) -> None:
+        """Let the head know what has followed each token of the step, and hear what it says will come."""
+        recycler, runner = self.recycler, self.recycle_runner
+        going_on = [draw for draw in drawing if draw.sequence in self._request_of]
+        if recycler is None or runner is None or not recycler.listens(len(batch)):
+            return
+        started = time.perf_counter()
+        next_ids: list[int] = []
+        for (sequence, _), span in zip(batch, spans, strict=True):
+            ids = sequence.token_ids[span.start + 1 : span.start + 1 + span.num_tokens]
+            next_ids += ids + [0] * (span.num_tokens - len(ids))
+        asked = [draw for draw in going_on if not recycler.is_sure(draw.sequence)]
+        runner.run(next_ids, speak=bool(asked))
+        for draw in asked:
+            token_id, logprob = runner.said(draw.first_row + draw.num_accepted)
+            recycler.hear(draw.sequence, token_id, exp(logprob) if token_id >= 0 else 0.0)
+        if runner.replayed and asked:
+            recycler.head_cost.add(len(next_ids), time.perf_counter() - started)
 
     def _guess(self, batch: list[tuple[Sequence, int]]) -> dict[Sequence, Guess]:
         """Guesses for the sequences of a step that only decodes, with room in the cache reserved for them."""
@@ -296,6 +332,10 @@ class Engine:
         if any(answer.params.logprobs is not None for _, answer in drawing):
             plain = logits.clone()  # sampling changes its input
         token_ids = sample_tokens(logits, [answer for _, answer in drawing])
+        if self.recycler is not None and not self.recycler.verify:
+            for draw, row in zip(draws, own, strict=True):
+                if depth < len(draw.guess.token_ids) and token_ids[row] != INVALID_TOKEN:
+                    token_ids[row] = draw.guess.token_ids[depth]
         now = time.monotonic()
         for row, ((request, answer), token_id) in enumerate(zip(drawing, token_ids, strict=True)):
             progressed[request.request_id] = request

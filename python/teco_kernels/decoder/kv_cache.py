@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from teco_kernels._host import BlockPool
 from teco_kernels.decoder.config import ModelConfig
+from teco_kernels.decoder.recycle_head import RecycleHeadConfig
 from teco_kernels.ops import copy_blocks
 
 #: By short names and by vLLM's.
@@ -41,6 +43,9 @@ class LayerCache:
 class KVCache:
     """All layers' caches and the pool of their blocks; a block id means the same slots in every layer.
 
+    A recycle head's layers have caches of their own in the same blocks. Where the head was not run they hold zeros or
+    what it wrote for an earlier owner of the block: what it says then is a worse guess, but always a number.
+
     Parameters
     ----------
     config : ModelConfig
@@ -52,6 +57,8 @@ class KVCache:
         More are never needed.
     dtype : torch.dtype
         fp32, fp16, bf16, int8 or float8_e4m3fn.
+    recycle_head : RecycleHeadConfig, optional
+        Of the head beside the model.
 
     Raises
     ------
@@ -60,24 +67,40 @@ class KVCache:
     """
 
     def __init__(
-        self, config: ModelConfig, *, block_size: int, memory: int, max_blocks: int, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        *,
+        block_size: int,
+        memory: int,
+        max_blocks: int,
+        dtype: torch.dtype,
+        recycle_head: RecycleHeadConfig | None = None,
     ) -> None:
         scaled = dtype in (torch.int8, torch.float8_e4m3fn)
-        slot_bytes = 2 * config.num_kv_heads * (config.head_dim * dtype.itemsize + (4 if scaled else 0))
-        block_bytes = config.num_layers * block_size * slot_bytes
+
+        def slot_bytes(shape: ModelConfig | RecycleHeadConfig) -> int:
+            row_bytes = shape.head_dim * dtype.itemsize + (4 if scaled else 0)
+            return 2 * shape.num_layers * shape.num_kv_heads * row_bytes
+
+        block_bytes = block_size * (slot_bytes(config) + (slot_bytes(recycle_head) if recycle_head else 0))
         num_blocks = min(memory // block_bytes, max_blocks)
         if num_blocks < 1:
             raise ValueError(f"kv_cache_memory: expected at least {block_bytes} bytes, one block; got {memory}")
-        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
 
-        def scale() -> Tensor | None:
-            return torch.empty(shape[:-1]) if scaled else None
+        # The system gives memory to a block only when it is first written, to one of zeros too.
+        def layers(of: ModelConfig | RecycleHeadConfig, make: Callable[..., Tensor]) -> list[LayerCache]:
+            shape = (num_blocks, block_size, of.num_kv_heads, of.head_dim)
 
-        # Not zeroed: the system gives memory to a block only when it is first written.
-        self.layers = [
-            LayerCache(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype), scale(), scale())
-            for _ in range(config.num_layers)
-        ]
+            def scale() -> Tensor | None:
+                return make(shape[:-1]) if scaled else None
+
+            return [
+                LayerCache(make(shape, dtype=dtype), make(shape, dtype=dtype), scale(), scale())
+                for _ in range(of.num_layers)
+            ]
+
+        self.layers = layers(config, torch.empty)
+        self.head_layers = layers(recycle_head, torch.zeros) if recycle_head else []
         self.dtype = dtype
         self.block_size = block_size
         self.nbytes = num_blocks * block_bytes
@@ -86,7 +109,7 @@ class KVCache:
     def copy_block(self, source: int, target: int) -> None:
         """Copy a block in every layer, for a sequence that is about to write into one it shares."""
         mapping = torch.tensor([[source, target]])
-        for layer in self.layers:
+        for layer in (*self.layers, *self.head_layers):
             copy_blocks(layer.key, layer.value, mapping)
             if layer.key_scale is not None and layer.value_scale is not None:
                 copy_blocks(layer.key_scale, layer.value_scale, mapping)

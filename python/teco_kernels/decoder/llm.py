@@ -14,8 +14,10 @@ from tqdm import tqdm
 from teco_kernels.decoder.config import ModelConfig
 from teco_kernels.decoder.engine import Engine
 from teco_kernels.decoder.kv_cache import CACHE_DTYPES, KVCache
-from teco_kernels.decoder.loader import load_source
+from teco_kernels.decoder.loader import Source, load_source
 from teco_kernels.decoder.model import Transformer
+from teco_kernels.decoder.recycle_head import RecycleHeadTensors, shipped_recycle_head
+from teco_kernels.decoder.recycle_module import RecycleModule
 from teco_kernels.decoder.recycler import Recycler
 from teco_kernels.decoder.sampling_params import RequestError, RequestOutput, SamplingParams
 from teco_kernels.decoder.weights import Quantization
@@ -62,12 +64,14 @@ class LLM:
     kv_cache_memory : int, optional
         Bytes for the KV cache, 1 GiB when not given. Never takes more than `max_num_seqs` longest requests need;
         memory is used as blocks are first written.
-    recycle_head : str, optional
-        "lookup": guess tokens to come from what the text has said before, and let each step verify its guesses along
-        with the next token. The tokens are those of plain decoding, greedy and sampled, in fewer steps. A trained head
-        is not available in this version.
+    recycle_head : str or Path, optional
+        Guess tokens to come, and let each step verify its guesses along with the next token: the tokens are those of
+        plain decoding, greedy and sampled, in fewer steps. "lookup": from what the text has said before. A folder that
+        `train_recycle` has made: with this head too, where lookup has nothing to say. "auto": with the head that the
+        package has for this model, if any.
     recycle_verify : bool
-        Only True in this version.
+        False, with a head: believe it without asking the model, every other token, as RecycleGPT does; faster, and the
+        text is no longer the model's.
     num_threads : int, optional
         Sets ``torch.set_num_threads``, which the operators follow; for the whole process.
     gptq_activation : {"int8", "exact"}
@@ -102,7 +106,7 @@ class LLM:
         block_size: int = 16,
         kv_cache_dtype: str = "auto",
         kv_cache_memory: int | None = None,
-        recycle_head: str | None = None,
+        recycle_head: str | Path | None = None,
         recycle_verify: bool = True,
         num_threads: int | None = None,
         gptq_activation: Activation = "int8",
@@ -110,10 +114,6 @@ class LLM:
     ) -> None:
         if tensor_parallel_size != 1:
             raise ValueError(f"tensor_parallel_size: {tensor_parallel_size} is not available in this version, only 1")
-        if recycle_head not in (None, "lookup"):
-            raise ValueError(f"recycle_head: {recycle_head!r} is not available in this version, only 'lookup'")
-        if not recycle_verify:
-            raise ValueError("recycle_verify: False is not available in this version, only True")
         compute_dtype = _choice("dtype", str(dtype).removeprefix("torch."), _DTYPES)
         cache_dtype = _choice("kv_cache_dtype", kv_cache_dtype, {"auto": compute_dtype, **CACHE_DTYPES})
         _choice("gptq_activation", gptq_activation, {"exact": None, "int8": None})
@@ -134,6 +134,9 @@ class LLM:
         source = load_source(path)
         self.config: ModelConfig = source.config
         self.tokenizer = source.tokenizer
+        head_tensors = _open_head(source, recycle_head)
+        if not recycle_verify and head_tensors is None:
+            raise ValueError(f"recycle_verify: False needs a recycle head, got recycle_head {recycle_head!r}")
         limit = source.config.max_position
         max_model_len = limit if max_model_len is None else max_model_len
         if max_model_len > limit:
@@ -144,6 +147,7 @@ class LLM:
             memory=_DEFAULT_CACHE_MEMORY if kv_cache_memory is None else kv_cache_memory,
             max_blocks=max_num_seqs * -(-max_model_len // block_size),
             dtype=cache_dtype,
+            recycle_head=None if head_tensors is None else head_tensors.config,
         )
         model = Transformer(
             source,
@@ -152,14 +156,20 @@ class LLM:
             activation=gptq_activation,
             quantization=quantization,
         )
+        max_tokens = max_num_batched_tokens or max(512, max_num_seqs)
+        module = None
+        if head_tensors is not None:
+            most = max(max_tokens, max_num_seqs)
+            module = RecycleModule(head_tensors, model, max_model_len=max_model_len, max_tokens=most)
         self.engine = Engine(
             model,
             cache,
             self.tokenizer,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens or max(512, max_num_seqs),
-            recycler=Recycler() if recycle_head else None,
+            max_num_batched_tokens=max_tokens,
+            recycler=Recycler(head=module is not None, verify=recycle_verify) if recycle_head is not None else None,
+            recycle_module=module,
         )
         self._ids = count()
         # Outputs that a step made for a caller who was not the one to run it, e.g. of two streams read in turn.
@@ -329,6 +339,17 @@ class LLM:
         if errors := [answer.error for output in outputs for answer in output.outputs if answer.error]:
             raise RequestError("; ".join(sorted(set(errors))), outputs)
         return outputs
+
+
+def _open_head(source: Source, recycle_head: str | Path | None) -> RecycleHeadTensors | None:
+    """The head that is asked for; None where lookup alone, or no recycling, is."""
+    if recycle_head == "auto":
+        recycle_head = shipped_recycle_head(source.tensor("model.norm.weight", (source.config.hidden_size,)))
+    if recycle_head is None or recycle_head == "lookup":
+        return None
+    if not Path(recycle_head).is_dir():
+        raise ValueError(f"recycle_head: expected 'lookup', 'auto' or a folder with a head, got {str(recycle_head)!r}")
+    return RecycleHeadTensors(recycle_head, source.config)
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -15,17 +15,15 @@ from teco_kernels.decoder.json_file import read_json
 from teco_kernels.decoder.tokenizer import Tokenizer
 
 
-class Source(ABC):
-    """A checkpoint whose tensors are read when asked for, under their Hugging Face names.
+class Tensors(ABC):
+    """Tensors that are read when asked for, by name.
 
     Attributes
     ----------
     path : Path
         The directory or file.
     raw_config : dict
-        Contents of a Hugging Face ``config.json`` (made from the metadata of a GGUF file).
-    config : ModelConfig
-        The same, checked.
+        Contents of its ``config.json`` (made from the metadata of a GGUF file).
     quantization_config : dict or None
         How the weights are quantised; None when `tensor` gives plain weights.
     """
@@ -33,7 +31,6 @@ class Source(ABC):
     def __init__(self, path: Path, raw_config: dict[str, Any], origin: str) -> None:
         self.path = path
         self.raw_config = raw_config
-        self.config = ModelConfig.from_dict(raw_config, origin)
         self.quantization_config: dict[str, Any] | None = raw_config.get("quantization_config")
         if not isinstance(self.quantization_config, dict | None):
             raise ValueError(f"{origin}: expected an object 'quantization_config', got {self.quantization_config!r}")
@@ -45,11 +42,6 @@ class Source(ABC):
     @abstractmethod
     def _read(self, name: str) -> torch.Tensor:
         """The tensor `name`, which exists."""
-
-    @cached_property
-    @abstractmethod
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that belongs to the model."""
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         """Read one tensor, in the dtype it is stored in (fp32 when the file stores it in a block format).
@@ -92,6 +84,25 @@ class Source(ABC):
         return frozenset(self.names())
 
 
+class Source(Tensors):
+    """A checkpoint, its tensors under their Hugging Face names.
+
+    Attributes
+    ----------
+    config : ModelConfig
+        What `raw_config` says, checked.
+    """
+
+    def __init__(self, path: Path, raw_config: dict[str, Any], origin: str) -> None:
+        self.config = ModelConfig.from_dict(raw_config, origin)
+        super().__init__(path, raw_config, origin)
+
+    @cached_property
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that belongs to the model."""
+
+
 class DirectorySource(Source):
     """A Hugging Face directory: config.json, safetensors in one file or in shards, tokenizer.json."""
 
@@ -102,7 +113,7 @@ class DirectorySource(Source):
         if "quantization_config" not in raw and (older := read_json(path / "quantize_config.json", optional=True)):
             raw["quantization_config"] = {"quant_method": "gptq", **older}
         super().__init__(path, raw, str(path / "config.json"))
-        self._files = {file: _open(file) for file in self._shards()}
+        self._files = {file: open_safetensors(file) for file in self._shards()}
         self._file_of = {name: file for file, handle in self._files.items() for name in handle.keys()}  # noqa: SIM118
 
     def _shards(self) -> list[Path]:
@@ -155,7 +166,7 @@ def load_source(path: str | Path) -> Source:
     raise ValueError(f"{path}: expected a Hugging Face directory or a .gguf file, found neither")
 
 
-def _open(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
     """A lazily read safetensors file."""
     try:
         return safe_open(path, framework="pt")

@@ -18,7 +18,7 @@ class ContextLookup:
         self._end_of: dict[tuple[int, ...], int] = {}
         self._num_indexed = 0
 
-    def propose(self, token_ids: Sequence[int], count: int) -> tuple[list[int], int]:
+    def propose(self, token_ids: Sequence[int], count: int, after: Sequence[int] = ()) -> tuple[list[int], int]:
         """Tokens that may follow.
 
         Parameters
@@ -27,6 +27,8 @@ class ContextLookup:
             The sequence, grown at its end since the last call or the same.
         count : int
             Tokens wanted.
+        after : sequence of int
+            Tokens that the sequence may go on with; what is looked up is the text with these at its end.
 
         Returns
         -------
@@ -38,13 +40,14 @@ class ContextLookup:
         """
         self._index(token_ids)
         size = len(token_ids)
+        end = [*token_ids[-MATCH_LENGTHS[0] :], *after]
         for length in MATCH_LENGTHS:
-            start = self._end_of.get(tuple(token_ids[size - length :])) if size >= length else None
+            start = self._end_of.get(tuple(end[-length:])) if len(end) >= length else None
             if start is not None:
-                found: list[int] = []
+                beyond = list(after)  # the text's end, and what it goes on with
                 for place in range(start, start + count):
-                    found.append(token_ids[place] if place < size else found[place - size])
-                return found, length
+                    beyond.append(token_ids[place] if place < size else beyond[place - size])
+                return beyond[len(after) :], length
         return [], 0
 
     def _index(self, token_ids: Sequence[int]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teco_kernels.decoder.loader import Source
+from teco_kernels.decoder.loader import Tensors
 from teco_kernels.ops import GPTQWeight
 from teco_kernels.ops.packing import BITS, ZeroPointFormat, codes_per_period, looks_like, unpack_awq
 
@@ -24,7 +24,7 @@ class QuantizedLayers:
 
     Parameters
     ----------
-    source : Source
+    source : Tensors
 
     Raises
     ------
@@ -32,7 +32,7 @@ class QuantizedLayers:
         When the checkpoint is quantised by a method that is not understood.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Tensors) -> None:
         self._source = source
         settings = source.quantization_config
         self._method = None if settings is None else settings.get("quant_method")

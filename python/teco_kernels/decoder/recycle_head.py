@@ -5,25 +5,28 @@ with layers and a last norm of their own as Qwen3-Next has them: ``mtp.enorm.wei
 ``mtp.eh_proj.weight`` (its input is the embedding, then the hidden state), ``mtp.layers.0.self_attn.q_proj.weight`` and
 so on as in a Llama layer, ``mtp.norm.weight``; ``mtp.out_proj.weight`` where the layers are not as wide as the base
 model. ``draft_vocabulary`` int64 ``[draft_vocab_size]`` has the token ids that the head can say, ascending; without it
-it says all. Embedding and LM head are the base model's.
+it says all. Embedding and LM head are the base model's. Matrices may be quantised, as in a GPTQ checkpoint, with a
+``quantization_config`` in config.json.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from teco_kernels.decoder.config import ModelConfig
 from teco_kernels.decoder.json_file import read_json
+from teco_kernels.decoder.loader import Tensors, open_safetensors
 
 MODEL_TYPE = "teco_recycle"
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+_SHIPPED = Path(__file__).parent.parent / "recycle_heads"
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,8 @@ class RecycleHeadConfig:
         return config
 
 
-def read_recycle_head(path: str | Path, base: ModelConfig) -> tuple[RecycleHeadConfig, dict[str, Tensor]]:
-    """Read a head for a base model.
+class RecycleHeadTensors(Tensors):
+    """The tensors of a head on disk, plain or quantised as in a GPTQ checkpoint.
 
     Parameters
     ----------
@@ -125,49 +128,76 @@ def read_recycle_head(path: str | Path, base: ModelConfig) -> tuple[RecycleHeadC
     base : ModelConfig
         Of the model that it is to serve.
 
-    Returns
-    -------
-    RecycleHeadConfig
-    dict of str to Tensor
-        As in the file, shapes checked.
+    Attributes
+    ----------
+    config : RecycleHeadConfig
+    draft_vocabulary : Tensor or None
+        int64 ``[draft_vocab_size]``, ascending: the tokens that it can say; None for all.
 
     Raises
     ------
     ValueError
-        Naming the file: when something is missing, damaged or of another shape, and when the head was made for a model
-        of another hidden size or vocabulary.
+        Naming the file: when something is missing, damaged or unknown, and when the head was made for a model of
+        another hidden size or vocabulary.
     """
-    path = Path(path)
-    config = RecycleHeadConfig.from_dict(read_json(path / CONFIG_NAME), str(path / CONFIG_NAME))
-    for what, made_for, got in (
-        ("hidden size", config.base_hidden_size, base.hidden_size),
-        ("vocabulary", config.base_vocab_size, base.vocab_size),
-    ):
-        if made_for != got:
-            raise ValueError(f"{path}: this recycle head is for models of {what} {made_for}, the model has {got}")
-    file_path = path / WEIGHTS_NAME
-    try:
-        with safe_open(file_path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise ValueError(f"{file_path}: file is missing") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file_path}: truncated or damaged safetensors file: {error}") from None
-    shapes = config.shapes()
-    for name in sorted(tensors.keys() ^ shapes.keys()):
-        raise ValueError(f"{file_path}: tensor {name!r} is {'missing' if name in shapes else 'unknown'}")
-    for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != shape:
+
+    def __init__(self, path: str | Path, base: ModelConfig) -> None:
+        path = Path(path)
+        origin = str(path / CONFIG_NAME)
+        raw = read_json(path / CONFIG_NAME)
+        self.config = RecycleHeadConfig.from_dict(raw, origin)
+        super().__init__(path, raw, origin)
+        for what, made_for, got in (
+            ("hidden size", self.config.base_hidden_size, base.hidden_size),
+            ("vocabulary", self.config.base_vocab_size, base.vocab_size),
+        ):
+            if made_for != got:
+                raise ValueError(f"{path}: this recycle head is for models of {what} {made_for}, the model has {got}")
+        self._handle = open_safetensors(path / WEIGHTS_NAME)
+        shapes = self.config.shapes()
+        found = {_plain_name(name) for name in self.names()}
+        for name in sorted(found ^ shapes.keys()):
+            state = "missing" if name in shapes else "unknown"
+            raise ValueError(f"{path / WEIGHTS_NAME}: tensor {name!r} is {state}")
+        self.draft_vocabulary = self._draft_vocabulary()
+
+    def names(self) -> list[str]:
+        return list(self._handle.keys())
+
+    def file_of(self, name: str) -> Path:
+        return self.path / WEIGHTS_NAME
+
+    def _read(self, name: str) -> Tensor:
+        tensor: Tensor = self._handle.get_tensor(name)
+        return tensor
+
+    def _draft_vocabulary(self) -> Tensor | None:
+        size, name = self.config.draft_vocab_size, "draft_vocabulary"
+        if size is None:
+            return None
+        ids = self.tensor(name, (size,))
+        if ids.dtype != torch.int64 or ids[0] < 0 or ids[-1] >= self.config.base_vocab_size or (ids.diff() <= 0).any():
             raise ValueError(
-                f"{file_path}: tensor {name!r} has shape {list(tensors[name].shape)}, "
-                f"the configuration asks for {list(shape)}"
+                f"{self.file_of(name)}: tensor {name!r}: expected int64 token ids, ascending, "
+                f"below {self.config.base_vocab_size}"
             )
-    if (ids := tensors.get("draft_vocabulary")) is not None and not _is_ascending(ids, base.vocab_size):
-        raise ValueError(
-            f"{file_path}: tensor 'draft_vocabulary': expected int64 token ids, ascending, below {base.vocab_size}"
-        )
-    return config, tensors
+        return ids
 
 
-def _is_ascending(ids: Tensor, end: int) -> bool:
-    return bool(ids.dtype == torch.int64 and ids[0] >= 0 and ids[-1] < end and (ids.diff() > 0).all())
+def norm_fingerprint(norm: Tensor) -> str:
+    """Of a model's final norm: what tells a model from others of its sizes, and is the same however it is quantised."""
+    return hashlib.sha256(norm.half().numpy().tobytes()).hexdigest()[:16]
+
+
+def shipped_recycle_head(norm: Tensor) -> Path | None:
+    """The folder of the head that this package has for the model with this final norm, if any."""
+    for config in sorted(_SHIPPED.glob(f"*/{CONFIG_NAME}")):
+        if read_json(config).get("base_norm") == norm_fingerprint(norm):
+            return config.parent
+    return None
+
+
+def _plain_name(name: str) -> str:
+    """The name of the unquantised tensor that a tensor is a part of."""
+    stem, _, part = name.rpartition(".")
+    return f"{stem}.weight" if part in ("qweight", "qzeros", "scales", "g_idx") else name

@@ -4,6 +4,8 @@ A step's guesses ride along in the pass that computes the next token: its logits
 itself says there. While a pass is bound by reading the weights, they cost little more than nothing. How many guesses
 pay is decided from what was measured in this very process: how often guesses of their kind came true, and how long
 steps of so many tokens took. Where none pays, as in large batches, none is made.
+
+Two proposers: context lookup, and a recycle head, if there is one, where lookup has nothing to say or is less sure.
 """
 
 from __future__ import annotations
@@ -27,6 +29,13 @@ _SEQUENCE_MEMORY = 0.9  # all guesses for one sequence, some of which repeat the
 _KIND_WEIGHT, _SEQUENCE_WEIGHT = 2.0, 4.0  # of what is believed before
 _HOPED = 0.9  # share of guesses that come true where a text repeats itself
 _TIE = 1.01  # gain below which a longer step is not worth its noise
+_SURE = 0.85  # of its guess, that lookup must be for the head not to be asked
+_HEAD_MEMORY, _HEAD_PRIOR, _HEAD_WEIGHT = 0.995, 0.3, 40.0  # share of runs of the head that gain a token
+_HEAD_PAUSE, _HEAD_TRIAL = 512, 64  # steps without a head that did not pay, and with it before that is asked again
+
+# Kinds of guesses, beside 0 and the lengths of matches: lookup's which the head makes too, and the head's by tenths of
+# the probability that it gives them.
+_AGREED, _HEAD = 10, 100
 
 
 class Guess(NamedTuple):
@@ -52,8 +61,8 @@ class Share:
         self._memory = memory
         self._true = self._seen = 0.0
 
-    def add(self, came_true: bool) -> None:
-        """Note an observation."""
+    def add(self, came_true: float) -> None:
+        """Note an observation; a number between 0 and 1 for the mean of several."""
         self._true = self._true * self._memory + came_true
         self._seen = self._seen * self._memory + 1
 
@@ -62,12 +71,21 @@ class Share:
         return (self._true + prior * weight) / (self._seen + weight)
 
 
+class _Said(NamedTuple):
+    """What the head said would come after so many tokens of a sequence, and how probable it held it to be."""
+
+    num_tokens: int
+    token_id: int
+    probability: float
+
+
 class _Followed:
-    """What is known of one sequence: its text, and how its own guesses fared."""
+    """What is known of one sequence: its text, how its own guesses fared, and what the head has said last."""
 
     def __init__(self) -> None:
         self.lookup = ContextLookup()
         self.share = Share(_SEQUENCE_MEMORY)
+        self.said = _Said(0, -1, 0.0)
 
 
 class StepCost:
@@ -125,25 +143,38 @@ class Recycler:
     ----------
     max_tokens : int
         Most guesses for one sequence in a step.
+    lookup, head : bool
+        The proposers: context lookup, and a recycle head, whose words come by `hear`.
+    verify : bool
+        False: the head's word counts, whatever the model would say and whatever it costs; one a step.
 
     Attributes
     ----------
     num_guessed, num_accepted : int
         Tokens, over all steps.
+    cost, head_cost : StepCost
+        Of the model's steps, and of runs of the head.
     """
 
-    def __init__(self, max_tokens: int = 4) -> None:
-        self.max_tokens = max_tokens
-        self.cost = StepCost()
+    def __init__(self, max_tokens: int = 4, *, lookup: bool = True, head: bool = False, verify: bool = True) -> None:
+        self.max_tokens = max_tokens if verify else 1
+        self.verify = verify
+        self._looks_up, self._has_head = lookup and verify, head
+        self.cost, self.head_cost = StepCost(), StepCost()
+        self._head_gain = Share(_HEAD_MEMORY)
+        self._head_gained = 0  # tokens in this step that came true on the head's word
+        self._head_steps = 0  # since it was last paused, below 0 until it is tried again
         self.num_guessed = self.num_accepted = 0
         self._followed: WeakKeyDictionary[Sequence, _Followed] = WeakKeyDictionary()
         self._shares: dict[tuple[int, int], Share] = {}  # by kind and depth
 
     def propose(self, sequences: SequenceOf[Sequence]) -> list[Guess]:
         """For each of the sequences that the next step decodes, as many guesses as pay; often none."""
-        if not self._may_pay(len(sequences)):
+        if self.verify and not self._may_pay(len(sequences)):
             return [NO_GUESS] * len(sequences)
         guesses = [self._guess(sequence) for sequence in sequences]
+        if not self.verify:
+            return guesses
         candidates = sorted(
             (-probability, depth, row)
             for row, guess in enumerate(guesses)
@@ -157,18 +188,76 @@ class Recycler:
 
     def _guess(self, sequence: Sequence) -> Guess:
         # The token after the last guess is the step's own gain, and must still be within the answer.
-        count = min(self.max_tokens, sequence.max_tokens - sequence.num_generated - 1)
+        count = max(min(self.max_tokens, sequence.max_tokens - sequence.num_generated - 1), 0)
+        followed = self._follow(sequence)
+        found = Guess(*followed.lookup.propose(sequence.token_ids, count)) if self._looks_up else NO_GUESS
+        said = followed.said
+        if said.num_tokens != len(sequence.token_ids) or said.token_id < 0 or not count:
+            return found
+        if found.token_ids[:1] == [said.token_id]:
+            return Guess(found.token_ids, found.kind + _AGREED)
+        kind = _HEAD + min(int(said.probability * 10), 9)
+        if found.token_ids and self._estimate(found.kind, 0, followed) >= self._estimate(kind, 0, followed):
+            return found
+        rest: list[int] = []
+        if self._looks_up and count > 1:
+            rest, _ = followed.lookup.propose(sequence.token_ids, count - 1, [said.token_id])
+        return Guess([said.token_id, *rest], kind)
+
+    def _follow(self, sequence: Sequence) -> _Followed:
         if sequence not in self._followed:
             self._followed[sequence] = _Followed()
-        return Guess(*self._followed[sequence].lookup.propose(sequence.token_ids, max(count, 0)))
+        return self._followed[sequence]
+
+    def listens(self, num_sequences: int) -> bool:
+        """Whether the head is to run after a step of so many sequences; else what it knows of them gets holes."""
+        if not self._has_head or not self.verify:
+            return self._has_head
+        self._head_steps += 1
+        if self._head_steps <= 0:
+            return False
+        self._head_gain.add(self._head_gained / num_sequences)
+        self._head_gained = 0
+        if self.cost.knows(num_sequences) and not self._may_pay(num_sequences):
+            return False
+        if self._head_steps > _HEAD_TRIAL and self.head_cost.knows(num_sequences):
+            gain = self._head_gain.estimate(_HEAD_PRIOR, _HEAD_WEIGHT) * self.cost(num_sequences)
+            if gain < self.head_cost(num_sequences):
+                self._head_steps = -_HEAD_PAUSE
+                self._head_gain = Share(_HEAD_MEMORY)
+                return False
+        return True
+
+    def is_sure(self, sequence: Sequence) -> bool:
+        """Whether lookup has a guess for a sequence that the head need not be asked about."""
+        if not self._looks_up:
+            return False
+        found, length = self._follow(sequence).lookup.propose(sequence.token_ids, 1)
+        return bool(found) and self._estimate(length, 0, self._follow(sequence)) >= _SURE
+
+    def hear(self, sequence: Sequence, token_id: int, probability: float) -> None:
+        """Note what the head says will come after a sequence; -1 for nothing."""
+        self._follow(sequence).said = _Said(len(sequence.token_ids), token_id, probability)
 
     def _probabilities(self, guess: Guess, sequence: Sequence) -> list[float]:
         """Of each guess to come true together with those before it: they fall, so the best ones are a beginning."""
-        share, joint, probabilities = self._followed[sequence].share, 1.0, []
+        followed, joint, probabilities = self._follow(sequence), 1.0, []
         for depth in range(len(guess.token_ids)):
-            joint *= share.estimate(self._share(guess.kind, depth).estimate(0.5, _KIND_WEIGHT), _SEQUENCE_WEIGHT)
+            joint *= self._estimate(guess.kind, depth, followed)
             probabilities.append(joint)
         return probabilities
+
+    def _estimate(self, kind: int, depth: int, followed: _Followed) -> float:
+        """Of a guess to come true once those before it have."""
+        believed = self._believed(kind, depth)
+        if kind >= _HEAD and not depth:
+            return believed
+        return followed.share.estimate(believed, _SEQUENCE_WEIGHT)
+
+    def _believed(self, kind: int, depth: int) -> float:
+        """How often guesses of a kind come true. A head that is well trained knows that before it is measured."""
+        prior = (kind - _HEAD + 0.5) / 10 if kind >= _HEAD and not depth else 0.5
+        return self._share(kind, depth).estimate(prior, _KIND_WEIGHT)
 
     def _share(self, kind: int, depth: int) -> Share:
         if (kind, depth) not in self._shares:
@@ -198,6 +287,11 @@ class Recycler:
         """Note how many of a sequence's guesses were compared with what the model says, and how many it says itself."""
         self.num_guessed += len(guess.token_ids)
         self.num_accepted += num_accepted
+        self._head_gained += guess.kind >= _HEAD and num_accepted > 0
         for depth in range(num_checked):
-            for share in (self._share(guess.kind, depth), self._followed[sequence].share):
+            shares = [self._share(guess.kind, depth)]
+            # The head knows by itself how sure it is; what a sequence is like says more about what lookup finds.
+            if guess.kind < _HEAD or depth:
+                shares.append(self._follow(sequence).share)
+            for share in shares:
                 share.add(depth < num_accepted)

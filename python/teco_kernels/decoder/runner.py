@@ -9,7 +9,8 @@ from torch import Tensor
 
 from teco_kernels.decoder.batch import Batch, Span
 from teco_kernels.decoder.kv_cache import KVCache
-from teco_kernels.decoder.model import Buffers, Transformer
+from teco_kernels.decoder.layers import Buffers
+from teco_kernels.decoder.model import Transformer
 from teco_kernels.ops import Plan
 
 #: See `Runner.observer`.
@@ -37,6 +38,10 @@ class Runner:
     ----------
     replayed : bool
         Whether the last step was replayed, rather than run eagerly or recorded.
+    batch : Batch
+        The last step's.
+    is_static : bool
+        Whether `batch` lies where every step of as many tokens that was planned has it.
     observer : callable or None
         Called after each step with its spans, the input of the LM head for each of their tokens ``[T, hidden_size]``
         (the last hidden state after the final norm), and the logits that were wanted. Overwritten by the next step.
@@ -54,7 +59,7 @@ class Runner:
     ) -> None:
         self.model = model
         self.cache = cache
-        self.replayed = False
+        self.replayed = self.is_static = False
         self.observer: Observer | None = None
         self.buffers = Buffers.allocate(model.config, max(max_tokens, max_num_seqs), model.dtype)
         max_blocks = -(-max_model_len // cache.block_size)
@@ -75,7 +80,8 @@ class Runner:
         self._columns = [tensor.numpy() for tensor in (*per_token, decode.seq_lens, decode.query_start_loc[1:])]
         self._block_table = decode.block_table.numpy()
         self._logits = torch.empty(self._max_planned, model.config.vocab_size, dtype=model.dtype)
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[int, tuple[Plan, Batch]] = {}
+        self.batch = decode
 
     def run(self, spans: Sequence[Span]) -> Tensor:
         """Compute the spans' tokens.
@@ -86,11 +92,13 @@ class Runner:
             Logits ``[R, vocab_size]`` of the tokens for which they are wanted; overwritten by the next step.
         """
         num_tokens = sum(span.num_tokens for span in spans)
-        if num_tokens <= self._max_planned and all(self._is_decode(span) for span in spans):
+        self.is_static = num_tokens <= self._max_planned and all(self._is_decode(span) for span in spans)
+        if self.is_static:
             logits = self._replay(spans, num_tokens)
         else:
             self.replayed = False
-            logits = self.model.forward(Batch.from_spans(spans, self.cache.block_size), self.cache, self.buffers)
+            self.batch = Batch.from_spans(spans, self.cache.block_size)
+            logits = self.model.forward(self.batch, self.cache, self.buffers)
         if self.observer is not None:
             self.observer(spans, self.buffers.hidden[:num_tokens], logits)
         return logits
@@ -102,16 +110,15 @@ class Runner:
     def _replay(self, spans: Sequence[Span], num_tokens: int) -> Tensor:
         self._fill(spans)
         logits = self._logits[:num_tokens]
-        plan = self._plans.get(num_tokens)
-        self.replayed = plan is not None
-        if plan is not None:
+        self.replayed = num_tokens in self._plans
+        if self.replayed:
+            plan, self.batch = self._plans[num_tokens]
             plan.replay()
         else:
-            batch = self._decode.first(num_tokens)
+            batch = self.batch = self._decode.first(num_tokens)
             memory = (self.model, self.cache, self.buffers, batch, logits)
-            self._plans[num_tokens] = Plan(
-                lambda: self.model.forward(batch, self.cache, self.buffers, out=logits), keep_alive=memory
-            )
+            plan = Plan(lambda: self.model.forward(batch, self.cache, self.buffers, out=logits), keep_alive=memory)
+            self._plans[num_tokens] = plan, batch
         return logits
 
     def _fill(self, spans: Sequence[Span]) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from teco_kernels.decoder.loader import Source
+from teco_kernels.decoder.loader import Tensors
 from teco_kernels.decoder.quantized_layers import QuantizedLayers
 from teco_kernels.ops import (
     DenseWeight,
@@ -40,9 +40,15 @@ class Linear:
 
     def __init__(self, weights: Sequence[Weight], activation: Activation) -> None:
         self.weights = _merge_gptq(weights)
-        self.activation = activation
+        self.activation: Activation = activation
         self._sizes = [weight.out_features for weight in self.weights]
         self.nbytes = sum(weight.nbytes for weight in self.weights)
+
+    def select(self, outputs: Tensor) -> Linear:
+        """A layer that gives these of the outputs only, int64, in this order, with the same bits; of one weight."""
+        (weight,) = self.weights
+        assert not isinstance(weight, Sparse24Weight)  # never the head, of which this is asked
+        return Linear([weight.select(outputs)], self.activation)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Multiply; `out` ``[T, out_features]``, which must not overlap `x`, is written and returned when given."""
@@ -78,7 +84,7 @@ class WeightLoader:
 
     Parameters
     ----------
-    source : Source
+    source : Tensors
     dtype : torch.dtype
         Compute dtype. Matmuls take any dtype of weight, so only wider ones are rounded to it.
     activation : {"exact", "int8"}
@@ -87,7 +93,7 @@ class WeightLoader:
     """
 
     def __init__(
-        self, source: Source, dtype: torch.dtype, activation: Activation, quantization: Quantization = "keep"
+        self, source: Tensors, dtype: torch.dtype, activation: Activation, quantization: Quantization = "keep"
     ) -> None:
         self._source = source
         self._dtype = dtype

@@ -56,6 +56,11 @@ class DenseWeight:
         packed = to_panels(weight.detach().t())
         return cls(packed, None if bias is None else bias.detach().float().contiguous(), weight.shape[0])
 
+    def select(self, outputs: Tensor) -> DenseWeight:
+        """The weight of these outputs, int64 indices, in this order."""
+        columns = from_panels(self.packed, self.out_features)[:, outputs]
+        return DenseWeight(to_panels(columns), None if self.bias is None else self.bias[outputs], len(outputs))
+
     @property
     def in_features(self) -> int:
         """Length of an input row."""

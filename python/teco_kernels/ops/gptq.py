@@ -224,6 +224,22 @@ class GPTQWeight:
         parts = [w.bias if w.bias is not None else torch.zeros(w.out_features) for w in weights]
         return joined._with_bias(torch.cat(parts))
 
+    def select(self, outputs: Tensor) -> GPTQWeight:
+        """The weight of these outputs, int64 indices, in this order; codes, scales and offsets as they are."""
+        codes, headers = self._codes()
+        chosen = to_panels(from_panels(codes.flatten(1, 3), self.out_features)[:, outputs])
+        blocks = chosen.unflatten(1, codes.shape[1:4])
+        headers = to_panels(from_panels(headers.flatten(1, 2), self.out_features)[:, outputs]).flatten(1)
+        headers = headers.unflatten(1, (codes.shape[1], -1)).view(torch.uint8)
+        packed = torch.cat((headers, _pack_blocks(blocks, self.bits).flatten(2)), dim=2)
+        bias = None if self.bias is None else self.bias[outputs]
+        return replace(self, packed=packed, out_features=len(outputs), bias=bias)
+
+    def _codes(self) -> tuple[Tensor, Tensor]:
+        """Codes uint8 ``[panels, groups, blocks, 32, 16]``; scales and offsets fp16 ``[panels, groups, 2, 16]``."""
+        headers = self.packed[..., :64].view(torch.float16).unflatten(-1, (2, PANEL))
+        return _unpack_blocks(self.packed[..., 64:].unflatten(-1, (-1, self.bits * 64)), self.bits), headers
+
     def can_join(self, other: GPTQWeight) -> bool:
         """Whether `concatenate` can join the two, as far as their inputs are concerned."""
         same_order = (
@@ -245,10 +261,9 @@ class GPTQWeight:
 
     def dequantize(self) -> Tensor:
         """fp32 ``[in_features, out_features]``: ``scale * (code - zero)``, or ``scale * code + minimum``."""
-        headers = self.packed[..., :64].view(torch.float16).unflatten(-1, (2, PANEL)).float()
-        scales, offsets = headers.unsqueeze(3).unbind(2)  # [panels, groups, 1, 16]
-        blocks = self.packed[..., 64:].unflatten(-1, (-1, self.bits * 64))
-        codes = _unpack_blocks(blocks, self.bits).flatten(2, 3).float()  # [panels, groups, inputs, 16]
+        blocks, headers = self._codes()
+        scales, offsets = headers.float().unsqueeze(3).unbind(2)  # [panels, groups, 1, 16]
+        codes = blocks.flatten(2, 3).float()  # [panels, groups, inputs, 16]
         values = scales * codes + offsets if self.has_minimum else scales * (codes - offsets)
         columns = from_panels(values.flatten(1, 2), self.out_features)
         if self.input_order is None:

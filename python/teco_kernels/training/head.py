@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from teco_kernels.decoder.config import ModelConfig
 from teco_kernels.decoder.loader import Source
-from teco_kernels.decoder.recycle_head import RecycleHeadConfig, read_recycle_head
+from teco_kernels.decoder.recycle_head import RecycleHeadConfig, RecycleHeadTensors
 from teco_kernels.decoder.weights import WeightLoader
 from teco_kernels.ops.rope import cos_sin_cache
 
@@ -131,6 +131,8 @@ class Base:
 
     Attributes
     ----------
+    name : str
+        Of its file or folder.
     config : ModelConfig
     embedding, rows : Tensor
         fp32 ``[vocab_size, hidden_size]``: of the embedding, and of the LM head, dequantised.
@@ -139,6 +141,7 @@ class Base:
     """
 
     def __init__(self, source: Source) -> None:
+        self.name = source.path.name
         self.config: ModelConfig = source.config
         size = source.config.vocab_size, source.config.hidden_size
         loader = WeightLoader(source, torch.float32, "exact", "dequantize")
@@ -155,12 +158,19 @@ class Base:
 
 
 def load_head(path: str | Path, base: ModelConfig) -> tuple[RecycleHead, Tensor | None]:
-    """A saved head in fp32, for evaluation, and its draft vocabulary; errors as in `read_recycle_head`."""
-    config, tensors = read_recycle_head(path, base)
-    vocabulary = tensors.pop("draft_vocabulary", None)
-    head = RecycleHead(config).eval()
-    head.load_state_dict({name.removeprefix("mtp."): tensor.float() for name, tensor in tensors.items()})
-    return head, vocabulary
+    """A saved head in fp32, for evaluation, and its draft vocabulary; errors as those of `RecycleHeadTensors`."""
+    tensors = RecycleHeadTensors(path, base)
+    load = WeightLoader(tensors, torch.float32, "exact", "dequantize")
+    head = RecycleHead(tensors.config).eval()
+    state = {}
+    for name, shape in tensors.config.shapes().items():
+        if name == "draft_vocabulary":
+            continue
+        weight = load.vector(name, *shape) if len(shape) == 1 else load.embedding(name.removesuffix(".weight"), *shape)
+        assert isinstance(weight, Tensor)  # the loader dequantises
+        state[name.removeprefix("mtp.")] = weight.float()
+    head.load_state_dict(state)
+    return head, tensors.draft_vocabulary
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,0 +1,207 @@
+"""Decoder layers over the package's operators: those of a model, and those of its recycle head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from teco_kernels.decoder.batch import Batch
+from teco_kernels.decoder.kv_cache import LayerCache
+from teco_kernels.decoder.weights import Linear, WeightLoader
+from teco_kernels.ops import (
+    fused_add_rms_norm,
+    paged_attention,
+    reshape_and_cache,
+    rms_norm,
+    rotary_embedding,
+    silu_and_mul,
+)
+
+
+class LayerShape(Protocol):
+    """Sizes of a decoder layer, as the configurations of models and heads have them."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def rms_norm_eps(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one layer; `query_norm` and `key_norm` only where the family has them."""
+
+    input_norm: Tensor
+    qkv: Linear
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    output: Linear
+    post_attention_norm: Tensor
+    gate_up: Linear
+    down: Linear
+    sliding_window: int | None
+
+
+class Buffers(NamedTuple):
+    """Where a step puts what it computes; every layer writes over what the one before has left.
+
+    Attributes
+    ----------
+    hidden, residual : Tensor
+        ``[T, hidden_size]``: input and output of a branch, and the stream that branches are added to.
+    qkv : Tensor
+        ``[T, (num_heads + 2 * num_kv_heads) * head_dim]``.
+    attended : Tensor
+        ``[T, num_heads * head_dim]``.
+    gate_up, activated : Tensor
+        ``[T, 2 * intermediate_size]`` and ``[T, intermediate_size]``.
+    """
+
+    hidden: Tensor
+    residual: Tensor
+    qkv: Tensor
+    attended: Tensor
+    gate_up: Tensor
+    activated: Tensor
+
+    @classmethod
+    def allocate(cls, shape: LayerShape, num_tokens: int, dtype: torch.dtype) -> Buffers:
+        """For steps of up to `num_tokens` tokens. The system gives memory to a row when it is first written."""
+        heads = shape.num_heads + 2 * shape.num_kv_heads
+        sizes = (
+            shape.hidden_size,
+            shape.hidden_size,
+            heads * shape.head_dim,
+            shape.num_heads * shape.head_dim,
+            2 * shape.intermediate_size,
+            shape.intermediate_size,
+        )
+        return cls(*(torch.empty(num_tokens, size, dtype=dtype) for size in sizes))
+
+    def rows(self, num_tokens: int) -> Buffers:
+        """The first rows, for a smaller step."""
+        return Buffers(*(buffer[:num_tokens] for buffer in self))
+
+
+class LayerStack:
+    """Layers one after the other, and the norm after the last.
+
+    Every operation works row by row in one fixed order, so a token's bits do not depend on what else is in the batch.
+
+    Parameters
+    ----------
+    layers : sequence of Layer
+    norm : Tensor
+        ``[hidden_size]``.
+    shape : LayerShape
+    cos_sin : Tensor
+        The rotary table, as `rotary_embedding` takes it.
+    """
+
+    def __init__(self, layers: Sequence[Layer], norm: Tensor, shape: LayerShape, cos_sin: Tensor) -> None:
+        self.layers = layers
+        self._shape = shape
+        self._cos_sin = cos_sin
+        self._eps = shape.rms_norm_eps
+        self._next_norms = [layer.input_norm for layer in layers[1:]] + [norm]
+
+    def forward(self, batch: Batch, caches: Sequence[LayerCache], buffers: Buffers) -> None:
+        """Run a step, from `buffers.residual`: writes the tokens' keys and values into `caches`.
+
+        Leaves the sum of all branches in `buffers.residual` and its norm in `buffers.hidden`; both have as many rows
+        as the batch has tokens.
+        """
+        hidden, residual, eps = buffers.hidden, buffers.residual, self._eps
+        rms_norm(residual, self.layers[0].input_norm, eps, out=hidden)
+        for layer, cache, next_norm in zip(self.layers, caches, self._next_norms, strict=True):
+            layer.qkv(hidden, out=buffers.qkv)
+            self._attend(layer, batch, cache, buffers)
+            layer.output(buffers.attended, out=hidden)
+            fused_add_rms_norm(hidden, residual, layer.post_attention_norm, eps, out=(hidden, residual))
+            layer.gate_up(hidden, out=buffers.gate_up)
+            silu_and_mul(buffers.gate_up, out=buffers.activated)
+            layer.down(buffers.activated, out=hidden)
+            fused_add_rms_norm(hidden, residual, next_norm, eps, out=(hidden, residual))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights, norms aside."""
+        linears = (linear for layer in self.layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down))
+        return sum(linear.nbytes for linear in linears)
+
+    def _attend(self, layer: Layer, batch: Batch, cache: LayerCache, buffers: Buffers) -> None:
+        shape = self._shape
+        heads = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
+        query, key, value = buffers.qkv.unflatten(-1, (-1, shape.head_dim)).split(heads, dim=1)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            rms_norm(query, layer.query_norm, self._eps, out=query)
+            rms_norm(key, layer.key_norm, self._eps, out=key)
+        rotary_embedding(batch.positions, query, key, self._cos_sin)
+        reshape_and_cache(
+            key,
+            value,
+            cache.key,
+            cache.value,
+            batch.slot_mapping,
+            key_scale=cache.key_scale,
+            value_scale=cache.value_scale,
+        )
+        paged_attention(
+            query,
+            cache.key,
+            cache.value,
+            batch.block_table,
+            batch.seq_lens,
+            batch.query_start_loc,
+            sliding_window=layer.sliding_window,
+            key_scale=cache.key_scale,
+            value_scale=cache.value_scale,
+            out=buffers.attended.view_as(query),
+        )
+
+
+def load_layer(
+    load: WeightLoader,
+    shape: LayerShape,
+    prefix: str,
+    *,
+    qkv_bias: bool = False,
+    output_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+    sliding_window: int | None = None,
+) -> Layer:
+    """Read the layer whose tensors have names that begin with `prefix`; the options are those of `ModelConfig`."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    query_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+
+    def linear(names: list[str], in_features: int, out_features: list[int], bias: bool) -> Linear:
+        return load.linear([prefix + name for name in names], in_features, out_features, bias=bias)
+
+    def head_norm(name: str) -> Tensor | None:
+        return load.vector(f"{prefix}self_attn.{name}.weight", shape.head_dim) if qk_norm else None
+
+    qkv_names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+    return Layer(
+        input_norm=load.vector(f"{prefix}input_layernorm.weight", hidden),
+        qkv=linear(qkv_names, hidden, [query_size, kv_size, kv_size], qkv_bias),
+        query_norm=head_norm("q_norm"),
+        key_norm=head_norm("k_norm"),
+        output=linear(["self_attn.o_proj"], query_size, [hidden], output_bias),
+        post_attention_norm=load.vector(f"{prefix}post_attention_layernorm.weight", hidden),
+        gate_up=linear(["mlp.gate_proj", "mlp.up_proj"], hidden, [inner] * 2, mlp_bias),
+        down=linear(["mlp.down_proj"], inner, [hidden], mlp_bias),
+        sliding_window=sliding_window,
+    )
