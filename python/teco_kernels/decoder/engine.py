@@ -69,6 +69,7 @@ class _Draw:
     guess: Guess
     num_accepted: int = 0
     num_checked: int = 0
+    num_agreed: int = 0  # of the guesses that stand, those that the model says too: all, where it is asked
 
 
 class Engine:
@@ -300,6 +301,7 @@ class Engine:
                 draw.num_checked += depth < len(guessed)
                 if depth < len(guessed) and token_id == guessed[depth]:
                     draw.num_accepted += 1
+                    draw.num_agreed += self.recycler is None or self.recycler.verify
                     if draw.sequence in self._request_of:  # the answer goes on
                         self.scheduler.commit(draw.sequence, 1)
                         going_on.append(draw)
@@ -307,7 +309,7 @@ class Engine:
             depth += 1
         for draw in drawing:
             if draw.guess.token_ids and self.recycler is not None:
-                self.recycler.learn(draw.sequence, draw.guess, draw.num_accepted, draw.num_checked)
+                self.recycler.learn(draw.sequence, draw.guess, draw.num_agreed, draw.num_checked)
                 if draw.sequence in self._request_of:
                     self.scheduler.trim(draw.sequence)
         for request in progressed.values():
@@ -335,6 +337,7 @@ class Engine:
         if self.recycler is not None and not self.recycler.verify:
             for draw, row in zip(draws, own, strict=True):
                 if depth < len(draw.guess.token_ids) and token_ids[row] != INVALID_TOKEN:
+                    draw.num_agreed += token_ids[row] == draw.guess.token_ids[depth]
                     token_ids[row] = draw.guess.token_ids[depth]
         now = time.monotonic()
         for row, ((request, answer), token_id) in enumerate(zip(drawing, token_ids, strict=True)):
@@ -420,8 +423,9 @@ class Engine:
     def metrics(self) -> dict[str, Any]:
         """Counters since the start, and the state of the cache.
 
-        ``kv_waste_share`` is the share of slots in used blocks that held no token, over all steps: a block counts as
-        used while a running sequence holds it (once when several do), its slots as they are after the step.
+        ``accepted_tokens`` are those of the ``guessed_tokens`` that the model says itself. ``kv_waste_share`` is the
+        share of slots in used blocks that held no token, over all steps: a block counts as used while a running
+        sequence holds it (once when several do), its slots as they are after the step.
         """
         pool = self.cache.pool
         return {
