@@ -29,10 +29,12 @@ from rich.table import Table
 from tqdm import tqdm
 
 from teco_kernels import LLM, SamplingParams
+from teco_kernels.decoder.loader import load_source
 from teco_kernels.decoder.recycler import Recycler, StepCost
 from teco_kernels.quantization import default_quantized_model
 
 MODES: dict[str, dict[str, Any]] = {
+    "plain": {"max_tokens": 0, "lookup": False},  # guesses nothing, but has its steps measured
     "lookup": {},
     "head": {"lookup": False, "head": True},
     "both": {"head": True},
@@ -78,10 +80,12 @@ class Total:
 
 
 def make(path: Path, mode: str, head: str | None, **settings: Any) -> LLM:
+    """A model of its own, which has seen no prompt yet."""
     options = MODES[mode]
     with_head = options.get("head", False)
     verify = options.get("verify", True)
     llm = LLM(path, recycle_head=head if with_head else "lookup", recycle_verify=verify, **settings)
+    llm.engine.scheduler.enable_prefix_caching = False  # the same prompts come again with another batch size
     recycler = llm.engine.recycler = Recycler(**options)
     recycler.cost, recycler.head_cost = CountedCost(), CountedCost()
     return llm
@@ -119,7 +123,10 @@ def compare(llms: dict[str, LLM], prompts: list[list[int]], batch: int, params: 
 
 
 def predicted(mode: str, total: Total, recycler: Recycler, plain_step: float) -> float:
-    """Speed-up by the formula: tokens per step over what its passes and the head's runs cost, in plain passes."""
+    """Speed-up by the formula: tokens per step over what its passes and the head's runs cost, in plain passes.
+
+    Of single sequences; prompts are left out.
+    """
     cost, head_cost = recycler.cost, recycler.head_cost
     assert isinstance(cost, CountedCost)
     assert isinstance(head_cost, CountedCost)
@@ -131,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="the 4-bit SmolLM2-135M when not given")
     parser.add_argument("--head", default="auto", help="folder of a recycle head; the one shipped when not given")
-    parser.add_argument("--mode", action="append", choices=list(MODES), help="lookup and both when not given")
+    parser.add_argument("--mode", action="append", choices=list(MODES)[1:], help="lookup and both when not given")
     parser.add_argument("--prompts", type=int, default=10, help="of each set")
     parser.add_argument("--tokens", type=int, default=256, help="most tokens of an answer")
     parser.add_argument("--batch", action="append", type=int, help="prompts at a time; 1 when not given")
@@ -143,14 +150,12 @@ def main() -> None:
     settings = {"num_threads": options.threads, "max_model_len": 2048}
     params = SamplingParams(temperature=0, max_tokens=options.tokens)
     modes = options.mode or ["lookup", "both"]
-    plain = LLM(path, **settings)
-    plain.engine.recycler = Recycler(max_tokens=0, lookup=False)  # guesses nothing, but has its steps measured
-    sets = prompt_sets(plain.tokenizer, options.prompts)
+    sets = prompt_sets(load_source(path).tokenizer, options.prompts)
     sets["all"] = []
 
     names = ["batch", "prompts", "mode", "tok/s", "speed-up", "predicted", "tok/step", "accepted", "different"]
     names += ["perplexity"] if "strict" in modes else []
-    table = Table(*names, title=f"greedy, up to {options.tokens} tokens, {options.threads} threads")
+    table = Table(*names, min_width=100, title=f"greedy, up to {options.tokens} tokens, {options.threads} threads")
     rows: list[dict[str, Any]] = []
     batches = options.batch or [1]
     sums: dict[str, Total] = {}
@@ -159,20 +164,20 @@ def main() -> None:
             sums = {name: Total() for name in ("plain", *modes)}
             for set_name, prompts in sets.items():
                 # New ones for each set and size: what they have learned from others is not theirs.
-                llms = {"plain": plain} | {mode: make(path, mode, options.head, **settings) for mode in modes}
+                llms = {mode: make(path, mode, options.head, **settings) for mode in ("plain", *modes)}
                 warm_up = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
                 for llm in llms.values():
                     run(llm, [[1, 2, 3] * 5] * batch, warm_up)
                 totals = compare(llms, prompts, batch, params) if prompts else sums
-                assert plain.engine.recycler is not None
-                plain_step = plain.engine.recycler.cost(batch)
+                assert llms["plain"].engine.recycler is not None
+                plain_step = llms["plain"].engine.recycler.cost(batch)
                 for name, total in totals.items():
                     for field_name, value in vars(total).items() if prompts else ():
                         setattr(sums[name], field_name, getattr(sums[name], field_name) + value)
                     speedup = total.rate / totals["plain"].rate
                     recycler = llms[name].engine.recycler
                     forecast = ""
-                    if name != "plain" and prompts and recycler is not None:
+                    if name != "plain" and prompts and recycler is not None and batch == 1:
                         forecast = f"{predicted(name, total, recycler, plain_step):.2f}"
                     row = [str(batch), set_name, name, f"{total.rate:.0f}", f"{speedup:.2f}", forecast]
                     accepted = f"{total.accepted / total.guessed:.0%}" if total.guessed else ""

@@ -239,7 +239,8 @@ class Engine:
         outputs = self._sample(drawing, logits)
         if self.recycler is not None:
             if self.runner.replayed:
-                self.recycler.cost.add(num_rows, time.perf_counter() - started)
+                num_tokens = len(drawing) + sum(draw.num_accepted for draw in drawing)
+                self.recycler.end_step(len(batch), num_rows, num_tokens, time.perf_counter() - started)
             try:
                 self._listen(batch, spans, drawing)
             except Exception as error:

@@ -17,12 +17,14 @@ from statistics import median
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
+from teco_kernels.decoder.gate import Gate
 from teco_kernels.decoder.lookup import ContextLookup
 from teco_kernels.decoder.scheduler import Sequence
 
 _WINDOW = 15  # durations kept per size of a step
 _FORGET_AFTER = 512  # steps; a size that was not seen for so long is tried again
 _ALL_TRIED = 16  # tokens
+_MANY_SEQUENCES = 4  # from so many on, whether to guess at all is tried out
 _NEXT_TRIED = 1.25  # times the largest size that is known
 _KIND_MEMORY = 0.99  # see Share: guesses of one kind and depth, in all sequences
 _SEQUENCE_MEMORY = 0.9  # all guesses for one sequence, some of which repeat themselves and some never do
@@ -161,6 +163,7 @@ class Recycler:
         self.verify = verify
         self._looks_up, self._has_head = lookup and verify, head
         self.cost, self.head_cost = StepCost(), StepCost()
+        self._gate = Gate()
         self._head_gain = Share(_HEAD_MEMORY)
         self._head_gained = 0  # tokens in this step that came true on the head's word
         self._head_steps = 0  # since it was last paused, below 0 until it is tried again
@@ -266,6 +269,8 @@ class Recycler:
 
     def _may_pay(self, num_sequences: int) -> bool:
         """Whether guesses would pay if nearly all came true: else it saves looking for them."""
+        if num_sequences >= _MANY_SEQUENCES and not self._gate.is_open:
+            return False
         if not self.cost.knows(num_sequences):  # what guesses are compared with
             return False
         plain = self.cost(num_sequences) / num_sequences * _TIE
@@ -282,6 +287,12 @@ class Recycler:
             if rate > best_rate:
                 best, best_rate = count, rate
         return best
+
+    def end_step(self, num_sequences: int, num_rows: int, num_tokens: int, seconds: float) -> None:
+        """Note what a replayed step of so many sequences took: `num_rows` were computed, `num_tokens` came of them."""
+        self.cost.add(num_rows, seconds)
+        if num_sequences >= _MANY_SEQUENCES:
+            self._gate.add(num_tokens, seconds)
 
     def learn(self, sequence: Sequence, guess: Guess, num_accepted: int, num_checked: int) -> None:
         """Note how many of a sequence's guesses were compared with what the model says, and how many it says itself."""

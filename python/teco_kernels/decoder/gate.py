@@ -1,0 +1,50 @@
+"""Whether guessing gains in large batches: found by doing without it and with it in turns."""
+
+from __future__ import annotations
+
+import math
+
+_TRIAL = 6  # steps without, and as many with
+_KEPT = 96  # steps that a verdict holds
+_GAIN = math.log(1.03)  # below it is noise
+_MEMORY = 0.5  # what earlier trials weigh
+
+
+class Gate:
+    """Compares tokens per second of some steps without guesses and of some with them, now and then.
+
+    A step of many tokens is bound by arithmetic: one more costs nearly what it is worth, and which of the two is more
+    cannot be told from single steps, whose times vary by more than that beside other work. Neighbouring stretches of
+    steps can be compared whatever else goes on.
+
+    Attributes
+    ----------
+    is_open : bool
+        Whether the next step is to be one with guesses.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._left = _TRIAL
+        self._in_trial = True
+        self._log_gain = 0.0
+        self._tokens, self._seconds = [0, 0], [0.0, 0.0]  # of the trial: without, with
+
+    def add(self, num_tokens: int, seconds: float) -> None:
+        """Note the tokens that a step has given, and its duration."""
+        self._tokens[self.is_open] += num_tokens
+        self._seconds[self.is_open] += seconds
+        self._left -= 1
+        if self._left:
+            return
+        if self._in_trial and not self.is_open:
+            self.is_open, self._left = True, _TRIAL
+            return
+        self._in_trial = not self._in_trial
+        if self._in_trial:
+            self.is_open, self._left = False, _TRIAL
+            self._tokens, self._seconds = [0, 0], [0.0, 0.0]
+        else:
+            without, with_guesses = (tokens / time for tokens, time in zip(self._tokens, self._seconds, strict=True))
+            self._log_gain += (1 - _MEMORY) * (math.log(with_guesses / without) - self._log_gain)
+            self.is_open, self._left = self._log_gain > _GAIN, _KEPT
