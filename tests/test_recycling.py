@@ -14,6 +14,7 @@ from test_engine import END_ID, answers, each_alone, load, random_requests, toge
 from tiny_models import VOCAB_SIZE, random_model, save_model
 
 from teco_kernels import LLM, SamplingParams
+from teco_kernels.decoder.gate import Gate
 from teco_kernels.decoder.lookup import MATCH_LENGTHS, ContextLookup
 from teco_kernels.decoder.recycler import Guess, Recycler, StepCost
 from teco_kernels.decoder.scheduler import Sequence as SequenceState
@@ -107,6 +108,22 @@ def made_guesses(seconds: Callable[[int], float], num_sequences: int, truth: flo
             recycler.learn(sequence, guess, accepted, min(accepted + 1, len(guess.token_ids)))
         recycler.cost.add(num_sequences + count, seconds(num_sequences + count))
     return count
+
+
+def open_share(gain: float, noise: float) -> float:
+    """Of many steps, how many a gate lets have guesses, that give so many times the tokens of a step without."""
+    gate, draw = Gate(), random.Random(0)
+    opened = 0
+    for _ in range(3000):
+        opened += gate.is_open
+        gate.add(100, (1 / gain if gate.is_open else 1.0) * (1 + noise * draw.random()))
+    return opened / 3000
+
+
+def test_gate_opens_where_guesses_gain() -> None:
+    assert open_share(1.2, 0.3) > 0.85
+    assert open_share(0.9, 0.3) < 0.12
+    assert open_share(1.0, 0.0) < 0.12, "trials alone"
 
 
 def test_guesses_are_made_where_they_pay() -> None:

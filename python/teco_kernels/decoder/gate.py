@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-_TRIAL = 6  # steps without, and as many with
+_STRETCH, _STRETCHES = 4, 4  # steps of a stretch, and stretches of a trial: without, with, without, with
 _KEPT = 96  # steps that a verdict holds
 _GAIN = math.log(1.03)  # below it is noise
 _MEMORY = 0.5  # what earlier trials weigh
@@ -25,8 +25,8 @@ class Gate:
 
     def __init__(self) -> None:
         self.is_open = False
-        self._left = _TRIAL
-        self._in_trial = True
+        self._left = _STRETCH
+        self._stretches = _STRETCHES  # left in the trial, this one included; 0 while a verdict holds
         self._log_gain = 0.0
         self._tokens, self._seconds = [0, 0], [0.0, 0.0]  # of the trial: without, with
 
@@ -37,14 +37,12 @@ class Gate:
         self._left -= 1
         if self._left:
             return
-        if self._in_trial and not self.is_open:
-            self.is_open, self._left = True, _TRIAL
-            return
-        self._in_trial = not self._in_trial
-        if self._in_trial:
-            self.is_open, self._left = False, _TRIAL
+        if not self._stretches:
+            self.is_open, self._left, self._stretches = False, _STRETCH, _STRETCHES
             self._tokens, self._seconds = [0, 0], [0.0, 0.0]
+        elif self._stretches > 1:
+            self.is_open, self._left, self._stretches = not self.is_open, _STRETCH, self._stretches - 1
         else:
             without, with_guesses = (tokens / time for tokens, time in zip(self._tokens, self._seconds, strict=True))
             self._log_gain += (1 - _MEMORY) * (math.log(with_guesses / without) - self._log_gain)
-            self.is_open, self._left = self._log_gain > _GAIN, _KEPT
+            self.is_open, self._left, self._stretches = self._log_gain > _GAIN, _KEPT, 0

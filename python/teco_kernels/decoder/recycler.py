@@ -24,6 +24,7 @@ from teco_kernels.decoder.scheduler import Sequence
 _WINDOW = 15  # durations kept per size of a step
 _FORGET_AFTER = 512  # steps; a size that was not seen for so long is tried again
 _ALL_TRIED = 16  # tokens
+_ALL_SIZES, _SIZE_STEP = 8, 4  # steps with guesses have any number of tokens up to the one, then multiples of the other
 _MANY_SEQUENCES = 4  # from so many on, whether to guess at all is tried out
 _NEXT_TRIED = 1.25  # times the largest size that is known
 _KIND_MEMORY = 0.99  # see Share: guesses of one kind and depth, in all sequences
@@ -283,6 +284,9 @@ class Recycler:
         best, best_rate, gain = 0, num_sequences / self.cost(num_sequences) * _TIE, float(num_sequences)
         for count, probability in enumerate(probabilities, start=1):
             gain += probability
+            # Each size of a step is recorded once: of large ones, some are enough.
+            if num_sequences + count > _ALL_SIZES and (num_sequences + count) % _SIZE_STEP:
+                continue
             rate = gain / self.cost(num_sequences + count)
             if rate > best_rate:
                 best, best_rate = count, rate
