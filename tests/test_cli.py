@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,6 +173,8 @@ class FakeLLM:
     def __init__(self, fails: bool = False) -> None:
         self.prompts: list[Any] = []
         self.fails = fails
+        self.engine = SimpleNamespace(recycler="a recycler")
+        self.steps = 0
 
     def stream(self, prompt: Any, params: Any) -> Iterator[RequestOutput]:
         self.prompts.append(prompt)
@@ -185,11 +188,17 @@ class FakeLLM:
             metrics = RequestMetrics(1.0, 1.5, 3.5)
             yield RequestOutput("0", None, [1, 2, 3], [answer], index == len(word), metrics)
 
+    def generate(self, prompt: Any, params: Any, *, use_tqdm: bool) -> list[RequestOutput]:
+        assert not use_tqdm
+        self.steps += 3 if self.engine.recycler else 5
+        return [*self.stream(prompt, params)][-1:]
+
     def chat_prompt(self, messages: list[dict[str, str]]) -> str:
         return " ".join(f"<{message['role']}> {message['content']}" for message in messages)
 
     def metrics(self) -> dict[str, Any]:
         return {
+            "steps": self.steps,
             "kv_cache_bytes": 64 << 20,
             "kv_blocks": 64,
             "kv_blocks_peak": 2,
@@ -249,8 +258,17 @@ def test_demo_tells_what_it_took(fake: FakeLLM, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("teco_kernels.quantization.default_quantized_model", lambda: Path("model"))
     output = run("demo", "Say hello").stdout
     assert output.startswith("Say hellohello\n")
-    for text in ("6 tokens/s", "2 tokens/s", "4 tokens in 2000 ms", "2 MiB", "32 slots at the most, 12.5%", "3 MiB"):
+    answers = ("2 tokens/s", "4 tokens in 2000 ms, 5 steps", "4 tokens in 2000 ms, 3 steps")
+    for text in ("6 tokens/s", *answers, "2 MiB", "32 slots at the most, 12.5%", "3 MiB"):
         assert text in output
+    assert fake.engine.recycler == "a recycler"
+
+
+def test_demo_finds_texts_that_differ(fake: FakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teco_kernels.quantization.default_quantized_model", lambda: Path("model"))
+    stream = fake.stream
+    monkeypatch.setattr(fake, "stream", lambda prompt, params: stream("a" * (3 + bool(fake.engine.recycler)), params))
+    assert "recycled decoding gave another text than plain" in str(run("demo", "Say hello", code=1).exception)
 
 
 def test_quantize_sums_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -33,6 +33,13 @@ CacheDtype = Annotated[
 CacheMemory = Annotated[int | None, typer.Option("--kv-cache-memory", min=1, help="Bytes for the KV cache.")]
 Activation = Annotated[Literal["int8", "exact"], typer.Option(help="How GPTQ layers treat their input.")]
 
+RecycleHead = Annotated[
+    str,
+    typer.Option(
+        help="How tokens to come are guessed, which the model then verifies: auto (the head that is shipped for the "
+        "model, if any, and lookup), lookup (in the text so far), the folder of a head, or none."
+    ),
+]
 Dampening = Annotated[float, typer.Option(help="Added to the Hessian's diagonal, as a share of its mean.")]
 Calibration = Annotated[
     Path | None, typer.Option(help="A text like that which the model will see; Wikipedia articles otherwise.")
@@ -59,6 +66,7 @@ def generate(
     max_model_len: MaxModelLen = None,
     kv_cache_dtype: CacheDtype = "auto",
     kv_cache_memory: CacheMemory = None,
+    recycle_head: RecycleHead = "auto",
     gptq_activation: Activation = "int8",
     threads: Threads = None,
 ) -> None:
@@ -83,6 +91,7 @@ def generate(
         max_num_seqs=1,
         kv_cache_dtype=kv_cache_dtype,
         kv_cache_memory=kv_cache_memory,
+        recycle_head=None if recycle_head == "none" else recycle_head,
         gptq_activation=gptq_activation,
         num_threads=threads,
     )
@@ -104,6 +113,7 @@ def chat(
     max_model_len: MaxModelLen = None,
     kv_cache_dtype: CacheDtype = "auto",
     kv_cache_memory: CacheMemory = None,
+    recycle_head: RecycleHead = "auto",
     gptq_activation: Activation = "int8",
     threads: Threads = None,
 ) -> None:
@@ -126,6 +136,7 @@ def chat(
         max_num_seqs=1,
         kv_cache_dtype=kv_cache_dtype,
         kv_cache_memory=kv_cache_memory,
+        recycle_head=None if recycle_head == "none" else recycle_head,
         gptq_activation=gptq_activation,
         num_threads=threads,
     )
@@ -313,11 +324,14 @@ def demo(
 
     path = default_quantized_model()
     before, _ = machine.process_memory()
-    llm = _load(path, max_num_seqs=1, num_threads=threads)
+    llm = _load(path, max_num_seqs=1, num_threads=threads, recycle_head="auto")
     typer.secho(prompt, nl=False, bold=True)
-    output = _stream(llm, prompt, SamplingParams(temperature=0.0, max_tokens=max_tokens))
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    output = _stream(llm, prompt, params)
     if output:
-        Console().print("", tables.run_table([*_speed_rows(output), *_memory_rows(llm, before)]))
+        prompt_row, *_ = _speed_rows(output)
+        rows = [prompt_row, *_compare_recycling(llm, prompt, params), *_memory_rows(llm, before)]
+        Console().print("", tables.run_table(rows))
 
 
 def _load(path: Path, **options: Any) -> LLM:
@@ -388,6 +402,29 @@ def _speed_rows(output: RequestOutput) -> list[tuple[str, str, str]]:
     rows = [("prompt", f"{computed / prefill:.0f} tokens/s", f"{computed} tokens in {prefill * 1e3:.0f} ms")]
     if steps:
         rows.append(("answer", f"{steps / decode:.0f} tokens/s", f"{steps} tokens in {decode * 1e3:.0f} ms"))
+    return rows
+
+
+def _compare_recycling(llm: LLM, prompt: str, params: SamplingParams) -> list[tuple[str, str, str]]:
+    """An answer's speed by plain and by recycled decoding, each for the second time; a RuntimeError if they differ."""
+    engine, recycler = llm.engine, llm.engine.recycler
+    answers = []
+    rows = []
+    try:
+        for name, engine.recycler in (("plain", None), ("recycled", recycler)):
+            llm.generate(prompt, params, use_tqdm=False)
+            steps = llm.metrics()["steps"]
+            (output,) = llm.generate(prompt, params, use_tqdm=False)
+            answers.append(output.outputs[0].token_ids)
+            speed = _speed_rows(output)[1:]
+            rows += [
+                (f"answer, {name}", value, f"{text}, {llm.metrics()['steps'] - steps} steps")
+                for _, value, text in speed
+            ]
+    finally:
+        engine.recycler = recycler
+    if answers[0] != answers[1]:
+        raise RuntimeError("recycled decoding gave another text than plain decoding")
     return rows
 
 

@@ -447,5 +447,5 @@ class Engine:
             "kv_blocks_peak": pool.peak_used,
             "kv_waste_share": self._unused_slots / max(self._allocated_slots, 1),
             "kv_cache_bytes": self.cache.nbytes,
-            "weight_bytes": self.model.nbytes,
+            "weight_bytes": self.model.nbytes + (self.recycle_runner.nbytes if self.recycle_runner else 0),
         }

@@ -49,6 +49,11 @@ class RecycleRunner:
         self._plans: dict[tuple[int, bool], Plan] = {}
         self.replayed = False
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the head's weights."""
+        return self._module.nbytes
+
     def run(self, next_ids: Sequence[int], *, speak: bool) -> None:
         """Take in what follows each token of the model's last step.
 
