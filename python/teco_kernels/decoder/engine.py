@@ -22,7 +22,7 @@ from teco_kernels.decoder.recycle_module import RecycleModule
 from teco_kernels.decoder.recycle_runner import RecycleRunner
 from teco_kernels.decoder.recycler import NO_GUESS, Guess, Recycler
 from teco_kernels.decoder.runner import Runner
-from teco_kernels.decoder.sampler import INVALID_TOKEN, sample_tokens, token_logprobs
+from teco_kernels.decoder.sampler import INVALID_TOKEN, draws_ahead, sample_tokens, token_logprobs
 from teco_kernels.decoder.sampling_params import RequestMetrics, RequestOutput, SamplingParams
 from teco_kernels.decoder.scheduler import Scheduler, Sequence
 from teco_kernels.decoder.tokenizer import Tokenizer
@@ -288,14 +288,17 @@ class Engine:
     def _sample(self, drawing: list[_Draw], logits: torch.Tensor) -> list[RequestOutput]:
         """Give every sequence, and those that fork off it, its next tokens.
 
-        One token at a time: what is drawn may depend on those before it. As long as a sequence draws just what was
+        One token at a time, where what is drawn depends on those before it. As long as a sequence draws just what was
         guessed, the row after it is that of its next token.
         """
         progressed: dict[str, Request] = {}
+        if logits.dtype != torch.float32:
+            logits = logits.float()
+        drawn = self._draw_ahead(drawing, logits)
         unsettled = drawing
         depth = 0
         while unsettled:
-            tokens = self._draw(unsettled, depth, logits, progressed)
+            tokens = self._draw(unsettled, depth, logits, drawn, progressed)
             going_on = []
             for draw, token_id in zip(unsettled, tokens, strict=True):
                 guessed = draw.guess.token_ids
@@ -318,8 +321,31 @@ class Engine:
                 self._end(request, "stop")
         return [request.take_output() for request in progressed.values()]
 
-    def _draw(self, draws: list[_Draw], depth: int, logits: torch.Tensor, progressed: dict[str, Request]) -> list[int]:
-        """Draw and push one token for every sequence and those that fork off it; returns the sequences' own."""
+    def _draw_ahead(self, drawing: list[_Draw], logits: torch.Tensor) -> list[int] | None:
+        """A token for each row, if all can be drawn in one go."""
+        answers: list[Answer] = []
+        ahead: list[int] = []
+        for draw in drawing:
+            _, answer = self._request_of[draw.sequence]
+            if draw.sequence.siblings or not draws_ahead(answer.params):
+                return None
+            distances = range(1 + len(draw.guess.token_ids))
+            answers += [answer] * len(distances)
+            ahead += distances
+        return sample_tokens(logits, answers, ahead) if answers else []
+
+    def _draw(
+        self,
+        draws: list[_Draw],
+        depth: int,
+        logits: torch.Tensor,
+        drawn: list[int] | None,
+        progressed: dict[str, Request],
+    ) -> list[int]:
+        """Draw and push one token for every sequence and those that fork off it; returns the sequences' own.
+
+        `drawn` has the tokens of all rows of `logits`, where they are drawn already.
+        """
         rows: list[int] = []
         drawing, own = [], []
         for draw in draws:
@@ -327,14 +353,15 @@ class Engine:
             own.append(len(rows))
             drawing += [self._request_of[member] for member in family]
             rows += [draw.first_row + depth] * len(family)
-        first, end = rows[0], rows[0] + len(rows)
-        logits = logits[first:end] if rows == list(range(first, end)) else logits[rows]
-        if logits.dtype != torch.float32:
-            logits = logits.float()
-        plain = logits
-        if any(answer.params.logprobs is not None for _, answer in drawing):
-            plain = logits.clone()  # sampling changes its input
-        token_ids = sample_tokens(logits, [answer for _, answer in drawing])
+        if drawn is not None:
+            token_ids = [drawn[row] for row in rows]
+        else:
+            first, end = rows[0], rows[0] + len(rows)
+            logits = logits[first:end] if rows == list(range(first, end)) else logits[rows]
+            plain = logits
+            if any(answer.params.logprobs is not None for _, answer in drawing):
+                plain = logits.clone()  # sampling changes its input
+            token_ids = sample_tokens(logits, [answer for _, answer in drawing])
         if self.recycler is not None and not self.recycler.verify:
             for draw, row in zip(draws, own, strict=True):
                 if depth < len(draw.guess.token_ids) and token_ids[row] != INVALID_TOKEN:

@@ -16,8 +16,16 @@ from teco_kernels.ops import sample
 INVALID_TOKEN = -1
 
 
-def sample_tokens(logits: Tensor, answers: Sequence[Answer]) -> list[int]:
-    """Draw the next token of every answer; changes `logits` ``[len(answers), vocab_size]``.
+def sample_tokens(logits: Tensor, answers: Sequence[Answer], ahead: Sequence[int] | None = None) -> list[int]:
+    """Draw a token of every answer.
+
+    Parameters
+    ----------
+    logits : Tensor
+        fp32 ``[len(answers), vocab_size]``, changed. An answer may have several rows, if it `draws_ahead`.
+    answers : sequence of Answer
+    ahead : sequence of int, optional
+        How many tokens of the answer lie between what it has and the one to draw; none when not given.
 
     Returns
     -------
@@ -39,7 +47,10 @@ def sample_tokens(logits: Tensor, answers: Sequence[Answer]) -> list[int]:
                 top_p=[answer.params.top_p for answer in answers],
                 min_p=[answer.params.min_p for answer in answers],
                 seed=[answer.sequence.seed for answer in answers],
-                offset=[answer.sequence.num_generated for answer in answers],
+                offset=[
+                    answer.sequence.num_generated + distance
+                    for answer, distance in zip(answers, ahead or [0] * len(answers), strict=True)
+                ],
                 out=token_ids,
             )
     except ValueError:
@@ -47,6 +58,11 @@ def sample_tokens(logits: Tensor, answers: Sequence[Answer]) -> list[int]:
             raise
         return drawn
     return token_ids.tolist()
+
+
+def draws_ahead(params: SamplingParams) -> bool:
+    """Whether what is drawn from a row of logits does not depend on the tokens drawn before it."""
+    return params.logprobs is None and not _is_adjusted(params)
 
 
 def _is_adjusted(params: SamplingParams) -> bool:
