@@ -21,15 +21,16 @@ from teco_kernels.decoder import recycle_head
 from teco_kernels.decoder.loader import load_source
 from teco_kernels.decoder.recycler import Recycler
 from teco_kernels.decoder.scheduler import Sequence
-from teco_kernels.training.distil import save_recycle_head
 from teco_kernels.training.head import Base, RecycleHead, load_head
+from teco_kernels.training.recording import Recording
+from teco_kernels.training.save import quantise_head, save_recycle_head
 from teco_kernels.training.trainer import TrainingSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 HEADS: dict[str, dict[str, Any]] = {
     "one layer": {},
-    "8 bits": {"bits": 8},
+    "4 bits": {"bits": 4},
     "two narrow layers": {"num_layers": 2, "hidden_size": 32, "intermediate_size": 48, "draft_vocab_size": 0},
 }
 
@@ -53,7 +54,16 @@ def random_head(folder: Path, base: Base, *, bits: int | None = None, **settings
     head = RecycleHead(config)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
-    save_recycle_head(folder, head, torch.arange(0, VOCAB_SIZE, 2), base, {}, bits=bits)
+    vocabulary = torch.arange(0, VOCAB_SIZE, 1 if config.draft_vocab_size is None else 2)
+    texts = Recording(
+        token_ids=torch.arange(64, dtype=torch.int32),
+        greedy_ids=torch.arange(64, dtype=torch.int32),
+        hidden=torch.randn(64, base.config.hidden_size).half(),
+        lengths=torch.tensor([64], dtype=torch.int32),
+        num_prompt=torch.tensor([1], dtype=torch.int32),
+    )
+    _, tensors, quantization = quantise_head(head, base, [texts], bits=bits)
+    save_recycle_head(folder, config, tensors, vocabulary, base, report={}, quantization=quantization)
     return folder
 
 

@@ -25,13 +25,14 @@ def train_recycle(
     layers: Annotated[int, typer.Option(help="Layers of the head.")] = 1,
     hidden_size: Annotated[int, typer.Option(help="Width of its layers; 0: the model's.")] = 0,
     intermediate_size: Annotated[int, typer.Option(help="Width of their MLPs; 0: the model's.")] = 0,
-    draft_vocab_size: Annotated[int, typer.Option(help="Most frequent tokens that it can say; 0: all.")] = 8192,
+    draft_vocab_size: Annotated[int, typer.Option(help="Most frequent tokens that it is trained with; 0: all.")] = 8192,
     epochs: Annotated[float, typer.Option(help="How often each recorded text is seen.")] = 3.0,
     tokens_per_step: Annotated[int, typer.Option(help="Tokens of a step of training.")] = 2048,
     learning_rate: Annotated[float, typer.Option(help="The highest.")] = 1e-3,
     dropout: Annotated[float, typer.Option(help="Of what its layers add.")] = 0.1,
     seed: Annotated[int, typer.Option(help="The same seed trains the same head.")] = 0,
-    bits: Annotated[int, typer.Option(help="Bits of the saved head: 2, 3, 4, 8; 16 for fp16.")] = 8,
+    said_vocab_size: Annotated[int, typer.Option(help="Most frequent ones that the saved head says; 0: all.")] = 4096,
+    bits: Annotated[int, typer.Option(help="Bits of the saved head: 2, 3, 4, 8; 16 for fp16.")] = 4,
     png_file: Annotated[Path | None, typer.Option("--png", help="Also draw the course; needs matplotlib.")] = None,
     threads: Threads = None,
 ) -> None:
@@ -65,6 +66,7 @@ def train_recycle(
             num_validation_tokens=validation_tokens,
             max_new_tokens=max_new_tokens,
             recording=recording,
+            said_vocab_size=said_vocab_size,
             bits=None if bits == 16 else bits,
         )
     except KeyboardInterrupt:

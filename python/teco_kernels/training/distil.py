@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,25 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from teco_kernels import __version__
-from teco_kernels.assets import exclusive, temporary_folder_beside
+from teco_kernels.assets import exclusive
 from teco_kernels.decoder.json_file import read_json
 from teco_kernels.decoder.llm import LLM
 from teco_kernels.decoder.loader import load_source
-from teco_kernels.decoder.recycle_head import CONFIG_NAME, WEIGHTS_NAME, norm_fingerprint
-from teco_kernels.quantization import round_to_nearest
 from teco_kernels.quantization.unfinished import fingerprint
 from teco_kernels.training.acceptance import Acceptance, acceptance
-from teco_kernels.training.head import Base, RecycleHead
+from teco_kernels.training.head import Base
 from teco_kernels.training.prompts import Part
 from teco_kernels.training.recording import Recording, record_part
+from teco_kernels.training.save import quantise_head, save_recycle_head, write_json
 from teco_kernels.training.trainer import Progress, Trainer, TrainingSettings
-
-#: Its name in the folder of a head.
-REPORT_NAME = "training_report.json"
 
 _MAX_MODEL_LEN, _MAX_NUM_SEQS, _CACHE_MEMORY = 1024, 96, 4 << 30
 _MANIFEST = "recording.json"
@@ -44,7 +36,8 @@ def train_recycle(
     num_validation_tokens: int = 40_000,
     max_new_tokens: int = 192,
     recording: str | Path | None = None,
-    bits: int | None = 8,
+    said_vocab_size: int = 4096,
+    bits: int | None = 4,
     use_tqdm: bool = True,
 ) -> tuple[list[Progress], Acceptance]:
     """Distil a recycle head for a model and save it in a folder of its own.
@@ -65,15 +58,17 @@ def train_recycle(
         Most tokens with which a prompt is continued.
     recording : str or Path, optional
         Where to keep the recording, for other trainings; one that is there is used, and made longer when it is short.
+    said_vocab_size : int
+        Tokens that the saved head says: the most frequent ones of those that it is trained with; 0 for all of them.
     bits : {2, 3, 4, 8}, optional
-        Of the saved head's matrices, rounded to nearest. None: fp16.
+        Of the saved head's matrices, quantised with GPTQ on recorded texts. None: fp16.
 
     Returns
     -------
     list of Progress
         The course of the training.
     Acceptance
-        On the texts for validation.
+        Of the saved head, on the texts for validation.
 
     Raises
     ------
@@ -101,7 +96,11 @@ def train_recycle(
         training, validation = ([Recording.load(path) for path in paths] for paths in shards)
         trainer = Trainer(base, training, validation, settings)
         trainer.train(work / "checkpoint.safetensors", use_tqdm=use_tqdm)
-        result = acceptance(trainer.head, trainer.vocabulary, base, validation)
+        vocabulary = trainer.vocabulary
+        if 0 < said_vocab_size < len(vocabulary):
+            vocabulary = trainer.most_frequent(said_vocab_size)
+        head, tensors, quantization = quantise_head(trainer.head, base, training, bits=bits)
+        result = acceptance(head, vocabulary, base, validation)
         report = {
             "teco_kernels": __version__,
             "settings": asdict(settings),
@@ -110,62 +109,9 @@ def train_recycle(
             "acceptance": result.shares(),
             "history": [entry._asdict() for entry in trainer.history],
         }
-        save_recycle_head(out, trainer.head, trainer.vocabulary, base, report, bits=bits)
+        save_recycle_head(out, head.config, tensors, vocabulary, base, report=report, quantization=quantization)
         shutil.rmtree(work)
     return trainer.history, result
-
-
-def save_recycle_head(
-    path: Path, head: RecycleHead, vocabulary: Tensor, base: Base, report: dict[str, Any], *, bits: int | None = None
-) -> None:
-    """Write a head, its configuration, and a report; all of it or nothing.
-
-    Parameters
-    ----------
-    path : Path
-        The folder to make.
-    head : RecycleHead
-    vocabulary : Tensor
-        int64: the tokens that it can say, if these are not all.
-    base : Base
-    report : dict
-    bits : {2, 3, 4, 8}, optional
-        As for `train_recycle`.
-    """
-    config = head.config
-    state = {f"mtp.{name}": tensor for name, tensor in head.state_dict().items()}
-    tensors, quantization = _rounded(state, bits)
-    if config.draft_vocab_size is not None:
-        tensors["draft_vocabulary"] = vocabulary
-    with temporary_folder_beside(path) as folder:
-        made = folder / "head"
-        made.mkdir()
-        save_file(tensors, made / WEIGHTS_NAME, metadata={"format": "pt"})
-        identity = {"base": base.name, "base_norm": norm_fingerprint(base.norm)}
-        _write_json(made / CONFIG_NAME, {**config.to_dict(), **identity, **quantization})
-        _write_json(made / REPORT_NAME, report)
-        shutil.copymode(made / CONFIG_NAME, made / WEIGHTS_NAME)  # safetensors makes files for their owner only
-        os.rename(made, path)
-
-
-def _rounded(state: dict[str, Tensor], bits: int | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A head's tensors as they are saved, and what its configuration says of that.
-
-    To nearest: with 8 bits, calibration gains nothing that could be measured.
-    """
-    if bits is None:
-        return {name: tensor.half() for name, tensor in state.items()}, {}
-    widths = {tensor.shape[1] for tensor in state.values() if tensor.dim() == 2}
-    group_size = next((size for size in (64, 32) if not any(width % size for width in widths)), -1)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if tensor.dim() == 2:
-            rounded = round_to_nearest(tensor, bits=bits, group_size=group_size)
-            tensors |= {f"{name.removesuffix('weight')}{part}": value for part, value in rounded.tensors().items()}
-        else:
-            tensors[name] = tensor.half()
-    settings = {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": True, "desc_act": False}
-    return tensors, {"quantization_config": settings}
 
 
 def draw(history: Sequence[Progress], title: str, path: Path) -> None:
@@ -215,8 +161,4 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
             what = "another model" if name == "model" else f"{name} {noted.get(name)}, not {value}"
             raise ValueError(f"{folder}: recorded with {what}")
     if not noted:
-        _write_json(manifest, facts)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        write_json(manifest, facts)

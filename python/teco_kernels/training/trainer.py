@@ -184,7 +184,7 @@ class Trainer:
         if not self._texts or not self._validation_batches:
             raise ValueError("recording: expected texts of at least three tokens to train on and to validate with")
         config = settings.head_config(base)
-        self.vocabulary = _frequent(self._texts, config)
+        self.vocabulary = self.most_frequent(config.draft_vocab_size or config.base_vocab_size)
         self._rows = base.rows[self.vocabulary]
         self._draft_id = torch.full((base.config.vocab_size,), -1)
         self._draft_id[self.vocabulary] = torch.arange(len(self.vocabulary))
@@ -207,6 +207,10 @@ class Trainer:
         self.history: list[Progress] = []
         self._minutes = 0.0
         self._sums = [0.0, 0.0, 0.0]  # since the last measurement: loss, right answers, places
+
+    def most_frequent(self, count: int) -> Tensor:
+        """int64, ascending: so many of the tokens that the base model says most often in the texts for training."""
+        return _frequent(self._texts, self.base.config.vocab_size, count)
 
     def train(self, checkpoint: Path | None = None, *, use_tqdm: bool = True, stop_at: int | None = None) -> None:
         """Train to the end, or to step `stop_at`, from where the checkpoint is, when there is one."""
@@ -388,13 +392,11 @@ def _schedule(step: int, num_steps: int) -> float:
     return _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * way))
 
 
-def _frequent(texts: Sequence[_Text], config: RecycleHeadConfig) -> Tensor:
+def _frequent(texts: Sequence[_Text], vocab_size: int, count: int) -> Tensor:
     """The tokens that the base model says most often in the texts, ascending."""
-    if config.draft_vocab_size is None:
-        return torch.arange(config.base_vocab_size)
-    counts = torch.zeros(config.base_vocab_size, dtype=torch.int64)
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
     for text in texts:
-        counts += torch.bincount(text.next_ids, minlength=config.base_vocab_size)
-        counts += torch.bincount(text.token_ids, minlength=config.base_vocab_size)
+        counts += torch.bincount(text.next_ids, minlength=vocab_size)
+        counts += torch.bincount(text.token_ids, minlength=vocab_size)
     # Of equally frequent ones the lower ids, which a BPE vocabulary has learned first.
-    return counts.sort(descending=True, stable=True).indices[: config.draft_vocab_size].sort().values
+    return counts.sort(descending=True, stable=True).indices[:count].sort().values
