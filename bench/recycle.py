@@ -19,7 +19,7 @@ import json
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,7 @@ def make(path: Path, mode: str, head: str | None, **settings: Any) -> LLM:
     verify = options.get("verify", True)
     llm = LLM(path, recycle_head=head if with_head else "lookup", recycle_verify=verify, **settings)
     llm.engine.scheduler.enable_prefix_caching = False  # the same prompts come again with another batch size
-    recycler = llm.engine.recycler = Recycler(**options)
-    recycler.cost, recycler.head_cost = CountedCost(), CountedCost()
+    llm.engine.recycler = Recycler(**options)
     return llm
 
 
@@ -122,16 +121,90 @@ def compare(llms: dict[str, LLM], prompts: list[list[int]], batch: int, params: 
     return totals
 
 
-def predicted(mode: str, total: Total, recycler: Recycler, plain_step: float) -> float:
-    """Speed-up by the formula: tokens per step over what its passes and the head's runs cost, in plain passes.
+@dataclass
+class Row:
+    """A mode's total beside that of plain decoding; `predicted` and `costs`: of single sequences, prompts left out.
 
-    Of single sequences; prompts are left out.
+    `predicted` is the speed-up by the formula: tokens per step over what its passes and the head's runs cost, in plain
+    passes. `costs`: of a step by its number of tokens, and of a run of the head, in plain passes.
     """
-    cost, head_cost = recycler.cost, recycler.head_cost
-    assert isinstance(cost, CountedCost)
-    assert isinstance(head_cost, CountedCost)
-    steps = max(sum(cost.counts.values()), 1)
-    return total.tokens / total.steps / ((cost.total() + head_cost.total()) / steps / plain_step)
+
+    batch: int
+    prompts: str
+    mode: str
+    total: Total
+    speedup: float
+    predicted: float | None = None
+    plain_step_ms: float | None = None
+    costs: dict[str, float] = field(default_factory=dict)
+
+    def cells(self) -> list[str]:
+        total = self.total
+        return [
+            str(self.batch),
+            self.prompts,
+            self.mode,
+            f"{total.rate:.0f}",
+            f"{self.speedup:.2f}",
+            f"{self.predicted:.2f}" if self.predicted else "",
+            f"{total.tokens / total.steps:.2f}",
+            f"{total.accepted / total.guessed:.0%}" if total.guessed else "",
+            str(total.different),
+            f"{total.perplexity:.2f}" if total.logprobs else "",
+        ]
+
+
+def measured(
+    llms: dict[str, LLM], prompts: list[list[int]], batch: int, set_name: str, params: SamplingParams
+) -> list[Row]:
+    """All modes on one set of prompts."""
+    for llm in llms.values():  # the sizes of steps that every run has are recorded
+        run(llm, [[1, 2, 3] * 5] * batch, SamplingParams(temperature=0, max_tokens=32, ignore_eos=True))
+    recyclers = {name: llm.engine.recycler for name, llm in llms.items()}
+    for recycler in recyclers.values():
+        assert recycler is not None
+        recycler.cost, recycler.head_cost, recycler.silent_cost = CountedCost(), CountedCost(), CountedCost()
+    rows = []
+    for name, total in compare(llms, prompts, batch, params).items():
+        rows.append(Row(batch, set_name, name, total, 1.0 if not rows else total.rate / rows[0].total.rate))
+        recycler, plain = recyclers[name], recyclers["plain"]
+        if batch == 1 and recycler is not None and plain is not None:
+            plain_step = plain.cost(1)
+            costs = [recycler.cost, recycler.head_cost, recycler.silent_cost]
+            assert all(isinstance(cost, CountedCost) for cost in costs)
+            steps = recycler.cost.counts.total()  # type: ignore[attr-defined]
+            seconds = sum(cost.total() for cost in costs)  # type: ignore[attr-defined]
+            rows[-1].predicted = total.tokens / total.steps / (seconds / steps / plain_step)
+            rows[-1].plain_step_ms = plain_step * 1e3
+            rows[-1].costs = {str(n): recycler.cost(n) / plain_step for n in range(1, 6) if recycler.cost.knows(n)}
+            if recycler.head_cost.knows(1):
+                rows[-1].costs["head"] = recycler.head_cost(1) / plain_step
+    return rows
+
+
+def overall(rows: list[Row]) -> list[Row]:
+    """The modes on all sets together."""
+    sums: dict[str, Total] = {}
+    for row in rows:
+        total = sums.setdefault(row.mode, Total())
+        for name, value in vars(row.total).items():
+            setattr(total, name, getattr(total, name) + value)
+    plain = next(iter(sums.values()))
+    return [Row(rows[0].batch, "all", mode, total, total.rate / plain.rate) for mode, total in sums.items()]
+
+
+def print_table(rows: list[Row], title: str) -> None:
+    names = ["batch", "prompts", "mode", "tok/s", "speed-up", "predicted", "tok/step", "accepted", "different", "ppl"]
+    table = Table(*names, min_width=100, title=title)
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        table.add_row(*row.cells(), end_section=following is None or following.prompts != row.prompts)
+    Console().print(table)
+    for row in rows:
+        if row.costs and row.plain_step_ms and row.mode != "plain":
+            costs = ", ".join(f"{name}: {value:.2f}" for name, value in row.costs.items())
+            print(
+                f"{row.prompts}, {row.mode}: steps by tokens, over a plain one of {row.plain_step_ms:.2f} ms: {costs}"
+            )
 
 
 def main() -> None:
@@ -149,60 +222,19 @@ def main() -> None:
     path = options.model or default_quantized_model()
     settings = {"num_threads": options.threads, "max_model_len": 2048}
     params = SamplingParams(temperature=0, max_tokens=options.tokens)
-    modes = options.mode or ["lookup", "both"]
+    modes = ["plain", *(options.mode or ["lookup", "both"])]
     sets = prompt_sets(load_source(path).tokenizer, options.prompts)
-    sets["all"] = []
-
-    names = ["batch", "prompts", "mode", "tok/s", "speed-up", "predicted", "tok/step", "accepted", "different"]
-    names += ["perplexity"] if "strict" in modes else []
-    table = Table(*names, min_width=100, title=f"greedy, up to {options.tokens} tokens, {options.threads} threads")
-    rows: list[dict[str, Any]] = []
-    batches = options.batch or [1]
-    sums: dict[str, Total] = {}
-    with tqdm(total=len(batches) * (len(sets) - 1)) as progress:
-        for batch in batches:
-            sums = {name: Total() for name in ("plain", *modes)}
-            for set_name, prompts in sets.items():
-                # New ones for each set and size: what they have learned from others is not theirs.
-                llms = {mode: make(path, mode, options.head, **settings) for mode in ("plain", *modes)}
-                warm_up = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
-                for llm in llms.values():
-                    run(llm, [[1, 2, 3] * 5] * batch, warm_up)
-                totals = compare(llms, prompts, batch, params) if prompts else sums
-                assert llms["plain"].engine.recycler is not None
-                plain_step = llms["plain"].engine.recycler.cost(batch)
-                for name, total in totals.items():
-                    for field_name, value in vars(total).items() if prompts else ():
-                        setattr(sums[name], field_name, getattr(sums[name], field_name) + value)
-                    speedup = total.rate / totals["plain"].rate
-                    recycler = llms[name].engine.recycler
-                    forecast = ""
-                    if name != "plain" and prompts and recycler is not None and batch == 1:
-                        forecast = f"{predicted(name, total, recycler, plain_step):.2f}"
-                    row = [str(batch), set_name, name, f"{total.rate:.0f}", f"{speedup:.2f}", forecast]
-                    accepted = f"{total.accepted / total.guessed:.0%}" if total.guessed else ""
-                    row += [f"{total.tokens / total.steps:.2f}", accepted, str(total.different)]
-                    row += [f"{total.perplexity:.2f}" if total.logprobs else ""] if "strict" in modes else []
-                    table.add_row(*row, end_section=name == modes[-1])
-                    figures = {key: value for key, value in vars(total).items() if key != "logprobs"}
-                    rows.append({"batch": batch, "prompts": set_name, "mode": name, "speedup": speedup, **figures})
-                    if recycler is not None and prompts and batch == 1:
-                        steps = {n: recycler.cost(n) / plain_step for n in range(1, 6) if recycler.cost.knows(n)}
-                        rows[-1] |= {"step_cost": steps, "plain_step_ms": plain_step * 1e3}
-                        if recycler.head_cost.knows(1):
-                            rows[-1]["head_cost"] = recycler.head_cost(1) / plain_step
-                progress.update(bool(prompts))
-    Console().print(table)
-    for row in rows:
-        if "step_cost" in row and row["mode"] != "plain":
-            steps = ", ".join(f"{n}: {value:.2f}" for n, value in row["step_cost"].items())
-            head = f"; a run of the head {row['head_cost']:.3f}" if "head_cost" in row else ""
-            print(
-                f"{row['prompts']}, {row['mode']}: a step by its tokens, over a plain one of "
-                f"{row['plain_step_ms']:.2f} ms: {steps}{head}"
-            )
+    rows: list[Row] = []
+    tasks = [(batch, name) for batch in options.batch or [1] for name in sets]
+    for batch, name in tqdm(tasks, unit="set"):
+        # New ones for each set and size: what they have learned from others is not theirs.
+        llms = {mode: make(path, mode, options.head, **settings) for mode in modes}
+        rows += measured(llms, sets[name], batch, name, params)
+        if name == list(sets)[-1]:
+            rows += overall(rows[-len(sets) * len(modes) :])
+    print_table(rows, f"greedy, up to {options.tokens} tokens, {options.threads} threads")
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -301,3 +301,30 @@ def test_bad_calls_are_refused() -> None:
         gptq_matmul(torch.randn(2, 192), weight, out=torch.empty(2, 71))
     with pytest.raises(ValueError, match=r"bias: expected shape \[4\], got \[5\]"):
         DenseWeight.from_tensor(torch.randn(4, 8), torch.zeros(5))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("kind", ["zeros", "minimum", "act-order"])
+def test_selected_outputs_keep_their_bits(bits: int, kind: str) -> None:
+    torch.manual_seed(bits)
+    in_features, out_features, groups = 96, 70, 3
+    codes = torch.randint(2**bits, (in_features, out_features), dtype=torch.uint8)
+    offsets = {"minimum": torch.randn(groups, out_features)} if kind == "minimum" else {}
+    zeros = {} if offsets else {"zeros": torch.randint(2**bits, (groups, out_features))}
+    g_idx = torch.randperm(in_features).int() % groups if kind == "act-order" else None
+    weight = GPTQWeight.from_codes(
+        codes,
+        torch.rand(groups, out_features),
+        bits=bits,
+        **offsets,
+        **zeros,
+        g_idx=g_idx,
+        bias=torch.randn(out_features),
+    )
+    outputs = torch.tensor([69, 0, 3, 3, *range(20, 47)])
+    x = torch.randn(5, in_features)
+    for activation in ("exact", "int8"):
+        expected = gptq_matmul(x, weight, activation=activation)[:, outputs]
+        assert torch.equal(gptq_matmul(x, weight.select(outputs), activation=activation), expected)
+    dense = DenseWeight.from_tensor(torch.randn(out_features, in_features), torch.randn(out_features))
+    assert torch.equal(dense_matmul(x, dense.select(outputs)), dense_matmul(x, dense)[:, outputs])

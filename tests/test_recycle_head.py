@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from teco_kernels import LLM, SamplingParams
 from teco_kernels.decoder import recycle_head
 from teco_kernels.decoder.loader import load_source
-from teco_kernels.decoder.recycler import Recycler
+from teco_kernels.decoder.recycler import Guess, Recycler
 from teco_kernels.decoder.scheduler import Sequence
 from teco_kernels.training.head import Base, RecycleHead, load_head
 from teco_kernels.training.recording import Recording
@@ -185,6 +185,8 @@ def test_unverified_words_count(path: Path, head: Path) -> None:
     params = SamplingParams(temperature=0, max_tokens=21, ignore_eos=True)
     output = llm.generate(prompt, params, use_tqdm=False)[0].outputs[0]
     assert llm.metrics()["steps"] == 1 + 10  # the prompt's step gives one token, every other one two
+    shorter = llm.generate(prompt, replace(params, max_tokens=20), use_tqdm=False)[0].outputs[0]
+    assert shorter.token_ids == output.token_ids[:20]
     text = prompt + output.token_ids
     own = logits_of(load(path), text).argmax(-1).tolist()
     _, vocabulary = load_head(head, load_source(path).config)
@@ -195,6 +197,72 @@ def test_unverified_words_count(path: Path, head: Path) -> None:
     assert text[len(prompt) + 1 :: 2] == vocabulary[said[len(prompt) - 1 :: 2]].tolist()[: len(of_model) - 1]
 
 
+def test_unverified_words_do_not_override_parameters(path: Path, head: Path) -> None:
+    llm = with_head(path, head, recycle_verify=False)
+    for params in (
+        SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logit_bias=dict.fromkeys(range(300), -100.0)),
+        SamplingParams(temperature=0, max_tokens=12, min_tokens=12, repetition_penalty=1.3),
+    ):
+        expected = answers(load(path).generate([5, 6, 7], params, use_tqdm=False))
+        assert answers(llm.generate([5, 6, 7], params, use_tqdm=False)) == expected
+
+
+class Oracle(Attentive):
+    """Guesses some tokens of a text rightly, and others wrongly."""
+
+    def __init__(self, text: list[int]) -> None:
+        super().__init__()
+        self._text, self._random = text, random.Random(0)
+
+    def propose(self, sequences: Any) -> list[Guess]:
+        guesses = []
+        for sequence in sequences:
+            start, count = len(sequence.token_ids), self._random.randrange(5)
+            right = self._random.randrange(count + 1)
+            found = self._text[start : min(start + count, len(self._text) - 1)]
+            guesses.append(Guess([token + (place >= right) for place, token in enumerate(found)], 0))
+        return guesses
+
+
+def test_hears_what_torch_says_behind_guesses_that_came_true(path: Path, base: Base, head: Path) -> None:
+    prompt, params = [5, 6, 7, 8, 9], SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    text = prompt + load(path, gptq_activation="exact").generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids
+    llm = with_head(path, head, gptq_activation="exact")
+    oracle = llm.engine.recycler = Oracle(text)
+    assert prompt + llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids == text
+    assert 10 < oracle.num_accepted < oracle.num_guessed
+    expected = torch_logprobs(path, head, base, text)
+    for said_of, (token_id, probability) in oracle.heard.items():
+        logprobs = expected[len(said_of) - 2]
+        assert abs(logprobs[token_id // 2] - math.log(probability)) < 1e-3
+        assert logprobs.max() - math.log(probability) < 1e-3
+
+
+def test_prompts_are_heard_while_the_head_is_paused(path: Path, base: Base, head: Path) -> None:
+    """What they leave in the prefix index serves requests to come."""
+    llm, recycler = attentive(path, head, gptq_activation="exact", block_size=4)
+    recycler.listens = lambda num_sequences: False  # type: ignore[method-assign]
+    prompt, params = list(range(40)), SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    llm.generate(prompt, params, use_tqdm=False)
+    assert not recycler.heard
+    del recycler.listens
+    text = prompt + llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids
+    assert llm.metrics()["prefix_cache_hit_tokens"] >= 36
+    expected = torch_logprobs(path, head, base, text)
+    assert recycler.heard
+    for said_of, (_, probability) in recycler.heard.items():
+        assert expected[len(said_of) - 2].max() - math.log(probability) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_changes_no_answer_in_16_bits(dtype: str, path: Path, head: Path) -> None:
+    requests = random_requests(12, longest=40, seed=2)
+    llm = LLM(path, recycle_head=head, max_model_len=512, dtype=dtype, kv_cache_dtype="fp8")
+    llm.engine.recycler = Attentive()
+    plain = LLM(path, max_model_len=512, dtype=dtype, kv_cache_dtype="fp8")
+    assert together(llm, requests) == each_alone(plain, requests)
+
+
 def test_answers_that_share_a_prompt(path: Path, head: Path) -> None:
     params = SamplingParams(n=4, temperature=1.5, seed=3, max_tokens=12, ignore_eos=True)
     prompt = list(range(31))
@@ -203,16 +271,19 @@ def test_answers_that_share_a_prompt(path: Path, head: Path) -> None:
     assert answers(llm.generate(prompt, params, use_tqdm=False)) == expected
 
 
-def test_logits_that_are_not_numbers_end_their_request_only(path: Path, head: Path) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_words_that_are_not_numbers_are_none(value: float, path: Path, head: Path) -> None:
     llm, _ = attentive(path, head)
-    llm.engine.recycle_runner._module._hidden_norm.fill_(math.nan)  # type: ignore[union-attr]
+    llm.engine.recycle_runner._module._norm.fill_(value)  # type: ignore[union-attr]
     prompt, params = [1, 2, 3], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     assert answers(llm.generate(prompt, params, use_tqdm=False)) == answers(
         load(path).generate(prompt, params, use_tqdm=False)
     )
 
 
-def test_a_head_that_fails_is_left_out(path: Path, head: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_fails_is_left_out(
+    path: Path, head: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     llm, _ = attentive(path, head)
 
     def fail(*_: object, **__: object) -> None:
@@ -220,8 +291,8 @@ def test_a_head_that_fails_is_left_out(path: Path, head: Path, monkeypatch: pyte
 
     monkeypatch.setattr(llm.engine.recycle_runner, "run", fail)
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    with pytest.warns(UserWarning, match="the recycle head failed, and is not used any more: no room"):
-        outputs = llm.generate([1, 2, 3], params, use_tqdm=False)
+    outputs = llm.generate([1, 2, 3], params, use_tqdm=False)
+    assert caplog.messages == ["the recycle head failed, and is not used any more"]
     assert answers(outputs) == answers(load(path).generate([1, 2, 3], params, use_tqdm=False))
 
 
@@ -259,7 +330,9 @@ def gained(recycler: Recycler, share: float, steps: int, head_seconds: float) ->
         if guess.token_ids:
             accepted = int(draw.random() < share)
             recycler.learn(sequence, guess, accepted, 1)
-        recycler.cost.add(1 + len(guess.token_ids), 1.0 + 0.05 * len(guess.token_ids))
+        seconds = 1.0 + 0.05 * len(guess.token_ids)
+        recycler.cost.add(1 + len(guess.token_ids), seconds)
+        recycler.end_step(1, 1, seconds)
         yield listens
 
 
@@ -278,8 +351,10 @@ def test_the_head_of_a_model_is_found(path: Path, base: Base, tmp_path: Path, mo
     llm = LLM(path, recycle_head="auto")
     assert llm.engine.recycle_runner is not None
     config = found / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "base_norm": "another"}))
-    assert LLM(path, recycle_head="auto").engine.recycle_runner is None
+    raw = json.loads(config.read_text())
+    for change in ({"base_norm": "another"}, {"base_vocab_size": VOCAB_SIZE + 2}):  # as of a fine-tuned model
+        config.write_text(json.dumps(raw | change))
+        assert LLM(path, recycle_head="auto").engine.recycle_runner is None
 
 
 def test_heads_of_other_models_are_refused(path: Path, head: Path, tmp_path: Path) -> None:

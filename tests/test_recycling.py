@@ -116,7 +116,7 @@ def open_share(gain: float, noise: float) -> float:
     opened = 0
     for _ in range(3000):
         opened += gate.is_open
-        gate.add(100, (1 / gain if gate.is_open else 1.0) * (1 + noise * draw.random()))
+        gate.add(8, 100, (1 / gain if gate.is_open else 1.0) * (1 + noise * draw.random()))
     return opened / 3000
 
 

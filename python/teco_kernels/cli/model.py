@@ -406,7 +406,10 @@ def _speed_rows(output: RequestOutput) -> list[tuple[str, str, str]]:
 
 
 def _compare_recycling(llm: LLM, prompt: str, params: SamplingParams) -> list[tuple[str, str, str]]:
-    """An answer's speed by plain and by recycled decoding, each for the second time; a RuntimeError if they differ."""
+    """An answer's speed by plain and by recycled decoding, each with all that earlier runs of it have taught.
+
+    RuntimeError when the texts differ.
+    """
     engine, recycler = llm.engine, llm.engine.recycler
     answers = []
     rows = []

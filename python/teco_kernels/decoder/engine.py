@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
-import warnings
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
-from math import exp, isnan
+from math import isnan
 from operator import index
 from typing import Any
 
@@ -26,6 +26,8 @@ from teco_kernels.decoder.sampler import INVALID_TOKEN, draws_ahead, sample_toke
 from teco_kernels.decoder.sampling_params import RequestMetrics, RequestOutput, SamplingParams
 from teco_kernels.decoder.scheduler import Scheduler, Sequence
 from teco_kernels.decoder.tokenizer import Tokenizer
+
+_logger = logging.getLogger(__name__)
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # keeps the random numbers of a request's answers apart
 _INVALID_LOGITS = "expected finite logits, got NaN, infinity or nothing that may be drawn"
@@ -236,37 +238,51 @@ class Engine:
         logits = self.runner.run(spans)
         for sequence, num_tokens in batch:
             self.scheduler.commit(sequence, num_tokens)
+        num_generated = self._num_generated_tokens
         outputs = self._sample(drawing, logits)
         if self.recycler is not None:
             if self.runner.replayed:
-                num_tokens = len(drawing) + sum(draw.num_accepted for draw in drawing)
-                self.recycler.end_step(len(batch), num_rows, num_tokens, time.perf_counter() - started)
-            try:
-                self._listen(batch, spans, drawing)
-            except Exception as error:
-                # The step's answers are complete, and go on without the head.
-                self.recycle_runner = None
-                warnings.warn(f"the recycle head failed, and is not used any more: {error}", stacklevel=2)
+                self.recycler.cost.add(num_rows, time.perf_counter() - started)
+            if self.recycle_runner is not None:
+                try:
+                    self._listen(self.recycler, self.recycle_runner, batch, spans, drawing)
+                except Exception:
+                    # The step's answers are complete, and go on without the head.
+                    self.recycle_runner = None
+                    _logger.exception("the recycle head failed, and is not used any more")
+            if self.runner.replayed:
+                num_tokens = self._num_generated_tokens - num_generated
+                self.recycler.end_step(len(batch), num_tokens, time.perf_counter() - started)
         return outputs
 
-    def _listen(self, batch: list[tuple[Sequence, int]], spans: list[Span], drawing: list[_Draw]) -> None:
-        """Let the head know what has followed each token of the step, and hear what it says will come."""
-        recycler, runner = self.recycler, self.recycle_runner
-        going_on = [draw for draw in drawing if draw.sequence in self._request_of]
-        if recycler is None or runner is None or not recycler.listens(len(batch)):
+    def _listen(
+        self,
+        recycler: Recycler,
+        runner: RecycleRunner,
+        batch: list[tuple[Sequence, int]],
+        spans: list[Span],
+        drawing: list[_Draw],
+    ) -> None:
+        """Let the head know what has followed each token of the step, and hear what it says will come.
+
+        Prompts are never kept from it: their keys and values may serve other requests, and later steps.
+        """
+        listens = recycler.listens(len(batch))
+        if not listens and self.runner.is_static:
             return
         started = time.perf_counter()
         next_ids: list[int] = []
         for (sequence, _), span in zip(batch, spans, strict=True):
             ids = sequence.token_ids[span.start + 1 : span.start + 1 + span.num_tokens]
             next_ids += ids + [0] * (span.num_tokens - len(ids))
+        going_on = [draw for draw in drawing if draw.sequence in self._request_of] if listens else []
         asked = [draw for draw in going_on if not recycler.is_sure(draw.sequence)]
         runner.run(next_ids, speak=bool(asked))
         for draw in asked:
-            token_id, logprob = runner.said(draw.first_row + draw.num_accepted)
-            recycler.hear(draw.sequence, token_id, exp(logprob) if token_id >= 0 else 0.0)
-        if runner.replayed and asked:
-            recycler.head_cost.add(len(next_ids), time.perf_counter() - started)
+            recycler.hear(draw.sequence, *runner.said(draw.first_row + draw.num_accepted))
+        if runner.replayed:
+            cost = recycler.head_cost if asked else recycler.silent_cost
+            cost.add(len(next_ids), time.perf_counter() - started)
 
     def _guess(self, batch: list[tuple[Sequence, int]]) -> dict[Sequence, Guess]:
         """Guesses for the sequences of a step that only decodes, with room in the cache reserved for them."""
@@ -275,7 +291,7 @@ class Engine:
         ):
             return {}
         # Siblings are about to share a sequence's blocks: what they share must hold the prompt and nothing after it.
-        sequences = [sequence for sequence, _ in batch if not sequence.siblings]
+        sequences = [sequence for sequence, _ in batch if not sequence.siblings and self._may_guess(sequence)]
         room = self.scheduler.max_num_batched_tokens - len(batch)
         accepted: dict[Sequence, Guess] = {}
         for sequence, guess in zip(sequences, self.recycler.propose(sequences), strict=True):
@@ -284,6 +300,11 @@ class Engine:
                 accepted[sequence] = guess
                 room -= count
         return accepted
+
+    def _may_guess(self, sequence: Sequence) -> bool:
+        """Unverified guesses are no match for parameters that say which tokens may come."""
+        _, answer = self._request_of[sequence]
+        return self.recycler is None or self.recycler.verify or draws_ahead(answer.params)
 
     def _sample(self, drawing: list[_Draw], logits: torch.Tensor) -> list[RequestOutput]:
         """Give every sequence, and those that fork off it, its next tokens.

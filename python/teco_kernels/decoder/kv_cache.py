@@ -44,7 +44,7 @@ class KVCache:
     """All layers' caches and the pool of their blocks; a block id means the same slots in every layer.
 
     A recycle head's layers have caches of their own in the same blocks. Where the head was not run they hold zeros or
-    what it wrote for an earlier owner of the block: what it says then is a worse guess, but always a number.
+    what it wrote for an earlier owner of the block: what it says then is a worse guess, or nothing.
 
     Parameters
     ----------

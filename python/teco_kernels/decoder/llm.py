@@ -70,8 +70,9 @@ class LLM:
         `train_recycle` has made: with this head too, where lookup has nothing to say. "auto": with the head that the
         package has for this model, if any.
     recycle_verify : bool
-        False, with a head: believe it without asking the model, every other token, as RecycleGPT does; faster, and the
-        text is no longer the model's.
+        False, with a head: believe it without asking the model, every other token, as RecycleGPT does. The text is no
+        longer the model's, and depends on the company that it is computed in: see docs/recycling.md. Requests whose
+        parameters adjust logits, or ask for log-probabilities, are decoded plainly.
     num_threads : int, optional
         Sets ``torch.set_num_threads``, which the operators follow; for the whole process.
     gptq_activation : {"int8", "exact"}
@@ -344,7 +345,9 @@ class LLM:
 def _open_head(source: Source, recycle_head: str | Path | None) -> RecycleHeadTensors | None:
     """The head that is asked for; None where lookup alone, or no recycling, is."""
     if recycle_head == "auto":
-        recycle_head = shipped_recycle_head(source.tensor("model.norm.weight", (source.config.hidden_size,)))
+        recycle_head = shipped_recycle_head(
+            source.tensor("model.norm.weight", (source.config.hidden_size,)), source.config
+        )
     if recycle_head is None or recycle_head == "lookup":
         return None
     if not Path(recycle_head).is_dir():

@@ -189,10 +189,15 @@ def norm_fingerprint(norm: Tensor) -> str:
     return hashlib.sha256(norm.half().numpy().tobytes()).hexdigest()[:16]
 
 
-def shipped_recycle_head(norm: Tensor) -> Path | None:
-    """The folder of the head that this package has for the model with this final norm, if any."""
+def shipped_recycle_head(norm: Tensor, base: ModelConfig) -> Path | None:
+    """The folder of the head that this package has for the model of these sizes with this final norm, if any."""
+    wanted = {
+        "base_norm": norm_fingerprint(norm),
+        "base_hidden_size": base.hidden_size,
+        "base_vocab_size": base.vocab_size,  # which a fine-tuned model may have changed
+    }
     for config in sorted(_SHIPPED.glob(f"*/{CONFIG_NAME}")):
-        if read_json(config).get("base_norm") == norm_fingerprint(norm):
+        if wanted.items() <= read_json(config).items():
             return config.parent
     return None
 

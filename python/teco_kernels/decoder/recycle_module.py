@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -108,9 +107,12 @@ class RecycleModule:
         logsumexp : Tensor
             fp32 ``[T]``, written: the logarithm of what `exp(logit)` is a share of.
         """
-        # A model whose own logits are not numbers is found out by the sampler. Here such rows just say nothing.
-        with suppress(ValueError):
+        try:
             lm_head_argmax(hidden, self._lm_head, activation=self._activation, out=out, logsumexp=logsumexp)
+        except ValueError:
+            # A model whose own logits are not numbers is found out by the sampler. Here such rows just say nothing.
+            if -1 not in out[0].tolist():
+                raise
 
 
 def _only_weight(linear: Linear) -> DenseWeight | GPTQWeight:

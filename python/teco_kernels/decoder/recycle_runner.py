@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import exp, isfinite
 
 import torch
 
@@ -79,9 +80,11 @@ class RecycleRunner:
             self._run(batch, speak)
 
     def said(self, row: int) -> tuple[int, float]:
-        """What was said after a row of the model's logits: a token id, or -1, and its log-probability."""
+        """What was said after a row of the model's logits: a token id, and its probability; -1 where there is none."""
         found, logit, logsumexp = (column[row].item() for column in self._said_columns)
-        return (found if self._vocabulary is None or found < 0 else self._vocabulary[found]), logit - logsumexp
+        if found < 0 or not isfinite(logit - logsumexp):
+            return -1, 0.0
+        return (found if self._vocabulary is None else self._vocabulary[found]), exp(logit - logsumexp)
 
     def _run(self, batch: Batch, speak: bool) -> None:
         hidden = self._runner.buffers.hidden[: len(batch.token_ids)]

@@ -155,18 +155,18 @@ class Recycler:
     ----------
     num_guessed, num_accepted : int
         Tokens, over all steps.
-    cost, head_cost : StepCost
-        Of the model's steps, and of runs of the head.
+    cost, head_cost, silent_cost : StepCost
+        Of the model's steps, of runs of the head in which it speaks, and of others, by their numbers of rows.
     """
 
     def __init__(self, max_tokens: int = 4, *, lookup: bool = True, head: bool = False, verify: bool = True) -> None:
         self.max_tokens = max_tokens if verify else 1
         self.verify = verify
         self._looks_up, self._has_head = lookup and verify, head
-        self.cost, self.head_cost = StepCost(), StepCost()
+        self.cost, self.head_cost, self.silent_cost = StepCost(), StepCost(), StepCost()
         self._gate = Gate()
-        self._head_gain = Share(_HEAD_MEMORY)
-        self._head_gained = 0  # tokens in this step that came true on the head's word
+        self._head_spoke, self._head_gain = Share(_HEAD_MEMORY), Share(_HEAD_MEMORY)
+        self._head_guessed = self._head_gained = 0  # guesses of this step on the head's word, and those that came true
         self._head_steps = 0  # since it was last paused, below 0 until it is tried again
         self.num_guessed = self.num_accepted = 0
         self._followed: WeakKeyDictionary[Sequence, _Followed] = WeakKeyDictionary()
@@ -174,11 +174,11 @@ class Recycler:
 
     def propose(self, sequences: SequenceOf[Sequence]) -> list[Guess]:
         """For each of the sequences that the next step decodes, as many guesses as pay; often none."""
-        if self.verify and not self._may_pay(len(sequences)):
+        if not self.verify:
+            return [self._word(sequence) for sequence in sequences]
+        if not self._may_pay(len(sequences)):
             return [NO_GUESS] * len(sequences)
         guesses = [self._guess(sequence) for sequence in sequences]
-        if not self.verify:
-            return guesses
         candidates = sorted(
             (-probability, depth, row)
             for row, guess in enumerate(guesses)
@@ -189,6 +189,12 @@ class Recycler:
         for _, _, row in candidates[:taken]:
             counts[row] += 1
         return [Guess(guess.token_ids[:count], guess.kind) for guess, count in zip(guesses, counts, strict=True)]
+
+    def _word(self, sequence: Sequence) -> Guess:
+        """What the head has said, as long as the answer has room for a token."""
+        said = self._follow(sequence).said
+        fresh = said.num_tokens == len(sequence.token_ids) and said.token_id >= 0
+        return Guess([said.token_id], _HEAD) if fresh and sequence.num_generated < sequence.max_tokens else NO_GUESS
 
     def _guess(self, sequence: Sequence) -> Guess:
         # The token after the last guess is the step's own gain, and must still be within the answer.
@@ -214,23 +220,10 @@ class Recycler:
         return self._followed[sequence]
 
     def listens(self, num_sequences: int) -> bool:
-        """Whether the head is to run after a step of so many sequences; else what it knows of them gets holes."""
+        """Whether the head is to run after a step that decoded so many sequences; else what it knows gets holes."""
         if not self._has_head or not self.verify:
             return self._has_head
-        self._head_steps += 1
-        if self._head_steps <= 0:
-            return False
-        self._head_gain.add(self._head_gained / num_sequences)
-        self._head_gained = 0
-        if self.cost.knows(num_sequences) and not self._may_pay(num_sequences):
-            return False
-        if self._head_steps > _HEAD_TRIAL and self.head_cost.knows(num_sequences):
-            gain = self._head_gain.estimate(_HEAD_PRIOR, _HEAD_WEIGHT) * self.cost(num_sequences)
-            if gain < self.head_cost(num_sequences):
-                self._head_steps = -_HEAD_PAUSE
-                self._head_gain = Share(_HEAD_MEMORY)
-                return False
-        return True
+        return self._head_steps >= 0 and (not self.cost.knows(num_sequences) or self._may_pay(num_sequences))
 
     def is_sure(self, sequence: Sequence) -> bool:
         """Whether lookup has a guess for a sequence that the head need not be asked about."""
@@ -292,16 +285,35 @@ class Recycler:
                 best, best_rate = count, rate
         return best
 
-    def end_step(self, num_sequences: int, num_rows: int, num_tokens: int, seconds: float) -> None:
-        """Note what a replayed step of so many sequences took: `num_rows` were computed, `num_tokens` came of them."""
-        self.cost.add(num_rows, seconds)
+    def end_step(self, num_sequences: int, num_tokens: int, seconds: float) -> None:
+        """Note what a replayed step of so many sequences took in all, and how many tokens came of it."""
         if num_sequences >= _MANY_SEQUENCES:
-            self._gate.add(num_tokens, seconds)
+            self._gate.add(num_sequences, num_tokens, seconds)
+        if self._has_head and self.verify:
+            self._judge_head(num_sequences)
+
+    def _judge_head(self, num_sequences: int) -> None:
+        """Pause the head when what it gains is less than what its runs, and the rows of its guesses, cost."""
+        self._head_steps += 1
+        if self._head_steps <= 0:
+            return
+        self._head_spoke.add(self._head_guessed / num_sequences)
+        self._head_gain.add(self._head_gained / num_sequences)
+        self._head_guessed = self._head_gained = 0
+        if self._head_steps > _HEAD_TRIAL and self.head_cost.knows(num_sequences):
+            step = self.cost(num_sequences)
+            row = max(self.cost(num_sequences + 1) - step, 0.0)
+            guesses = self._head_spoke.estimate(_HEAD_PRIOR, _HEAD_WEIGHT) * num_sequences
+            gain = self._head_gain.estimate(_HEAD_PRIOR, _HEAD_WEIGHT) * step - guesses * row
+            if gain < self.head_cost(num_sequences):
+                self._head_steps = -_HEAD_PAUSE
+                self._head_spoke, self._head_gain = Share(_HEAD_MEMORY), Share(_HEAD_MEMORY)
 
     def learn(self, sequence: Sequence, guess: Guess, num_accepted: int, num_checked: int) -> None:
         """Note how many of a sequence's guesses were compared with what the model says, and how many it says itself."""
         self.num_guessed += len(guess.token_ids)
         self.num_accepted += num_accepted
+        self._head_guessed += guess.kind >= _HEAD
         self._head_gained += guess.kind >= _HEAD and num_accepted > 0
         for depth in range(num_checked):
             shares = [self._share(guess.kind, depth)]

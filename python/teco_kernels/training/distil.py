@@ -20,7 +20,7 @@ from teco_kernels.training.acceptance import Acceptance, acceptance
 from teco_kernels.training.head import Base
 from teco_kernels.training.prompts import Part
 from teco_kernels.training.recording import Recording, record_part
-from teco_kernels.training.save import quantise_head, save_recycle_head, write_json
+from teco_kernels.training.save import check_bits, quantise_head, save_recycle_head, write_json
 from teco_kernels.training.trainer import Progress, Trainer, TrainingSettings
 
 _MAX_MODEL_LEN, _MAX_NUM_SEQS, _CACHE_MEMORY = 1024, 96, 4 << 30
@@ -79,11 +79,13 @@ def train_recycle(
     for name, value in (("num_tokens", num_tokens), ("num_validation_tokens", num_validation_tokens)):
         if value < 1:
             raise ValueError(f"{name}: expected a positive number, got {value}")
+    if said_vocab_size < 0:
+        raise ValueError(f"said_vocab_size: expected 0 or more, got {said_vocab_size}")
     if max_new_tokens < 2:
         raise ValueError(f"max_new_tokens: expected 2 or more, got {max_new_tokens}")
     source = load_source(model)
     base = Base(source)
-    settings.head_config(base)  # says what is wrong before hours of work
+    check_bits(settings.head_config(base), bits)  # both say what is wrong before hours of work
     out.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
         if out.exists():
@@ -107,7 +109,11 @@ def train_recycle(
             "training_tokens": sum(len(part.token_ids) for part in training),
             "validation_tokens": sum(len(part.token_ids) for part in validation),
             "acceptance": result.shares(),
-            "history": [entry._asdict() for entry in trainer.history],
+            # JSON has no NaN, which the loss is before the first step.
+            "history": [
+                {name: None if value != value else value for name, value in entry._asdict().items()}
+                for entry in trainer.history
+            ],
         }
         save_recycle_head(out, head.config, tensors, vocabulary, base, report=report, quantization=quantization)
         shutil.rmtree(work)

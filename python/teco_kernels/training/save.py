@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from teco_kernels.assets import temporary_folder_beside
 from teco_kernels.decoder.recycle_head import CONFIG_NAME, WEIGHTS_NAME, RecycleHeadConfig, norm_fingerprint
+from teco_kernels.ops.packing import BITS
 from teco_kernels.quantization import gptq_quantize
 from teco_kernels.quantization.calibration import Hessian
 from teco_kernels.training.head import Base, RecycleHead
@@ -56,8 +57,7 @@ def quantise_head(
     tensors: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     hessians = {} if bits is None else _hessians(head, base, recordings)
-    widths = [hessian.shape[0] for hessian in hessians.values()]
-    group_size = next((size for size in (64, 32) if not any(width % size for width in widths)), -1)
+    group_size = check_bits(head.config, bits)
     for name, tensor in head.state_dict().items():
         if bits is None or name not in names:
             tensors[f"mtp.{name}"] = tensor.half()
@@ -74,6 +74,19 @@ def quantise_head(
         return saved, tensors, {}
     settings = {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": False, "desc_act": False}
     return saved, tensors, {"quantization_config": settings}
+
+
+def check_bits(config: RecycleHeadConfig, bits: int | None) -> int:
+    """The group size with which a head is quantised; ValueError when it cannot be, with so many bits."""
+    if bits is not None and bits not in BITS:
+        raise ValueError(f"bits: expected one of {BITS}, or None for fp16, got {bits!r}")
+    widths = {shape[1] for shape in config.shapes().values() if len(shape) == 2}
+    for size in (64, 32):
+        if not any(width % size for width in widths):
+            return size
+    if bits is not None:
+        raise ValueError(f"bits: expected None for a head whose widths are no multiples of 32: {sorted(widths)}")
+    return -1
 
 
 @torch.no_grad()
@@ -142,4 +155,4 @@ def save_recycle_head(
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file for people."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
