@@ -36,6 +36,16 @@ struct RmsNormParams {
   DType dtype;
 };
 
+// out[i] = ((inputs[0][i] + inputs[1][i]) + inputs[2][i]) + ..., rounded once; the sum of a collective, part by part.
+struct SumRanksParams {
+  void* out;              // [count]; may be one of the inputs
+  void* copy;             // the same once more, or null
+  const void* inputs[8];  // [num_ranks], each [count]
+  int64_t count;
+  int32_t num_ranks;
+  DType dtype;
+};
+
 // out[r, i] = silu(input[r, i]) * input[r, size + i]
 struct SiluAndMulParams {
   void* out;          // [num_rows, size]

@@ -48,6 +48,8 @@ INSTRUCTION_SETS = {
 }
 # These files of csrc/cpu are compiled once, for the lowest instruction set: they run before one is chosen.
 BASELINE_ONLY = {"dispatch.cpp", "thread_pool.cpp"}
+# By this name _host finds the operators' library, which the package has loaded by then. No path leads to it.
+OPERATORS_SONAME = "libteco_kernels_operators.so"
 
 
 def _compiler() -> str:
@@ -117,6 +119,7 @@ def _operator_objects(ninja: _NinjaFile, torch: Path) -> list[str]:
     torch_flags = ["-isystem", str(torch / "include"), "-DTORCH_TARGET_VERSION=0x020d000000000000"]
     sources = [CSRC / "ops.cpp", *sorted((CSRC / "ops").glob("*.cpp"))]
     objects = [ninja.compile(source, COMMON_FLAGS + include + torch_flags) for source in sources]
+    objects += [ninja.compile(source, COMMON_FLAGS + include) for source in sorted((CSRC / "comm").glob("*.cpp"))]
     variants = INSTRUCTION_SETS.get(platform.machine(), {"baseline": []})
     available = [f"-DTECO_HAVE_{name.upper()}" for name in variants]
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
@@ -148,10 +151,9 @@ def build(outputs: dict[str, Path], verbose: bool = False) -> None:
     torch = _torch()
     ninja = _NinjaFile(_compiler())
     modules = {"_C": BUILD / "_C.so", "_host": BUILD / "_host.so"}
-    ninja.link(
-        modules["_C"], _operator_objects(ninja, torch), [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", "-pthread"]
-    )
-    ninja.link(modules["_host"], _host_objects(ninja), [])
+    torch_libs = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", "-pthread"]
+    ninja.link(modules["_C"], _operator_objects(ninja, torch), [*torch_libs, f"-Wl,-soname,{OPERATORS_SONAME}"])
+    ninja.link(modules["_host"], [*_host_objects(ninja), str(modules["_C"])], [])
     BUILD.mkdir(parents=True, exist_ok=True)
     (BUILD / "build.ninja").write_text("\n".join(ninja.lines) + "\n")
     jobs = os.environ.get("MAX_JOBS")

@@ -9,6 +9,7 @@ struct KernelTable {
   void (*embedding)(const EmbeddingParams&, int num_threads);
   void (*gptq_embedding)(const GptqEmbeddingParams&, int num_threads);
   void (*rms_norm)(const RmsNormParams&, int num_threads);
+  void (*sum_ranks)(const SumRanksParams&);
   void (*silu_and_mul)(const SiluAndMulParams&, int num_threads);
   void (*rotary_embedding)(const RotaryEmbeddingParams&, int num_threads);
   void (*sample)(const SampleParams&, int num_threads);

@@ -6,6 +6,7 @@ namespace teco::cpu::TECO_ISA {
 void embedding(const EmbeddingParams& p, int num_threads);
 void gptq_embedding(const GptqEmbeddingParams& p, int num_threads);
 void rms_norm(const RmsNormParams& p, int num_threads);
+void sum_ranks(const SumRanksParams& p);
 void silu_and_mul(const SiluAndMulParams& p, int num_threads);
 void rotary_embedding(const RotaryEmbeddingParams& p, int num_threads);
 void sample(const SampleParams& p, int num_threads);
@@ -31,6 +32,7 @@ const KernelTable table = {
     .embedding = embedding,
     .gptq_embedding = gptq_embedding,
     .rms_norm = rms_norm,
+    .sum_ranks = sum_ranks,
     .silu_and_mul = silu_and_mul,
     .rotary_embedding = rotary_embedding,
     .sample = sample,

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "host/block_pool.h"
+#include "host/communicator.h"
 
 namespace py = pybind11;
 
@@ -43,4 +44,6 @@ PYBIND11_MODULE(_host, m) {
       .def_property_readonly("num_evictions", &BlockPool::num_evictions)
       .def_property_readonly("queried_tokens", &BlockPool::queried_tokens)
       .def_property_readonly("hit_tokens", &BlockPool::hit_tokens);
+
+  teco::host::bind_communicator(m);
 }

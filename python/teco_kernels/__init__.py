@@ -33,16 +33,33 @@ from teco_kernels.ops import (
 
 if TYPE_CHECKING:
     from teco_kernels.decoder import LLM, CompletionOutput, RequestOutput, SamplingParams
+    from teco_kernels.parallel import (
+        Communicator,
+        CommunicatorError,
+        all_gather,
+        all_reduce,
+        all_reduce_rms_norm,
+        broadcast,
+        reduce_scatter,
+    )
     from teco_kernels.quantization import gptq_quantize, sparsegpt_prune, wanda_mask
 
 __version__ = "0.1.0"
 
-# The decoder loop pulls in tokenizers and safetensors: an engine that only wants the operators never loads them.
+# The decoder loop pulls in tokenizers and safetensors, the communicator torch.distributed: an engine that only wants the
+# operators never loads them.
 _LAZY = {
     "LLM": "teco_kernels.decoder",
     "SamplingParams": "teco_kernels.decoder",
     "RequestOutput": "teco_kernels.decoder",
     "CompletionOutput": "teco_kernels.decoder",
+    "Communicator": "teco_kernels.parallel",
+    "CommunicatorError": "teco_kernels.parallel",
+    "all_gather": "teco_kernels.parallel",
+    "all_reduce": "teco_kernels.parallel",
+    "all_reduce_rms_norm": "teco_kernels.parallel",
+    "broadcast": "teco_kernels.parallel",
+    "reduce_scatter": "teco_kernels.parallel",
     "gptq_quantize": "teco_kernels.quantization",
     "sparsegpt_prune": "teco_kernels.quantization",
     "wanda_mask": "teco_kernels.quantization",
@@ -50,6 +67,8 @@ _LAZY = {
 
 __all__ = [
     "LLM",
+    "Communicator",
+    "CommunicatorError",
     "CompletionOutput",
     "DenseWeight",
     "GPTQWeight",
@@ -57,6 +76,10 @@ __all__ = [
     "SamplingParams",
     "Sparse24Weight",
     "Support",
+    "all_gather",
+    "all_reduce",
+    "all_reduce_rms_norm",
+    "broadcast",
     "copy_blocks",
     "dense_matmul",
     "embedding",
@@ -67,6 +90,7 @@ __all__ = [
     "merge_attention_states",
     "paged_attention",
     "recycle_project",
+    "reduce_scatter",
     "reshape_and_cache",
     "rms_norm",
     "rotary_embedding",

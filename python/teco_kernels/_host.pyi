@@ -1,4 +1,4 @@
-"""Host-side classes of the decoder loop (compiled from csrc/host; torch-free)."""
+"""Host-side classes of the decoder loop and of the communicator (compiled from csrc/host; torch-free)."""
 
 from collections.abc import Sequence
 
@@ -145,3 +145,88 @@ class BlockPool:
     @property
     def hit_tokens(self) -> int:
         """Tokens that `find_prefix` found."""
+
+MAX_RANKS: int
+"""Ranks that a `Communicator` can have."""
+
+class CommunicatorError(RuntimeError):
+    """A collective did not take place: a rank has ended, called something else, or did not come in time.
+
+    The communicator is of no further use, on every rank: each gets this error from the call that it is in, or from its
+    next one. The message names the rank that caused it.
+    """
+
+class Segment:
+    """Memory without a name that the ranks of a communicator share: gone with the last process that has mapped it."""
+
+    @staticmethod
+    def create(world_size: int) -> Segment:
+        """Take new memory, of mode 0600. RuntimeError when there is none of this kind."""
+
+    @staticmethod
+    def open(pid: int, descriptor: int, token: int, world_size: int) -> Segment:
+        """Map that of another process by its descriptor there. RuntimeError when it cannot be, or is not the one."""
+
+    @property
+    def descriptor(self) -> int:
+        """To open it by; -1 once it is closed."""
+
+    @property
+    def token(self) -> int:
+        """A random number by which the segment is known."""
+
+class Communicator:
+    """The native side of `teco_kernels.Communicator`: takes addresses of contiguous tensors and checks none of them.
+
+    Parameters
+    ----------
+    segment : Segment
+        Belongs to the communicator from now on.
+    rank : int
+        Of this process.
+    pids : list of int
+        Of all ranks, in their order. RuntimeError when one of them cannot be watched.
+    timeout : float
+        Seconds.
+    """
+
+    def __init__(self, segment: Segment, rank: int, pids: Sequence[int], timeout: float) -> None: ...
+    def all_reduce(self, out: int, input: int, count: int, dtype: int) -> None:
+        """Sum `count` elements; `dtype` is 0 for fp32, 1 for fp16, 2 for bf16."""
+
+    def all_reduce_rms_norm(
+        self,
+        normed: int,
+        new_residual: int,
+        input: int,
+        residual: int,
+        weight: int,
+        num_rows: int,
+        row_size: int,
+        eps: float,
+        dtype: int,
+    ) -> None:
+        """Sum, add the residual, norm each row."""
+
+    def reduce_scatter(self, out: int, input: int, count: int, dtype: int) -> None:
+        """Sum rows of `count` elements, one per rank, and keep this rank's."""
+
+    def all_gather(self, out: int, input: int, count: int, element_bytes: int, dtype: int) -> None:
+        """Collect `count` elements from each rank."""
+
+    def broadcast(self, out: int, input: int, count: int, element_bytes: int, dtype: int, root: int) -> None:
+        """Copy `count` elements of the root."""
+
+    def close_descriptor(self) -> None:
+        """Let nobody open the segment any more."""
+
+    def close(self) -> None:
+        """End the communicator for all ranks."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether a rank has closed it or a call has failed."""
+
+    @staticmethod
+    def one_shot_bytes(world_size: int) -> int:
+        """Largest tensor that every rank adds up for itself."""

@@ -1,0 +1,244 @@
+#include "comm/communicator.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "comm/steps.h"
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
+
+namespace teco::comm {
+namespace {
+
+int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
+
+Call call_of(Collective collective, int dtype, int64_t count, int root = 0, int64_t row_size = 0) {
+  return {collective, static_cast<uint8_t>(dtype), static_cast<int16_t>(root), static_cast<uint32_t>(row_size), count};
+}
+
+void copy(void* to, const void* from, int64_t bytes) {
+  if (to != from && bytes > 0) std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
+SumRanksParams sum_of(int num_ranks, DType dtype) {
+  SumRanksParams sum{};
+  sum.num_ranks = num_ranks;
+  sum.dtype = dtype;
+  return sum;
+}
+
+constexpr auto kNothing = [](int64_t) {};
+
+// A stretch of a tensor, cut into a share per rank: all equal and whole cache lines, but for the last ones.
+struct Shares {
+  int64_t count, share;
+
+  Shares(int64_t count, int world_size) : count(count), share((count + world_size - 1) / world_size) {
+    share = (share + 31) / 32 * 32;
+  }
+  int64_t begin(int rank) const { return std::min(rank * share, count); }
+  int64_t size(int rank) const { return begin(rank + 1) - begin(rank); }
+};
+
+}  // namespace
+
+Communicator::Communicator(Segment segment, int rank, const std::vector<pid_t>& pids, std::chrono::nanoseconds timeout)
+    : segment_(std::move(segment)),
+      steps_(std::make_unique<Steps>(segment_.layout(), rank, segment_.world_size(), pids, timeout)) {}
+
+Communicator::~Communicator() {
+  close();
+}
+
+void Communicator::close() {
+  steps_->end(Cause::kClosed, steps_->rank());
+}
+
+bool Communicator::ended() const {
+  return steps_->ended();
+}
+int Communicator::rank() const {
+  return steps_->rank();
+}
+int Communicator::world_size() const {
+  return steps_->world_size();
+}
+double Communicator::timeout() const {
+  return std::chrono::duration<double>(steps_->timeout()).count();
+}
+
+int64_t Communicator::one_shot_bytes(int world_size) {
+  return world_size <= 2 ? INT64_MAX : kSlotBytes / world_size;
+}
+
+void Communicator::all_reduce(void* out, const void* in, int64_t count, DType dtype) {
+  reduce(call_of(Collective::kAllReduce, static_cast<int>(dtype), count), out, in, count, dtype, kNothing);
+}
+
+void Communicator::all_reduce_rms_norm(void* normed, void* new_residual, const void* in, const void* residual,
+                                       const void* weight, int64_t num_rows, int64_t row_size, float eps, DType dtype) {
+  const int64_t row_bytes = row_size * size_of(dtype);
+  int64_t done = 0;
+  // Rows are normed where they were summed, while they are still in the cache.
+  const auto norm_rows = [&](int64_t summed) {
+    const int64_t rows = row_size ? summed / row_size - done : 0;
+    if (rows == 0) return;
+    const auto row = [&](auto* begin) { return static_cast<decltype(begin)>(begin) + done * row_bytes; };
+    char* out = row(static_cast<char*>(normed));
+    cpu::kernels()->rms_norm(
+        RmsNormParams{
+            .out = out,
+            .residual_out = row(static_cast<char*>(new_residual)),
+            .input = out,
+            .residual = row(static_cast<const char*>(residual)),
+            .weight = weight,
+            .num_rows = rows,
+            .hidden_size = row_size,
+            .inner_rows = rows,
+            .out_stride = row_size,
+            .residual_out_stride = row_size,
+            .input_stride = row_size,
+            .residual_stride = row_size,
+            .out_outer_stride = rows * row_size,
+            .input_outer_stride = rows * row_size,
+            .eps = eps,
+            .dtype = dtype,
+        },
+        1);
+    done += rows;
+  };
+  const int64_t count = num_rows * row_size;
+  reduce(call_of(Collective::kAllReduceRmsNorm, static_cast<int>(dtype), count, 0, row_size), normed, in, count, dtype,
+         norm_rows);
+}
+
+template <class After>
+void Communicator::reduce(const Call& call, void* out, const void* in, int64_t count, DType dtype, After after) {
+  const std::lock_guard lock(mutex_);
+  const bool one_shot = count * size_of(dtype) <= one_shot_bytes(world_size());
+  (this->*(one_shot ? &Communicator::reduce_one_shot<After> : &Communicator::reduce_two_shot<After>))(
+      call, static_cast<char*>(out), static_cast<const char*>(in), count, dtype, after);
+}
+
+template <class After>
+void Communicator::reduce_one_shot(const Call& call, char* out, const char* in, int64_t count, DType dtype,
+                                   After after) {
+  const int64_t bytes = size_of(dtype);
+  SumRanksParams sum = sum_of(world_size(), dtype);
+  int64_t begin = 0;
+  do {
+    steps_->begin();
+    sum.count = std::min(count - begin, kSlotBytes / bytes);
+    copy(steps_->slot(rank()).data, in + begin * bytes, sum.count * bytes);
+    steps_->arrive(call);
+    steps_->wait();
+    for (int other = 0; other < world_size(); ++other) sum.inputs[other] = steps_->slot(other).data;
+    sum.inputs[rank()] = in + begin * bytes;
+    sum.out = out + begin * bytes;
+    cpu::kernels()->sum_ranks(sum);
+    begin += sum.count;
+    after(begin);
+  } while (begin < count);
+}
+
+// A stretch takes two steps: all hand over what they have of each other's shares; each adds up its own and hands over
+// the result. The second is the first of the next stretch, so that there is one step per stretch and one more.
+template <class After>
+void Communicator::reduce_two_shot(const Call& call, char* out, const char* in, int64_t count, DType dtype,
+                                   After after) {
+  const int64_t bytes = size_of(dtype), stretch = kSlotBytes / bytes;
+  SumRanksParams sum = sum_of(world_size(), dtype);
+  Shares summed(0, world_size());  // of the stretch before
+  for (int64_t begin = 0; begin < count || summed.count > 0; begin += stretch) {
+    const Shares shares(std::clamp<int64_t>(count - begin, 0, stretch), world_size());
+    const int64_t offset = begin * bytes, offset_before = (begin - stretch) * bytes;
+    const auto each_other = [&](auto body) {
+      for (int other = 0; other < world_size(); ++other)
+        if (other != rank()) body(other);
+    };
+    steps_->begin();
+    each_other([&](int other) {
+      const int64_t share = shares.begin(other) * bytes;
+      copy(steps_->slot(rank()).data + share, in + offset + share, shares.size(other) * bytes);
+    });
+    steps_->arrive(call);
+    steps_->wait();
+    each_other([&](int other) {
+      copy(out + offset_before + summed.begin(other) * bytes, steps_->slot(other).result, summed.size(other) * bytes);
+    });
+    if (summed.count > 0) after(std::min(begin, count));
+    const int64_t own = shares.begin(rank()) * bytes;
+    each_other([&](int other) { sum.inputs[other] = steps_->slot(other).data + own; });
+    sum.inputs[rank()] = in + offset + own;
+    sum.out = out + offset + own;
+    sum.copy = steps_->next_slot(rank()).result;
+    sum.count = shares.size(rank());
+    cpu::kernels()->sum_ranks(sum);
+    summed = shares;
+  }
+}
+
+void Communicator::reduce_scatter(void* out, const void* in, int64_t count, DType dtype) {
+  const std::lock_guard lock(mutex_);
+  const Call call = call_of(Collective::kReduceScatter, static_cast<int>(dtype), count);
+  const int64_t bytes = size_of(dtype), row = count * bytes;
+  const int64_t most = kSlotBytes / bytes / world_size();  // of each row
+  SumRanksParams sum = sum_of(world_size(), dtype);
+  int64_t begin = 0;
+  do {
+    steps_->begin();
+    sum.count = std::min(count - begin, most);
+    const char* from = static_cast<const char*>(in) + begin * bytes;
+    for (int other = 0; other < world_size(); ++other)
+      if (other != rank())
+        copy(steps_->slot(rank()).data + other * most * bytes, from + other * row, sum.count * bytes);
+    steps_->arrive(call);
+    steps_->wait();
+    for (int other = 0; other < world_size(); ++other)
+      sum.inputs[other] = steps_->slot(other).data + rank() * most * bytes;
+    sum.inputs[rank()] = from + rank() * row;
+    sum.out = static_cast<char*>(out) + begin * bytes;
+    cpu::kernels()->sum_ranks(sum);
+    begin += sum.count;
+  } while (begin < count);
+}
+
+void Communicator::all_gather(void* out, const void* in, int64_t count, int element_bytes, int dtype) {
+  const std::lock_guard lock(mutex_);
+  const Call call = call_of(Collective::kAllGather, dtype, count);
+  const int64_t bytes = count * element_bytes;
+  int64_t begin = 0;
+  do {
+    steps_->begin();
+    const int64_t size = std::min(bytes - begin, kSlotBytes);
+    const char* from = static_cast<const char*>(in) + begin;
+    copy(steps_->slot(rank()).data, from, size);
+    steps_->arrive(call);
+    steps_->wait();
+    for (int other = 0; other < world_size(); ++other)
+      copy(static_cast<char*>(out) + other * bytes + begin, other == rank() ? from : steps_->slot(other).data, size);
+    begin += size;
+  } while (begin < bytes);
+}
+
+void Communicator::broadcast(void* out, const void* in, int64_t count, int element_bytes, int dtype, int root) {
+  const std::lock_guard lock(mutex_);
+  const Call call = call_of(Collective::kBroadcast, dtype, count, root);
+  const int64_t bytes = count * element_bytes;
+  int64_t begin = 0;
+  do {
+    steps_->begin();
+    const int64_t size = std::min(bytes - begin, kSlotBytes);
+    if (rank() == root) copy(steps_->slot(rank()).data, static_cast<const char*>(in) + begin, size);
+    steps_->arrive(call);
+    steps_->wait();
+    const char* from = rank() == root ? static_cast<const char*>(in) + begin : steps_->slot(root).data;
+    copy(static_cast<char*>(out) + begin, from, size);
+    begin += size;
+  } while (begin < bytes);
+}
+
+}  // namespace teco::comm

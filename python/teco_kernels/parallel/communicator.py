@@ -1,0 +1,115 @@
+"""The ranks that compute together, and the way that their data takes."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from teco_kernels.parallel.process_group import ProcessGroupTransport
+from teco_kernels.parallel.shared_memory import SharedMemoryTransport, connect
+
+#: Seconds that ranks wait for one another when nothing else is said.
+DEFAULT_TIMEOUT = 300.0
+
+
+class Transport(Protocol):
+    """What the collectives call, their arguments checked; `out` is `x` itself or apart from it."""
+
+    def all_reduce(self, out: Tensor, x: Tensor) -> None:
+        """Write the sum over the ranks."""
+
+    def all_reduce_rms_norm(
+        self, normed: Tensor, new_residual: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> None:
+        """Write the sum plus the residual, and its norm."""
+
+    def all_gather(self, out: Tensor, x: Tensor) -> None:
+        """Write the tensors of all ranks."""
+
+    def reduce_scatter(self, out: Tensor, x: Tensor) -> None:
+        """Write this rank's row of the sum."""
+
+    def broadcast(self, out: Tensor, x: Tensor, root: int) -> None:
+        """Write the root's tensor."""
+
+    def close(self) -> None:
+        """Take part no more."""
+
+
+class Communicator:
+    """Ranks that call the same collectives in the same order; made by `from_process_group`, by all of them together.
+
+    Any number of communicators may exist side by side, each with an order of its own. One that has failed, or that a
+    rank has closed, stays so: every later call raises `CommunicatorError`. Usable as a context manager, which closes it.
+
+    Attributes
+    ----------
+    rank, world_size : int
+    backend : {"shared_memory", "process_group"}
+        Whether the ranks share memory, or the torch.distributed group carries the data. The same on all ranks, chosen
+        once; the results have the same bits.
+    reason : str
+        Why it is the group; empty otherwise.
+    timeout : float
+        Seconds that a rank waits for another before it gives up on it.
+    """
+
+    def __init__(self, transport: Transport, rank: int, world_size: int, timeout: float, reason: str) -> None:
+        self.transport = transport
+        self.rank = rank
+        self.world_size = world_size
+        self.timeout = timeout
+        self.reason = reason
+
+    @property
+    def backend(self) -> str:
+        """What carries the data."""
+        return "shared_memory" if isinstance(self.transport, SharedMemoryTransport) else "process_group"
+
+    @classmethod
+    def from_process_group(
+        cls, group: dist.ProcessGroup | None = None, *, timeout: float = DEFAULT_TIMEOUT
+    ) -> Communicator:
+        """Connect the ranks of a group; all of them must call it.
+
+        Ranks of one host, 8 at the most, share memory; where they are on several hosts, or in containers that do not
+        see one another, or without the system calls that it takes, the group does the work.
+
+        Parameters
+        ----------
+        group : torch.distributed.ProcessGroup, optional
+            The default group when not given. Used here, and later only if it has to carry the data.
+        timeout : float
+            Seconds, also for connecting; ``math.inf`` waits for as long as all ranks live.
+
+        Raises
+        ------
+        CommunicatorError
+            A rank has ended, or did not come in time.
+        """
+        if not timeout > 0:
+            raise ValueError(f"timeout: expected a positive number of seconds, got {timeout}")
+        group = dist.group.WORLD if group is None else group
+        if group is None:
+            raise ValueError("group: expected a process group, or torch.distributed to be initialised")
+        native, reason = connect(group, timeout)
+        transport: Transport = SharedMemoryTransport(native) if native else ProcessGroupTransport(group, timeout)
+        return cls(transport, dist.get_rank(group), dist.get_world_size(group), timeout, reason)
+
+    def close(self) -> None:
+        """Take part no more; what the other ranks call from now on raises `CommunicatorError` there."""
+        self.transport.close()
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Communicator(rank {self.rank} of {self.world_size}, {self.backend})"

@@ -1,0 +1,98 @@
+"""Collectives carried by a torch.distributed group: across hosts, and wherever memory cannot be shared.
+
+The group only moves data. Sums are made here, in the order of the ranks and in fp32, so that the bits are those of
+the ranks that share memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from teco_kernels._host import CommunicatorError
+from teco_kernels.ops import fused_add_rms_norm
+
+#: Up to so many bytes every rank gets the data of all others and adds all of it up; beyond, each adds up a share.
+ONE_SHOT_BYTES = 64 * 1024
+
+
+def wait(work: Any, timeout: float) -> None:
+    """Wait for what the group does; RuntimeError when it fails or takes too long."""
+    if math.isinf(timeout):
+        work.wait()
+    else:
+        work.wait(timedelta(seconds=timeout))
+
+
+class ProcessGroupTransport:
+    """The same collectives, by `all_gather`, `all_to_all` and `broadcast` of the group."""
+
+    def __init__(self, group: dist.ProcessGroup, timeout: float) -> None:
+        self._group = group
+        self._timeout = timeout
+        self._world_size = dist.get_world_size(group)
+        self._end = ""
+
+    def all_reduce(self, out: Tensor, x: Tensor) -> None:
+        """Write the sum over the ranks."""
+        if x.numel() * x.element_size() <= ONE_SHOT_BYTES:
+            gathered = x.new_empty(self._world_size, *x.shape)
+            self.all_gather(gathered, x)
+            out.copy_(_sum_rows(gathered))
+            return
+        share = -(-x.numel() // self._world_size)
+        shares = x.new_zeros(self._world_size, share)
+        shares.view(-1)[: x.numel()] = x.reshape(-1)
+        summed = x.new_empty(share)
+        self.reduce_scatter(summed, shares)
+        self.all_gather(shares, summed)
+        out.view(-1).copy_(shares.view(-1)[: x.numel()])
+
+    def all_reduce_rms_norm(
+        self, normed: Tensor, new_residual: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> None:
+        """Write the sum plus the residual, and its norm."""
+        self.all_reduce(normed, x)
+        fused_add_rms_norm(normed, residual, weight, eps, out=(normed, new_residual))
+
+    def all_gather(self, out: Tensor, x: Tensor) -> None:
+        """Write the tensors of all ranks."""
+        self._run(dist.all_gather, list(out), x)
+
+    def reduce_scatter(self, out: Tensor, x: Tensor) -> None:
+        """Write this rank's row of the sum."""
+        received = torch.empty_like(x)
+        self._run(dist.all_to_all_single, received.view(-1), x.view(-1))
+        out.copy_(_sum_rows(received))
+
+    def broadcast(self, out: Tensor, x: Tensor, root: int) -> None:
+        """Write the root's tensor."""
+        if out is not x:
+            out.copy_(x)
+        self._run(dist.broadcast, out, group_src=root)
+
+    def close(self) -> None:
+        """Take part no more."""
+        self._end = self._end or "it was closed here"
+
+    def _run(self, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        if self._end:
+            raise CommunicatorError(f"communicator over a process group: {self._end}")
+        try:
+            wait(collective(*args, group=self._group, async_op=True, **kwargs), self._timeout)
+        except RuntimeError as error:
+            self._end = str(error)
+            raise CommunicatorError(f"communicator over a process group: {error}") from error
+
+
+def _sum_rows(rows: Tensor) -> Tensor:
+    total = rows[0].float()
+    for row in rows[1:]:
+        total = total + row.float()
+    return total.to(rows.dtype)

@@ -1,0 +1,137 @@
+"""Runs a function on several ranks, each a process with a communicator.
+
+The processes are forked from a server that has imported everything, and none lives longer than the `with` block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import teco_kernels as tk
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["ranks", "teco_kernels.parallel"])
+
+#: Of what goes wrong in a test; a rank that has not answered by then hangs.
+PATIENCE = 60.0
+
+
+class Ranks:
+    """Running ranks.
+
+    Attributes
+    ----------
+    processes : list
+        One per rank.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.processes: list[BaseProcess] = []
+        self._pipes: list[Connection] = []
+        self._results: dict[int, Any] = {}
+        self.world_size = world_size
+
+    def results(self, patience: float = PATIENCE) -> list[Any]:
+        """What each rank returned, or the error that it met; None for those that were killed."""
+        deadline = time.monotonic() + patience
+        pending = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in self._results}
+        while pending:
+            ready = wait(list(pending), max(0.0, deadline - time.monotonic()))
+            assert ready, f"ranks {sorted(pending.values())} hang"
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = pending.pop(pipe)
+                try:
+                    self._results[rank] = pipe.recv()
+                except EOFError:
+                    self._results[rank] = None
+        return [self._results[rank] for rank in range(self.world_size)]
+
+    def join(self, patience: float = PATIENCE) -> list[int | None]:
+        """Exit codes, once all have ended."""
+        deadline = time.monotonic() + patience
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+
+@contextlib.contextmanager
+def start(program: Callable[..., Any], world_size: int, *args: Any, **options: Any) -> Iterator[Ranks]:
+    """Start ``program(comm, *args)`` on so many ranks; `options` go to `Communicator.from_process_group`."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = Ranks(world_size)
+        try:
+            for rank in range(world_size):
+                ours, theirs = _CONTEXT.Pipe(duplex=False)
+                process = _CONTEXT.Process(
+                    target=_main, args=(Path(folder), rank, world_size, theirs, program, args, options)
+                )
+                process.start()
+                theirs.close()
+                ranks.processes.append(process)
+                ranks._pipes.append(ours)
+            yield ranks
+        finally:
+            for process in ranks.processes:
+                if process.exitcode is None:
+                    process.join(1.0)
+                if process.exitcode is None:
+                    process.kill()
+                    process.join()
+
+
+def run(program: Callable[..., Any], world_size: int, *args: Any, **options: Any) -> list[Any]:
+    """Results of all ranks; the first error of any is raised."""
+    with start(program, world_size, *args, **options) as ranks:
+        results = ranks.results()
+        for rank, result in enumerate(results):
+            assert result is not None, f"rank {rank} died"
+            if isinstance(result, Exception):
+                raise result
+        assert ranks.join() == [0] * world_size
+        return results
+
+
+def join_group(folder: Path, rank: int, world_size: int) -> None:
+    """Make the Gloo group of the test's ranks."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.FileStore(str(folder / "store"), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=PATIENCE))
+
+
+def _main(
+    folder: Path,
+    rank: int,
+    world_size: int,
+    pipe: Connection,
+    program: Callable[..., Any],
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+) -> None:
+    torch.set_num_threads(1)
+    join_group(folder, rank, world_size)
+    try:
+        with tk.Communicator.from_process_group(dist.group.WORLD, **{"timeout": 20.0, **options}) as comm:
+            answer = program(comm, *args)
+            # A rank that closes while others still compute would fail them.
+            if not isinstance(answer, Exception):
+                tk.broadcast(torch.zeros(0), comm)
+    except Exception as error:
+        answer = error
+    pipe.send(answer)
+    pipe.close()
+    with contextlib.suppress(RuntimeError):  # of peers that are gone
+        dist.destroy_process_group()
