@@ -25,6 +25,9 @@ import teco_kernels as tk
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["ranks", "teco_kernels.parallel"])
 
+#: The result of a rank that ended without one.
+KILLED = "killed"
+_JOINED = "has its group"
 #: Of what goes wrong in a test; a rank that has not answered by then hangs.
 PATIENCE = 60.0
 
@@ -44,8 +47,14 @@ class Ranks:
         self._results: dict[int, Any] = {}
         self.world_size = world_size
 
+    def wait_for_group(self) -> None:
+        """Until the ranks have their Gloo group, and begin to connect a communicator."""
+        for rank, pipe in enumerate(self._pipes):
+            assert pipe.poll(PATIENCE), f"rank {rank} hangs"
+            assert pipe.recv() == _JOINED
+
     def results(self, patience: float = PATIENCE) -> list[Any]:
-        """What each rank returned, or the error that it met; None for those that were killed."""
+        """What each rank returned, or the error that it met."""
         deadline = time.monotonic() + patience
         pending = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in self._results}
         while pending:
@@ -55,9 +64,13 @@ class Ranks:
                 assert isinstance(pipe, Connection)
                 rank = pending.pop(pipe)
                 try:
-                    self._results[rank] = pipe.recv()
+                    result = pipe.recv()
+                    if isinstance(result, str) and result == _JOINED:
+                        pending[pipe] = rank
+                    else:
+                        self._results[rank] = result
                 except EOFError:
-                    self._results[rank] = None
+                    self._results[rank] = KILLED
         return [self._results[rank] for rank in range(self.world_size)]
 
     def join(self, patience: float = PATIENCE) -> list[int | None]:
@@ -98,7 +111,7 @@ def run(program: Callable[..., Any], world_size: int, *args: Any, **options: Any
     with start(program, world_size, *args, **options) as ranks:
         results = ranks.results()
         for rank, result in enumerate(results):
-            assert result is not None, f"rank {rank} died"
+            assert result is not KILLED, f"rank {rank} died"
             if isinstance(result, Exception):
                 raise result
         assert ranks.join() == [0] * world_size
@@ -123,12 +136,10 @@ def _main(
 ) -> None:
     torch.set_num_threads(1)
     join_group(folder, rank, world_size)
+    pipe.send(_JOINED)
     try:
         with tk.Communicator.from_process_group(dist.group.WORLD, **{"timeout": 20.0, **options}) as comm:
             answer = program(comm, *args)
-            # A rank that closes while others still compute would fail them.
-            if not isinstance(answer, Exception):
-                tk.broadcast(torch.zeros(0), comm)
     except Exception as error:
         answer = error
     pipe.send(answer)

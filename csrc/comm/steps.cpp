@@ -13,20 +13,15 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Some tens of microseconds: more than peers in step are apart, less than what a sleeping core would save.
-constexpr int kSpins = 1000;
-// With more ranks than cores the rank that is waited for may need this very core.
-constexpr int kSpinsOversubscribed = 20;
+// Peers in step are microseconds apart. After that the core is offered to others, the rank that is waited for perhaps
+// among them, and only then is it worth to sleep: ranks that went to sleep at once would come to share a core, as the
+// system puts who is woken beside who wakes, and would be seen to need no other: one runs while the other sleeps.
+constexpr int kSpins = 100, kYields = 200;
 
 // How soon the death of a rank is noticed.
 constexpr std::chrono::milliseconds kNap{10};
 
 void (*interrupt_check)() = nullptr;
-
-int num_cores() {
-  cpu_set_t cores;
-  return ::sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
-}
 
 std::string describe(const Call& call) {
   static constexpr const char* kNames[] = {"all_reduce", "all_reduce_rms_norm", "all_gather", "reduce_scatter",
@@ -51,7 +46,6 @@ Steps::Steps(Layout& layout, int rank, int world_size, const std::vector<pid_t>&
       world_size_(world_size),
       peers_(pids),
       timeout_(timeout),
-      spins_(world_size > num_cores() ? kSpinsOversubscribed : kSpins),
       step_(layout.header.ranks[rank].arrived.load()) {}
 
 void Steps::begin() {
@@ -71,11 +65,14 @@ void Steps::wait() {
   for (int rank = 0; rank < world_size_; ++rank) {
     if (rank == rank_) continue;
     for (int spins = 0; !has_arrived(rank); ++spins) {
-      if (spins == spins_) {
+      if (spins < kSpins) {
+        cpu_pause();
+      } else if (spins < kSpins + kYields) {
+        ::sched_yield();
+      } else {
         sleep_until_arrival(rank);
         break;
       }
-      cpu_pause();
     }
     check_call(rank);
   }

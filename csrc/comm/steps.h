@@ -46,7 +46,6 @@ class Steps {
   const int rank_, world_size_;
   const Peers peers_;
   const std::chrono::nanoseconds timeout_;
-  const int spins_;
   Step step_;
 };
 

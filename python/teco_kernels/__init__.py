@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# The decoder loop pulls in tokenizers and safetensors, the communicator torch.distributed: an engine that only wants the
-# operators never loads them.
+# The decoder loop pulls in tokenizers and safetensors, the communicator torch.distributed: an engine that only wants
+# the operators never loads them.
 _LAZY = {
     "LLM": "teco_kernels.decoder",
     "SamplingParams": "teco_kernels.decoder",
@@ -108,5 +108,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        value = getattr(import_module(_LAZY[name]), name)
+        globals()[name] = value  # the next access does not come here
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -43,7 +43,7 @@ class Communicator:
     """Ranks that call the same collectives in the same order; made by `from_process_group`, by all of them together.
 
     Any number of communicators may exist side by side, each with an order of its own. One that has failed, or that a
-    rank has closed, stays so: every later call raises `CommunicatorError`. Usable as a context manager, which closes it.
+    rank has closed, stays so: every later call raises `CommunicatorError`. As a context manager it closes itself.
 
     Attributes
     ----------
