@@ -1,7 +1,8 @@
 """Compiles the two native modules with ninja; everything else about the package is in pyproject.toml.
 
 `_C.so`   operators, registered through LibTorch's stable ABI; loaded with torch.ops.load_library.
-`_host`   host-side classes of the decoder loop, a pybind11 module that knows nothing of torch.
+`_host`   host-side classes of the decoder loop and the communicator, a pybind11 module that knows nothing of torch;
+          linked against `_C`, which holds the communicator's code and the kernels that it calls.
 """
 
 from __future__ import annotations

@@ -32,19 +32,24 @@ class TecoRank:
 
     def call(self, case: str, num_bytes: int) -> Callable[[], Any]:
         count = num_bytes // FLOAT_BYTES
+        # Of zeros: sums in place stay what they are.
         shape = (max(1, count // HIDDEN_SIZE), min(count, HIDDEN_SIZE))
-        x, residual, out, new_residual = (self.torch.ones(shape) for _ in range(4))
+        x, residual, out = (self.torch.zeros(shape) for _ in range(3))
         comm, all_reduce, fused = self.comm, self.teco.all_reduce, self.teco.all_reduce_rms_norm
-        if case == "all_reduce":
-            return lambda: all_reduce(x, comm, out=out)
-        if case == "all_reduce, in place":
-            x.zero_()
-            return lambda: all_reduce(x, comm, out=x)
+        weight, sums = self.torch.ones(shape[1]), (x, residual)
+        calls: dict[str, Callable[[], Any]] = {
+            "all_reduce": lambda: all_reduce(x, comm, out=out),
+            "all_reduce, in place": lambda: all_reduce(x, comm, out=x),
+            "all_reduce_rms_norm, in place": lambda: fused(x, residual, weight, 1e-5, comm, out=sums),
+        }
+        if case in calls:
+            return calls[case]
+        # What a caller without Python would see, but for the call itself.
+        native, keep = comm.transport._native, (x, residual, weight)
+        at = [tensor.data_ptr() for tensor in keep]
         if case == "all_reduce, native":
-            native, x_at, out_at = comm.transport._native, x.data_ptr(), out.data_ptr()
-            return lambda keep=(x, out): native.all_reduce(out_at, x_at, count, 0)
-        weight, outs = self.torch.ones(shape[1]), (out, new_residual)
-        return lambda: fused(x, residual, weight, 1e-5, comm, out=outs)
+            return lambda keep=keep: native.all_reduce(at[0], at[0], count, 0)
+        return lambda keep=keep: native.all_reduce_rms_norm(at[0], at[1], *at, *shape, 1e-5, 0)
 
 
 class GlooRank:

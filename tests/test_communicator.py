@@ -356,6 +356,19 @@ def test_waiting_hears_signals() -> None:
         assert all("rank 0 was interrupted" in error for error in running.results())
 
 
+def forks(comm: tk.Communicator) -> float:
+    child = os.fork()
+    if child == 0:
+        comm.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    return tk.all_reduce(torch.ones(1), comm).item()
+
+
+def test_a_forked_child_closes_nothing() -> None:
+    assert ranks.run(forks, 2) == [2.0, 2.0]
+
+
 # ---- ranks that die
 
 
@@ -397,7 +410,8 @@ def test_two_hundred_random_kills() -> None:
     draw = random.Random(11)
     for _ in range(200):
         world_size = draw.choice((2, 2, 3, 4))
-        kill_one(draw.choice((1, 1000, 100_000, 1 << 20)), world_size, draw.choice((0.0, 0.01, 0.5)) * draw.random(), draw.randrange(world_size))
+        delay = draw.choice((0.0, 0.01, 0.5)) * draw.random()
+        kill_one(draw.choice((1, 1000, 100_000, 1 << 20)), world_size, delay, draw.randrange(world_size))
 
 
 # ---- arguments

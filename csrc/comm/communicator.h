@@ -64,6 +64,7 @@ class TECO_VISIBLE Communicator {
 
   Segment segment_;
   std::unique_ptr<Steps> steps_;
+  const pid_t pid_;
   std::mutex mutex_;
 };
 

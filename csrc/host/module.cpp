@@ -1,4 +1,4 @@
-// Host-side classes of the decoder loop. Knows nothing of torch. Docstrings stand in _host.pyi.
+// Host-side classes of the decoder loop, and the communicator. Knows nothing of torch. Docstrings stand in _host.pyi.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -92,13 +92,9 @@ def all_reduce_rms_norm(
     _check_like(residual, "residual", x, x.shape)
     if out is None:
         out = torch.empty_like(x), torch.empty_like(residual)
+    else:
+        _check_norm_out(*out, x, residual)
     normed, new_residual = out
-    for name, written, same in (("normed", normed, x), ("new_residual", new_residual, residual)):
-        if written is same:
-            continue
-        _check_out(written, f"out: {name}", x, x.shape, same_place=same is x)
-        _check_out(written, f"out: {name}", residual, x.shape, same_place=same is residual)
-    _check_apart(new_residual, "out: new_residual", normed, same_place=False)
     comm.transport.all_reduce_rms_norm(normed, new_residual, x, residual, weight, eps)
     return out
 
@@ -231,6 +227,16 @@ def _check_like(tensor: Tensor, name: str, x: Tensor, shape: torch.Size) -> None
 def _check_out(out: Tensor, name: str, x: Tensor, shape: torch.Size, *, same_place: bool = True) -> None:
     _check_like(out, name, x, shape)
     _check_apart(out, name, x, same_place=same_place)
+
+
+def _check_norm_out(normed: Tensor, new_residual: Tensor, x: Tensor, residual: Tensor) -> None:
+    if normed is x and new_residual is residual:
+        return
+    _check_out(normed, "out: normed", x, x.shape)
+    _check_apart(normed, "out: normed", residual, same_place=False)
+    _check_out(new_residual, "out: new_residual", residual, x.shape)
+    _check_apart(new_residual, "out: new_residual", x, same_place=False)
+    _check_apart(new_residual, "out: new_residual", normed, same_place=False)
 
 
 def _check_apart(out: Tensor, name: str, x: Tensor, *, same_place: bool) -> None:

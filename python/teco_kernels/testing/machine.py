@@ -21,6 +21,7 @@ _DEFAULT_L3 = 32 << 20
 def facts() -> dict[str, Any]:
     """Processor, memory and software, as far as the system tells; nothing that names the host or its user."""
     import teco_kernels
+    from teco_kernels.parallel.shared_memory import problem_here
 
     return {
         "teco_kernels": teco_kernels.__version__,
@@ -35,6 +36,7 @@ def facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "l3_bytes": l3_bytes(),
         "memory_bytes": memory_bytes(),
+        "collectives": f"process group ({problem})" if (problem := problem_here()) else "shared memory",
         "load": round(os.getloadavg()[0], 2),
     }
 
