@@ -6,6 +6,7 @@
 #include <cstring>
 #include <utility>
 
+#include "comm/hand_over.h"
 #include "comm/steps.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
@@ -50,6 +51,7 @@ struct Shares {
 Communicator::Communicator(Segment segment, int rank, const std::vector<pid_t>& pids, std::chrono::nanoseconds timeout)
     : segment_(std::move(segment)),
       steps_(std::make_unique<Steps>(segment_.layout(), rank, segment_.world_size(), pids, timeout)),
+      ways_(std::make_unique<Ways>()),
       pid_(::getpid()) {}
 
 Communicator::~Communicator() {
@@ -119,16 +121,30 @@ void Communicator::all_reduce_rms_norm(void* normed, void* new_residual, const v
          norm_rows);
 }
 
-template <class After>
-void Communicator::reduce(const Call& call, void* out, const void* in, int64_t count, DType dtype, After after) {
-  const std::lock_guard lock(mutex_);
-  const bool one_shot = count * size_of(dtype) <= one_shot_bytes(world_size());
-  (this->*(one_shot ? &Communicator::reduce_one_shot<After> : &Communicator::reduce_two_shot<After>))(
-      call, static_cast<char*>(out), static_cast<const char*>(in), count, dtype, after);
+template <class Body>
+void Communicator::choosing_way(Collective collective, int64_t bytes, Body body) {
+  if (bytes < Ways::kLeastBytes) return body(Way::kCached);
+  using Clock = std::chrono::steady_clock;
+  WayChoice& choice = ways_->of(collective, bytes);
+  const Way way = choice.next();
+  const auto started = Clock::now();
+  body(way);
+  choice.took(way, Clock::now() - started);
 }
 
 template <class After>
-void Communicator::reduce_one_shot(const Call& call, char* out, const char* in, int64_t count, DType dtype,
+void Communicator::reduce(const Call& call, void* out, const void* in, int64_t count, DType dtype, After after) {
+  const std::lock_guard lock(mutex_);
+  const int64_t bytes = count * size_of(dtype);
+  const auto reduce_by = bytes <= one_shot_bytes(world_size()) ? &Communicator::reduce_one_shot<After>
+                                                               : &Communicator::reduce_two_shot<After>;
+  choosing_way(call.collective, bytes, [&](Way way) {
+    (this->*reduce_by)(call, static_cast<char*>(out), static_cast<const char*>(in), count, dtype, way, after);
+  });
+}
+
+template <class After>
+void Communicator::reduce_one_shot(const Call& call, char* out, const char* in, int64_t count, DType dtype, Way way,
                                    After after) {
   const int64_t bytes = size_of(dtype);
   SumRanksParams sum = sum_of(world_size(), dtype);
@@ -136,7 +152,7 @@ void Communicator::reduce_one_shot(const Call& call, char* out, const char* in, 
   do {
     steps_->begin();
     sum.count = std::min(count - begin, kSlotBytes / bytes);
-    copy(steps_->slot(rank()).data, in + begin * bytes, sum.count * bytes);
+    hand_over(steps_->slot(rank()).data, in + begin * bytes, sum.count * bytes, way);
     steps_->arrive(call);
     steps_->wait();
     for (int other = 0; other < world_size(); ++other) sum.inputs[other] = steps_->slot(other).data;
@@ -151,7 +167,7 @@ void Communicator::reduce_one_shot(const Call& call, char* out, const char* in, 
 // A stretch takes two steps: all hand over what they have of each other's shares; each adds up its own and hands over
 // the result. The second is the first of the next stretch, so that there is one step per stretch and one more.
 template <class After>
-void Communicator::reduce_two_shot(const Call& call, char* out, const char* in, int64_t count, DType dtype,
+void Communicator::reduce_two_shot(const Call& call, char* out, const char* in, int64_t count, DType dtype, Way way,
                                    After after) {
   const int64_t bytes = size_of(dtype), stretch = kSlotBytes / bytes;
   SumRanksParams sum = sum_of(world_size(), dtype);
@@ -166,7 +182,7 @@ void Communicator::reduce_two_shot(const Call& call, char* out, const char* in, 
     steps_->begin();
     each_other([&](int other) {
       const int64_t share = shares.begin(other) * bytes;
-      copy(steps_->slot(rank()).data + share, in + offset + share, shares.size(other) * bytes);
+      hand_over(steps_->slot(rank()).data + share, in + offset + share, shares.size(other) * bytes, way);
     });
     steps_->arrive(call);
     steps_->wait();
@@ -189,60 +205,66 @@ void Communicator::reduce_scatter(void* out, const void* in, int64_t count, DTyp
   const std::lock_guard lock(mutex_);
   const Call call = call_of(Collective::kReduceScatter, static_cast<int>(dtype), count);
   const int64_t bytes = size_of(dtype), row = count * bytes;
-  const int64_t most = kSlotBytes / bytes / world_size();  // of each row
+  const int64_t most = kSlotBytes / bytes / world_size() / 32 * 32;  // of each row, in whole cache lines
   SumRanksParams sum = sum_of(world_size(), dtype);
-  int64_t begin = 0;
-  do {
-    steps_->begin();
-    sum.count = std::min(count - begin, most);
-    const char* from = static_cast<const char*>(in) + begin * bytes;
-    for (int other = 0; other < world_size(); ++other)
-      if (other != rank())
-        copy(steps_->slot(rank()).data + other * most * bytes, from + other * row, sum.count * bytes);
-    steps_->arrive(call);
-    steps_->wait();
-    for (int other = 0; other < world_size(); ++other)
-      sum.inputs[other] = steps_->slot(other).data + rank() * most * bytes;
-    sum.inputs[rank()] = from + rank() * row;
-    sum.out = static_cast<char*>(out) + begin * bytes;
-    cpu::kernels()->sum_ranks(sum);
-    begin += sum.count;
-  } while (begin < count);
+  choosing_way(call.collective, row * world_size(), [&](Way way) {
+    int64_t begin = 0;
+    do {
+      steps_->begin();
+      sum.count = std::min(count - begin, most);
+      const char* from = static_cast<const char*>(in) + begin * bytes;
+      for (int other = 0; other < world_size(); ++other)
+        if (other != rank())
+          hand_over(steps_->slot(rank()).data + other * most * bytes, from + other * row, sum.count * bytes, way);
+      steps_->arrive(call);
+      steps_->wait();
+      for (int other = 0; other < world_size(); ++other)
+        sum.inputs[other] = steps_->slot(other).data + rank() * most * bytes;
+      sum.inputs[rank()] = from + rank() * row;
+      sum.out = static_cast<char*>(out) + begin * bytes;
+      cpu::kernels()->sum_ranks(sum);
+      begin += sum.count;
+    } while (begin < count);
+  });
 }
 
 void Communicator::all_gather(void* out, const void* in, int64_t count, int element_bytes, int dtype) {
   const std::lock_guard lock(mutex_);
   const Call call = call_of(Collective::kAllGather, dtype, count);
   const int64_t bytes = count * element_bytes;
-  int64_t begin = 0;
-  do {
-    steps_->begin();
-    const int64_t size = std::min(bytes - begin, kSlotBytes);
-    const char* from = static_cast<const char*>(in) + begin;
-    copy(steps_->slot(rank()).data, from, size);
-    steps_->arrive(call);
-    steps_->wait();
-    for (int other = 0; other < world_size(); ++other)
-      copy(static_cast<char*>(out) + other * bytes + begin, other == rank() ? from : steps_->slot(other).data, size);
-    begin += size;
-  } while (begin < bytes);
+  choosing_way(call.collective, bytes, [&](Way way) {
+    int64_t begin = 0;
+    do {
+      steps_->begin();
+      const int64_t size = std::min(bytes - begin, kSlotBytes);
+      const char* from = static_cast<const char*>(in) + begin;
+      hand_over(steps_->slot(rank()).data, from, size, way);
+      steps_->arrive(call);
+      steps_->wait();
+      for (int other = 0; other < world_size(); ++other)
+        copy(static_cast<char*>(out) + other * bytes + begin, other == rank() ? from : steps_->slot(other).data, size);
+      begin += size;
+    } while (begin < bytes);
+  });
 }
 
 void Communicator::broadcast(void* out, const void* in, int64_t count, int element_bytes, int dtype, int root) {
   const std::lock_guard lock(mutex_);
   const Call call = call_of(Collective::kBroadcast, dtype, count, root);
   const int64_t bytes = count * element_bytes;
-  int64_t begin = 0;
-  do {
-    steps_->begin();
-    const int64_t size = std::min(bytes - begin, kSlotBytes);
-    if (rank() == root) copy(steps_->slot(rank()).data, static_cast<const char*>(in) + begin, size);
-    steps_->arrive(call);
-    steps_->wait();
-    const char* from = rank() == root ? static_cast<const char*>(in) + begin : steps_->slot(root).data;
-    copy(static_cast<char*>(out) + begin, from, size);
-    begin += size;
-  } while (begin < bytes);
+  choosing_way(call.collective, bytes, [&](Way way) {
+    int64_t begin = 0;
+    do {
+      steps_->begin();
+      const int64_t size = std::min(bytes - begin, kSlotBytes);
+      if (rank() == root) hand_over(steps_->slot(rank()).data, static_cast<const char*>(in) + begin, size, way);
+      steps_->arrive(call);
+      steps_->wait();
+      const char* from = rank() == root ? static_cast<const char*>(in) + begin : steps_->slot(root).data;
+      copy(static_cast<char*>(out) + begin, from, size);
+      begin += size;
+    } while (begin < bytes);
+  });
 }
 
 }  // namespace teco::comm

@@ -15,6 +15,8 @@
 namespace teco::comm {
 
 class Steps;
+class Ways;
+enum class Way : uint8_t;
 
 // Every rank makes the same calls in the same order; each returns when this rank's result is there, and throws
 // CommunicatorError when that cannot be. `out` is either `in` itself or apart from it, both are contiguous. Calls from
@@ -58,12 +60,17 @@ class TECO_VISIBLE Communicator {
   template <class After>
   void reduce(const Call& call, void* out, const void* in, int64_t count, DType dtype, After after);
   template <class After>
-  void reduce_one_shot(const Call& call, char* out, const char* in, int64_t count, DType dtype, After after);
+  void reduce_one_shot(const Call& call, char* out, const char* in, int64_t count, DType dtype, Way way, After after);
   template <class After>
-  void reduce_two_shot(const Call& call, char* out, const char* in, int64_t count, DType dtype, After after);
+  void reduce_two_shot(const Call& call, char* out, const char* in, int64_t count, DType dtype, Way way, After after);
+
+  // Runs body(way), and takes note of the time that it took where the message is large enough.
+  template <class Body>
+  void choosing_way(Collective collective, int64_t bytes, Body body);
 
   Segment segment_;
   std::unique_ptr<Steps> steps_;
+  std::unique_ptr<Ways> ways_;
   const pid_t pid_;
   std::mutex mutex_;
 };

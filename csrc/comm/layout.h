@@ -18,6 +18,7 @@ constexpr int64_t kResultBytes = kSlotBytes / 2;
 constexpr size_t kApart = 128;
 
 enum class Collective : uint8_t { kAllReduce, kAllReduceRmsNorm, kAllGather, kReduceScatter, kBroadcast };
+constexpr size_t kNumCollectives = 5;
 
 // What a rank takes part in. Ranks compare theirs before any of them looks at another's data.
 struct Call {
