@@ -12,7 +12,7 @@ namespace teco::comm {
 namespace {
 
 // One call in so many goes the other way.
-constexpr uint32_t kTryEvery = 16;
+constexpr uint32_t kTryEvery = 64;
 
 #if defined(__x86_64__)
 void stream(char* to, const char* from, int64_t bytes) {

@@ -36,7 +36,7 @@ class WayChoice {
 class Ways {
  public:
   // Smaller messages stay in the caches: they are not worth to be measured.
-  static constexpr int64_t kLeastBytes = 64 * 1024;
+  static constexpr int64_t kLeastBytes = 4 * 1024;
 
   WayChoice& of(Collective collective, int64_t bytes);
 

@@ -34,7 +34,9 @@ class SharedMemoryTransport:
 
     def all_reduce(self, out: Tensor, x: Tensor) -> None:
         """Write the sum over the ranks."""
-        self._native.all_reduce(out.data_ptr(), x.data_ptr(), x.numel(), _summed(x))
+        if not x.is_cpu:
+            _on_cpu(x)
+        self._native.all_reduce(out.data_ptr(), x.data_ptr(), x.numel(), _SUMMED[x.dtype])
 
     def all_reduce_rms_norm(
         self, normed: Tensor, new_residual: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float
