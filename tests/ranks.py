@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -53,25 +53,23 @@ class Ranks:
             assert pipe.poll(PATIENCE), f"rank {rank} hangs"
             assert pipe.recv() == _JOINED
 
+    def result(self, rank: int, patience: float = PATIENCE) -> Any:
+        """What a rank returned, or the error that it met."""
+        while rank not in self._results:
+            pipe = self._pipes[rank]
+            assert pipe.poll(max(0.0, patience)), f"rank {rank} hangs"
+            try:
+                result = pipe.recv()
+            except EOFError:
+                result = KILLED
+            if not (isinstance(result, str) and result == _JOINED):
+                self._results[rank] = result
+        return self._results[rank]
+
     def results(self, patience: float = PATIENCE) -> list[Any]:
-        """What each rank returned, or the error that it met."""
+        """Those of all ranks."""
         deadline = time.monotonic() + patience
-        pending = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in self._results}
-        while pending:
-            ready = wait(list(pending), max(0.0, deadline - time.monotonic()))
-            assert ready, f"ranks {sorted(pending.values())} hang"
-            for pipe in ready:
-                assert isinstance(pipe, Connection)
-                rank = pending.pop(pipe)
-                try:
-                    result = pipe.recv()
-                    if isinstance(result, str) and result == _JOINED:
-                        pending[pipe] = rank
-                    else:
-                        self._results[rank] = result
-                except EOFError:
-                    self._results[rank] = KILLED
-        return [self._results[rank] for rank in range(self.world_size)]
+        return [self.result(rank, deadline - time.monotonic()) for rank in range(self.world_size)]
 
     def join(self, patience: float = PATIENCE) -> list[int | None]:
         """Exit codes, once all have ended."""
