@@ -119,8 +119,7 @@ class Engine:
         )
         self.recycle_runner = None
         if recycle_module is not None:
-            most = max(max_num_batched_tokens, max_num_seqs)
-            self.recycle_runner = RecycleRunner(recycle_module, cache, self.runner, max_tokens=most)
+            self.recycle_runner = RecycleRunner(recycle_module, cache, self.runner)
         self.scheduler = Scheduler(cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
         self._requests: dict[str, Request] = {}
         self._request_of: dict[Sequence, tuple[Request, Answer]] = {}

@@ -29,8 +29,6 @@ class RecycleRunner:
         With layers for the head.
     runner : Runner
         Of the model.
-    max_tokens : int
-        Of a step.
 
     Attributes
     ----------
@@ -38,8 +36,9 @@ class RecycleRunner:
         Whether the last run was replayed.
     """
 
-    def __init__(self, module: RecycleModule, cache: KVCache, runner: Runner, *, max_tokens: int) -> None:
+    def __init__(self, module: RecycleModule, cache: KVCache, runner: Runner) -> None:
         self._module, self._cache, self._runner = module, cache, runner
+        max_tokens = len(runner.buffers.hidden)
         self._next_ids = torch.zeros(max_tokens, dtype=torch.int64)
         self._said = torch.zeros(max_tokens, dtype=torch.int64), torch.zeros(max_tokens)
         self._logsumexp = torch.zeros(max_tokens)

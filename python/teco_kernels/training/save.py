@@ -53,7 +53,7 @@ def quantise_head(
     dict
         What config.json says of it.
     """
-    names = {f"{name}.weight" for name, module in head.named_modules() if isinstance(module, nn.Linear)}
+    names = _linears(head).keys()
     tensors: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     hessians = {} if bits is None else _hessians(head, base, recordings)
@@ -89,10 +89,15 @@ def check_bits(config: RecycleHeadConfig, bits: int | None) -> int:
     return -1
 
 
+def _linears(head: RecycleHead) -> dict[str, nn.Linear]:
+    """Its linear layers, by the names of their weights."""
+    return {f"{name}.weight": module for name, module in head.named_modules() if isinstance(module, nn.Linear)}
+
+
 @torch.no_grad()
 def _hessians(head: RecycleHead, base: Base, recordings: Sequence[Recording]) -> dict[str, Tensor]:
     """Of the inputs of each linear layer, by the name of its weight."""
-    linears = {f"{name}.weight": module for name, module in head.named_modules() if isinstance(module, nn.Linear)}
+    linears = _linears(head)
     hessians = {name: Hessian(module.in_features) for name, module in linears.items()}
     hooks = [
         module.register_forward_pre_hook(lambda _, args, hessian=hessians[name]: hessian.add(args[0]))
