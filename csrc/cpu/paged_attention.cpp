@@ -6,9 +6,9 @@
 // varies is who does what: rows of one kv head that share keys are walked together, and the chunks of one long sequence
 // may be dealt out to threads.
 //
-// Few rows (decode): bound by reading keys and values. All heads of a group use an element while it is in a register,
-// the next elements are prefetched, as a head's slots lie far apart. Many rows (prefill): bound by fma throughput; a
-// block of keys and values is unpacked to fp32 into scratch memory once and used by all rows of the unit.
+// Few rows (decode, verification): bound by reading keys and values. All heads of a group use an element while it is in
+// a register; what comes next is prefetched, as a head's slots lie far apart. Many rows (prefill): bound by fma
+// throughput; a block of keys and values is unpacked to fp32 into scratch memory once and used by all rows of the unit.
 #include "cpu/kv_element.h"
 #include "cpu/paged_attention_plan.h"
 #include "cpu/paged_attention_softmax.h"
@@ -17,9 +17,10 @@
 namespace teco::cpu::TECO_ISA {
 namespace {
 
-constexpr int64_t kBlockKeys = 64;  // keys that share an update of the maximum; part of the order of operations
-constexpr int64_t kGroupKeys = 16;  // keys and values of a group stay in L1 while the rows pass by
-constexpr int64_t kSliceRows = 12;  // rows that pass by between two prefetches
+constexpr int64_t kBlockKeys = 64;    // keys that share an update of the maximum; part of the order of operations
+constexpr int64_t kGroupKeys = 16;    // keys and values of a group stay in L1 while the rows pass by
+constexpr int64_t kSliceRows = 12;    // rows that pass by between two prefetches
+constexpr int64_t kInPlaceRows = 12;  // so few rows use keys and values where they lie
 
 // Where the work memory of a task lies.
 struct Workspace {
@@ -96,60 +97,74 @@ void write_row(const Problem& problem, const Unit& unit, int64_t kv_head, int64_
   });
 }
 
-// The block of keys at positions [first, first + 64), of which [begin, end) are used: where they lie. All other
-// places repeat a used key, so that whole vectors of scores can be computed and any place can be prefetched.
+// The block of keys at positions [first, first + 64), of which [begin, end) are used: where the rows of one kv head
+// lie. All other places repeat a used key, so that whole vectors of scores can be computed and any place can be
+// prefetched.
 template <class C>
 struct KeyBlock {
   const C* keys[kBlockKeys];
   const C* values[kBlockKeys];
-  float key_scales[kBlockKeys], value_scales[kBlockKeys];
   int64_t first;
   int32_t begin, end;
   int32_t padded_begin() const { return begin / kLanes * kLanes; }
   int32_t padded_end() const { return ceil_div(end, kLanes) * kLanes; }
 };
 
-// Keys or values [begin, end) of a run of slots of one block.
-template <class C>
-void find_slots(const KVCacheView& cache, int64_t id, int64_t slot, int64_t kv_head, int32_t begin, int32_t end,
-                const C** rows, float* scales) {
-  const C* row = static_cast<const C*>(cache.data) + id * cache.block_stride + slot * cache.slot_stride +
-                 kv_head * cache.head_stride;
-  for (int32_t j = begin; j < end; ++j, row += cache.slot_stride) rows[j] = row;
-  if (!cache.scale) return;
-  const float* scale =
-      cache.scale + id * cache.scale_block_stride + slot * cache.scale_slot_stride + kv_head * cache.scale_head_stride;
-  for (int32_t j = begin; j < end; ++j, scale += cache.scale_slot_stride) scales[j] = *scale;
+// Calls run(id, slot, begin, end) for runs of keys that lie in one block of the cache.
+template <class F>
+void for_each_run(const PagedAttentionParams& p, int64_t seq, int64_t first, int32_t begin, int32_t end, F run) {
+  const int32_t* table = p.block_table + seq * p.block_table_stride;
+  for (int32_t j = begin; j < end;) {
+    const int64_t id = table[(first + j) / p.block_size], slot = (first + j) % p.block_size;
+    const auto stop = static_cast<int32_t>(min<int64_t>(end, j + p.block_size - slot));
+    run(id, slot, j, stop);
+    j = stop;
+  }
 }
 
 template <class C>
 void find_block(const Problem& problem, const Unit& unit, int64_t kv_head, int64_t first, KeyBlock<C>& block) {
   const PagedAttentionParams& p = problem.p;
-  const int32_t* table = p.block_table + unit.seq * p.block_table_stride;
   block.first = first;
   block.begin = static_cast<int32_t>(max<int64_t>(unit.key_begin - first, 0));
   block.end = static_cast<int32_t>(min(unit.key_end - first, kBlockKeys));
-  for (int32_t j = block.begin; j < block.end;) {
-    const int64_t id = table[(first + j) / p.block_size], slot = (first + j) % p.block_size;
-    const auto end = static_cast<int32_t>(min<int64_t>(block.end, j + p.block_size - slot));
-    find_slots(p.key_cache, id, slot, kv_head, j, end, block.keys, block.key_scales);
-    find_slots(p.value_cache, id, slot, kv_head, j, end, block.values, block.value_scales);
-    j = end;
-  }
+  for_each_run(p, unit.seq, first, block.begin, block.end, [&](int64_t id, int64_t slot, int32_t begin, int32_t end) {
+    const auto find = [&](const KVCacheView& cache, const C** rows) {
+      const C* row = static_cast<const C*>(cache.data) + id * cache.block_stride + slot * cache.slot_stride +
+                     kv_head * cache.head_stride;
+      for (int32_t j = begin; j < end; ++j, row += cache.slot_stride) rows[j] = row;
+    };
+    find(p.key_cache, block.keys);
+    find(p.value_cache, block.values);
+  });
   const auto repeat = [&](int32_t used, int32_t begin, int32_t end) {
     for (int32_t j = begin; j < end; ++j) {
       block.keys[j] = block.keys[used];
       block.values[j] = block.values[used];
-      block.key_scales[j] = block.value_scales[j] = 1.f;
     }
   };
   repeat(block.begin, 0, block.begin);
   repeat(block.end - 1, block.end, kBlockKeys);
 }
 
+// The scales of a block's keys or values, 1 where none is used; null for a cache without.
+template <class C>
+const float* find_scales(const Problem& problem, const Unit& unit, const KVCacheView& cache, int64_t kv_head,
+                         const KeyBlock<C>& block, float* scales) {
+  if (!cache.scale) return nullptr;
+  for (int32_t j = 0; j < kBlockKeys; ++j) scales[j] = 1.f;
+  for_each_run(problem.p, unit.seq, block.first, block.begin, block.end,
+               [&](int64_t id, int64_t slot, int32_t begin, int32_t end) {
+                 const float* scale = cache.scale + id * cache.scale_block_stride + slot * cache.scale_slot_stride +
+                                      kv_head * cache.scale_head_stride;
+                 for (int32_t j = begin; j < end; ++j, scale += cache.scale_slot_stride) scales[j] = *scale;
+               });
+  return scales;
+}
+
 // Rows as fp32, padded with zeros; fills in where they lie.
 template <class C>
-void unpack_rows(const C* const* rows, int32_t begin, int32_t end, int64_t head_dim, int64_t padded, float* out,
+void unpack_rows(KeyRows<C> rows, int32_t begin, int32_t end, int64_t head_dim, int64_t padded, float* out,
                  const float** out_rows) {
   for (int32_t j = begin; j < end; ++j) {
     float* target = out + j * padded;
@@ -160,10 +175,13 @@ void unpack_rows(const C* const* rows, int32_t begin, int32_t end, int64_t head_
 
 // Weights of the block's keys for every row, from the dot products; rescales what the rows have accumulated.
 template <class C>
-void softmax_block(const Problem& problem, const Unit& unit, int64_t kv_head, const KeyBlock<C>& block,
+void softmax_block(const Problem& problem, const Unit& unit, int64_t kv_head, const KeyBlock<C>& block, float* scores,
                    RunningSoftmax* running, float* acc, const Workspace& w) {
   const PagedAttentionParams& p = problem.p;
   const Sequence seq = problem.sequence(unit.seq);
+  float key_memory[kBlockKeys], value_memory[kBlockKeys];
+  const float* key_scales = find_scales(problem, unit, p.key_cache, kv_head, block, key_memory);
+  const float* value_scales = find_scales(problem, unit, p.value_cache, kv_head, block, value_memory);
   const float inverse_cap = p.soft_cap != 0.f ? 1.f / p.soft_cap : 0.f;
   for (int64_t r = 0; r < unit.num_rows; ++r) {
     const int64_t row = unit.first_row + r;
@@ -172,7 +190,7 @@ void softmax_block(const Problem& problem, const Unit& unit, int64_t kv_head, co
     const auto end = static_cast<int32_t>(max<int64_t>(min(seen.end - block.first, kBlockKeys), begin));
     w.ranges[r] = {begin, end};
     if (begin == end) continue;
-    const RowScores scores = {
+    const RowScores how = {
         .scale = p.scale,
         .soft_cap = p.soft_cap,
         .inverse_cap = inverse_cap,
@@ -181,9 +199,7 @@ void softmax_block(const Problem& problem, const Unit& unit, int64_t kv_head, co
         .begin = begin,
         .end = end,
     };
-    const float correction =
-        softmax_row(scores, w.scores + r * kBlockKeys, p.key_cache.scale ? block.key_scales : nullptr,
-                    p.value_cache.scale ? block.value_scales : nullptr, running[r]);
+    const float correction = softmax_row(how, scores + r * kBlockKeys, key_scales, value_scales, running[r]);
     if (correction != 1.f) {
       float* row_acc = acc + r * problem.padded;
       for (int64_t d = 0; d < problem.padded; d += kLanes) store(row_acc + d, load(row_acc + d) * splat(correction));
@@ -191,50 +207,65 @@ void softmax_block(const Problem& problem, const Unit& unit, int64_t kv_head, co
   }
 }
 
-// Attention of the unit's rows over one block of keys, used in place; prefetches the values, then the keys of `next`.
+// Attention of the unit's rows, for several kv heads, over one block of keys, used in place. Prefetches the values
+// while the keys are used, then the keys of `next`: all heads' scores come first, so that these have the time to
+// arrive. A group of keys is visited with all heads before the next, as the heads of a slot lie side by side.
 template <class C>
-void attend_in_place(const Problem& problem, const Unit& unit, int64_t kv_head, const KeyBlock<C>& block,
-                     const KeyBlock<C>* next, const float* query, RunningSoftmax* running, float* acc,
-                     const Workspace& w) {
-  const int64_t size = problem.padded;
+void attend_in_place(const Problem& problem, const Unit& unit, const Heads& heads, const KeyBlock<C>& block,
+                     const KeyBlock<C>* next, float* acc, const Workspace& w) {
+  const PagedAttentionParams& p = problem.p;
+  const int64_t size = problem.padded, rows = unit.num_rows;
+  const auto at = [](const KVCacheView& cache, const C* const* first, int64_t h) {
+    return KeyRows<C>{first, h * cache.head_stride};
+  };
   for (int32_t j = block.padded_begin(); j < block.padded_end(); j += kGroupKeys) {
-    const int32_t end = min<int32_t>(j + kGroupKeys, block.padded_end());
-    score_rows(query, unit.num_rows, size, block.keys + j, end - j, w.scores + j, kBlockKeys, block.values + j);
+    const int32_t count = min<int32_t>(kGroupKeys, block.padded_end() - j);
+    for (int64_t h = 0; h < heads.count; ++h)
+      score_rows(w.query + h * rows * size, rows, size, at(p.key_cache, block.keys + j, h), count,
+                 w.scores + h * rows * kBlockKeys + j, kBlockKeys, at(p.value_cache, block.values + j, h));
   }
-  softmax_block(problem, unit, kv_head, block, running, acc, w);
+  for (int64_t h = 0; h < heads.count; ++h)
+    softmax_block(problem, unit, heads.begin + h, block, w.scores + h * rows * kBlockKeys, w.running + h * rows,
+                  acc + h * rows * size, w);
   for (int32_t j = block.begin; j < block.end; j += kGroupKeys) {
     const int32_t end = min<int32_t>(j + kGroupKeys, block.end);
-    value_rows(w.scores, kBlockKeys, w.ranges, unit.num_rows, block.values, j, end, acc, size,
-               next ? next->keys : nullptr);
+    for (int64_t h = 0; h < heads.count; ++h)
+      value_rows(w.scores + h * rows * kBlockKeys, kBlockKeys, w.ranges, rows, at(p.value_cache, block.values, h), j,
+                 end, acc + h * rows * size, size, at(p.key_cache, next ? next->keys : nullptr, h));
   }
 }
 
-// The same over keys and values that are unpacked to fp32 first. Those of `next` are prefetched a few at a time.
+// The same for one kv head, over keys and values that are unpacked to fp32 first. Those of `next`, of kv head
+// `next_head` of the unit's, are prefetched a few at a time.
 template <class C>
-void attend_unpacked(const Problem& problem, const Unit& unit, int64_t kv_head, const KeyBlock<C>& block,
-                     const KeyBlock<C>* next, const float* query, RunningSoftmax* running, float* acc,
-                     const Workspace& w) {
-  const int64_t head_dim = problem.p.head_dim, size = problem.padded;
+void attend_unpacked(const Problem& problem, const Unit& unit, const Heads& heads, int64_t h, const KeyBlock<C>& block,
+                     const KeyBlock<C>* next, int64_t next_head, float* acc, const Workspace& w) {
+  const PagedAttentionParams& p = problem.p;
+  const int64_t head_dim = p.head_dim, size = problem.padded, rows = unit.num_rows;
+  const float* query = w.query + h * rows * size;
+  acc += h * rows * size;
   const float *keys[kBlockKeys], *values[kBlockKeys];
-  unpack_rows(block.keys, block.padded_begin(), block.padded_end(), head_dim, size, w.keys, keys);
-  unpack_rows(block.values, block.begin, block.end, head_dim, size, w.values, values);
+  unpack_rows<C>({block.keys, h * p.key_cache.head_stride}, block.padded_begin(), block.padded_end(), head_dim, size,
+                 w.keys, keys);
+  unpack_rows<C>({block.values, h * p.value_cache.head_stride}, block.begin, block.end, head_dim, size, w.values,
+                 values);
   int64_t prefetched = 0;
-  const int64_t step = ceil_div(kBlockKeys, (kBlockKeys / kGroupKeys) * ceil_div(unit.num_rows, kSliceRows));
+  const int64_t step = ceil_div(kBlockKeys, (kBlockKeys / kGroupKeys) * ceil_div(rows, kSliceRows));
   for (int32_t j = block.padded_begin(); j < block.padded_end(); j += kGroupKeys) {
-    const int32_t end = min<int32_t>(j + kGroupKeys, block.padded_end());
-    for (int64_t r = 0; r < unit.num_rows; r += kSliceRows) {
+    const int32_t count = min<int32_t>(kGroupKeys, block.padded_end() - j);
+    for (int64_t r = 0; r < rows; r += kSliceRows) {
       for (const int64_t stop = min(prefetched + step, kBlockKeys); next && prefetched < stop; ++prefetched) {
-        prefetch_row(next->keys[prefetched], head_dim);
-        prefetch_row(next->values[prefetched], head_dim);
+        prefetch_row(next->keys[prefetched] + next_head * p.key_cache.head_stride, head_dim);
+        prefetch_row(next->values[prefetched] + next_head * p.value_cache.head_stride, head_dim);
       }
-      score_rows<float>(query + r * size, min(unit.num_rows - r, kSliceRows), size, keys + j, end - j,
-                        w.scores + r * kBlockKeys + j, kBlockKeys, nullptr);
+      score_rows<float>(query + r * size, min(rows - r, kSliceRows), size, {keys + j, 0}, count,
+                        w.scores + r * kBlockKeys + j, kBlockKeys, {});
     }
   }
-  softmax_block(problem, unit, kv_head, block, running, acc, w);
+  softmax_block(problem, unit, heads.begin + h, block, w.scores, w.running + h * rows, acc, w);
   for (int32_t j = block.begin; j < block.end; j += kGroupKeys) {
     const int32_t end = min<int32_t>(j + kGroupKeys, block.end);
-    value_rows<float>(w.scores, kBlockKeys, w.ranges, unit.num_rows, values, j, end, acc, size, nullptr);
+    value_rows<float>(w.scores, kBlockKeys, w.ranges, rows, {values, 0}, j, end, acc, size, {});
   }
 }
 
@@ -243,29 +274,25 @@ template <class C>
 void attend_chunk(const Problem& problem, const Unit& unit, const Heads& heads, int64_t chunk, AttentionState* states,
                   float* acc, const Workspace& w) {
   const int64_t rows = unit.num_rows, size = problem.padded;
-  const bool in_place = rows <= kMaxTileRows && problem.p.head_dim == size;
+  const bool in_place = rows <= kInPlaceRows && problem.p.head_dim == size;
   const int64_t first = max(unit.key_begin, chunk * kChunkKeys) / kBlockKeys;
   const int64_t end = ceil_div(min(unit.key_end, (chunk + 1) * kChunkKeys), kBlockKeys);
   clear_states(states, acc, heads.count * rows, size);
   for (int64_t r = 0; r < heads.count * rows; ++r) w.running[r] = {-kInfinity, splat(0.f)};
 
-  const int64_t num_steps = (end - first) * heads.count;  // block by block, each with all heads
-  const auto find_step = [&](int64_t step, KeyBlock<C>& block) {
-    find_block(problem, unit, heads.begin + step % heads.count, (first + step / heads.count) * kBlockKeys, block);
-  };
   KeyBlock<C> blocks[2];
-  if (num_steps > 0) find_step(0, blocks[0]);
-  for (int64_t step = 0; step < num_steps; ++step) {
-    const KeyBlock<C>& block = blocks[step % 2];
-    KeyBlock<C>* next = step + 1 < num_steps ? &blocks[(step + 1) % 2] : nullptr;
-    if (next) find_step(step + 1, *next);
-    const int64_t h = step % heads.count, kv_head = heads.begin + h;
-    const float* query = w.query + h * rows * size;
-    float* head_acc = acc + h * rows * size;
+  if (first < end) find_block(problem, unit, heads.begin, first * kBlockKeys, blocks[first % 2]);
+  for (int64_t b = first; b < end; ++b) {
+    const KeyBlock<C>& block = blocks[b % 2];
+    KeyBlock<C>* next = b + 1 < end ? &blocks[(b + 1) % 2] : nullptr;
+    if (next) find_block(problem, unit, heads.begin, (b + 1) * kBlockKeys, *next);
     if (in_place) {
-      attend_in_place(problem, unit, kv_head, block, next, query, w.running + h * rows, head_acc, w);
-    } else {
-      attend_unpacked(problem, unit, kv_head, block, next, query, w.running + h * rows, head_acc, w);
+      attend_in_place(problem, unit, heads, block, next, acc, w);
+      continue;
+    }
+    for (int64_t h = 0; h < heads.count; ++h) {
+      const bool is_last = h + 1 == heads.count;
+      attend_unpacked(problem, unit, heads, h, block, is_last ? next : &block, is_last ? 0 : h + 1, acc, w);
     }
   }
   for (int64_t r = 0; r < heads.count * rows; ++r) {

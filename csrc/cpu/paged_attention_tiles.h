@@ -82,11 +82,21 @@ inline void prefetch_row(const T* row, int64_t size) {
   for (int64_t d = 0; d < size; d += kLineBytes / sizeof(T)) prefetch_line(row + d);
 }
 
+// Where the rows of several keys lie, keys or values: those of one head, so far behind those of the first.
+template <class T>
+struct KeyRows {
+  const T* const* first;  // null: none
+  int64_t offset;         // elements
+
+  const T* operator[](int64_t j) const { return first[j] + offset; }
+  KeyRows from(int64_t j) const { return {first ? first + j : nullptr, offset}; }
+};
+
 // scores[r][j] = query[r] . keys[j] for R rows and `count` keys (a multiple of 8); head_dim a multiple of 8. Prefetches
-// ahead[j], as many rows of as many elements, unless it is null.
+// ahead[j], as many rows of as many elements.
 template <class K, int R>
-[[gnu::noinline]] void score_tile(const float* query, int64_t head_dim, const K* const* keys, int64_t count,
-                                  float* scores, int64_t score_stride, const K* const* ahead) {
+[[gnu::noinline]] void score_tile(const float* query, int64_t head_dim, KeyRows<K> keys, int64_t count, float* scores,
+                                  int64_t score_stride, KeyRows<K> ahead) {
   constexpr int C = kTileWidth<R>;
   for (int64_t j = 0; j < count; j += C) {
     F32x8 sum[R * C];
@@ -107,17 +117,17 @@ template <class K, int R>
       }
     }
     store_scores<R>(sum, scores + j, score_stride);
-    if (ahead)
+    if (ahead.first)
       for (int c = 0; c < C; ++c) prefetch_row(ahead[j + c], head_dim);
   }
 }
 
 // acc[r][d] += sum_j weights[r][j] * values[j][d], for N vectors of d. Prefetches the same part of ahead[j].
 template <class V, int R, int N>
-inline void value_strip(const float* weights, int64_t weight_stride, const V* const* values, int64_t count, float* acc,
-                        int64_t head_dim, int64_t d, const V* const* ahead) {
+inline void value_strip(const float* weights, int64_t weight_stride, KeyRows<V> values, int64_t count, float* acc,
+                        int64_t head_dim, int64_t d, KeyRows<V> ahead) {
   constexpr int64_t line = kLineBytes / sizeof(V);
-  if (d % line >= N * kLanes) ahead = nullptr;  // a line that an earlier strip has prefetched
+  const bool prefetches = ahead.first && d % line < N * kLanes;  // else an earlier strip has
   F32x8 sum[R * N];
 #pragma GCC unroll 16
   for (int i = 0; i < R * N; ++i) sum[i] = load(acc + i / N * head_dim + d + i % N * kLanes);
@@ -132,7 +142,7 @@ inline void value_strip(const float* weights, int64_t weight_stride, const V* co
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sum[r * N + n] = fma(w[r], v, sum[r * N + n]);
     }
-    if (ahead)
+    if (prefetches)
       for (int64_t i = 0; i < N * kLanes; i += line) prefetch_line(ahead[j] + d + i);
   }
 #pragma GCC unroll 16
@@ -140,8 +150,8 @@ inline void value_strip(const float* weights, int64_t weight_stride, const V* co
 }
 
 template <class V, int R>
-[[gnu::noinline]] void value_tile(const float* weights, int64_t weight_stride, const V* const* values, int64_t count,
-                                  float* acc, int64_t head_dim, const V* const* ahead) {
+[[gnu::noinline]] void value_tile(const float* weights, int64_t weight_stride, KeyRows<V> values, int64_t count,
+                                  float* acc, int64_t head_dim, KeyRows<V> ahead) {
   constexpr int N = kTileWidth<R>;
   int64_t d = 0;
   for (; d + N * kLanes <= head_dim; d += N * kLanes)
@@ -156,13 +166,14 @@ inline int64_t tile_rows(int64_t left) {
 }
 
 template <class K>
-inline void score_rows(const float* query, int64_t num_rows, int64_t head_dim, const K* const* keys, int64_t count,
-                       float* scores, int64_t score_stride, const K* const* ahead) {
+inline void score_rows(const float* query, int64_t num_rows, int64_t head_dim, KeyRows<K> keys, int64_t count,
+                       float* scores, int64_t score_stride, KeyRows<K> ahead) {
   static constexpr decltype(&score_tile<K, 1>) kTiles[] = {score_tile<K, 1>, score_tile<K, 2>, score_tile<K, 3>,
                                                            score_tile<K, 4>};
   for (int64_t r = 0; r < num_rows;) {
     const int64_t rows = tile_rows(num_rows - r);
     kTiles[rows - 1](query + r * head_dim, head_dim, keys, count, scores + r * score_stride, score_stride, ahead);
+    ahead = {};  // prefetched
     r += rows;
   }
 }
@@ -175,14 +186,13 @@ struct KeyRange {
 // row must not see may hold anything, and is skipped rather than multiplied by zero.
 template <class V>
 inline void value_rows(const float* weights, int64_t weight_stride, const KeyRange* ranges, int64_t num_rows,
-                       const V* const* values, int32_t first, int32_t last, float* acc, int64_t head_dim,
-                       const V* const* ahead) {
+                       KeyRows<V> values, int32_t first, int32_t last, float* acc, int64_t head_dim, KeyRows<V> ahead) {
   static constexpr decltype(&value_tile<V, 1>) kTiles[] = {value_tile<V, 1>, value_tile<V, 2>, value_tile<V, 3>,
                                                            value_tile<V, 4>};
   const auto run = [&](int64_t rows, int64_t r, int32_t begin, int32_t end) {
     if (begin < end)
-      kTiles[rows - 1](weights + r * weight_stride + begin, weight_stride, values + begin, end - begin,
-                       acc + r * head_dim, head_dim, ahead ? ahead + begin : nullptr);
+      kTiles[rows - 1](weights + r * weight_stride + begin, weight_stride, values.from(begin), end - begin,
+                       acc + r * head_dim, head_dim, r == 0 ? ahead.from(begin) : KeyRows<V>{});
   };
   for (int64_t r = 0; r < num_rows;) {
     const int64_t rows = tile_rows(num_rows - r);
