@@ -47,7 +47,7 @@ def base(path: Path) -> Base:
 
 def random_head(folder: Path, base: Base, *, bits: int | None = None, **settings: Any) -> Path:
     """A head that has learned nothing; its vocabulary, if it has one of its own, is every second token."""
-    config = TrainingSettings(**{"draft_vocab_size": VOCAB_SIZE // 2} | settings).head_config(base)
+    config = TrainingSettings(**{"draft_vocab_size": VOCAB_SIZE // 2} | settings).head_config(base.config)
     if config.draft_vocab_size == VOCAB_SIZE:
         config = replace(config, draft_vocab_size=None)
     torch.manual_seed(1)

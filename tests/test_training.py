@@ -192,7 +192,7 @@ def test_a_saved_head_loads_and_says_the_same(
     assert len(report["history"]) == len(history)
     with pytest.raises(ValueError, match=r"head: exists already"):
         train_recycle(path, out, SETTINGS, **SIZES)
-    with pytest.raises(ValueError, match=r"recording: recorded with max_new_tokens 16, not 17"):
+    with pytest.raises(ValueError, match=r"recording: begun with max_new_tokens 16, not 17"):
         train_recycle(path, tmp_path / "other", SETTINGS, recording=recording, **{**SIZES, "max_new_tokens": 17})
 
 
@@ -233,7 +233,7 @@ def test_heads_of_other_models_and_damaged_ones_are_refused(path: Path, base: Ba
 
 def test_sequences_of_a_batch_do_not_see_each_other(base: Base) -> None:
     torch.manual_seed(0)
-    head = RecycleHead(SETTINGS.head_config(base)).eval()
+    head = RecycleHead(SETTINGS.head_config(base.config)).eval()
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     embedded, hidden = torch.randn(2, 12, 64)
@@ -249,7 +249,7 @@ def test_settings_are_checked(base: Base) -> None:
     with pytest.raises(ValueError, match=r"epochs: expected 0\.001 to 1000000\.0, got 0"):
         TrainingSettings(epochs=0)
     with pytest.raises(ValueError, match=r"hidden_size: expected a multiple of the base's head_dim, 16; got 40"):
-        TrainingSettings(hidden_size=40).head_config(base)
+        TrainingSettings(hidden_size=40).head_config(base.config)
 
 
 def test_command(path: Path, tmp_path: Path) -> None:

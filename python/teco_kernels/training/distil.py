@@ -6,25 +6,24 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from teco_kernels import __version__
 from teco_kernels.assets import exclusive
-from teco_kernels.decoder.json_file import read_json
 from teco_kernels.decoder.llm import LLM
 from teco_kernels.decoder.loader import load_source
 from teco_kernels.quantization.unfinished import fingerprint
 from teco_kernels.training.acceptance import Acceptance, acceptance
 from teco_kernels.training.head import Base
+from teco_kernels.training.loop import Progress
 from teco_kernels.training.prompts import Part
 from teco_kernels.training.recording import Recording, record_part
-from teco_kernels.training.save import check_bits, quantise_head, save_recycle_head, write_json
-from teco_kernels.training.trainer import Progress, Trainer, TrainingSettings
+from teco_kernels.training.save import check_bits, quantise_head, save_recycle_head
+from teco_kernels.training.trainer import Trainer, TrainingSettings
+from teco_kernels.training.work import claim, for_json
 
 _MAX_MODEL_LEN, _MAX_NUM_SEQS, _CACHE_MEMORY = 1024, 96, 4 << 30
-_MANIFEST = "recording.json"
 
 
 def train_recycle(
@@ -85,7 +84,7 @@ def train_recycle(
         raise ValueError(f"max_new_tokens: expected 2 or more, got {max_new_tokens}")
     source = load_source(model)
     base = Base(source)
-    check_bits(settings.head_config(base), bits)  # both say what is wrong before hours of work
+    check_bits(settings.head_config(base.config), bits)  # both say what is wrong before hours of work
     out.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
         if out.exists():
@@ -93,7 +92,7 @@ def train_recycle(
         work = out.with_name(f".{out.name}.unfinished")
         work.mkdir(exist_ok=True)
         folder = work / "recording" if recording is None else Path(recording)
-        _claim(folder, {"model": fingerprint(source, torch.empty(0), {}), "max_new_tokens": max_new_tokens})
+        claim(folder, {"model": fingerprint(source, torch.empty(0), {}), "max_new_tokens": max_new_tokens})
         shards = _record(model, folder, num_tokens, num_validation_tokens, max_new_tokens, use_tqdm)
         training, validation = ([Recording.load(path) for path in paths] for paths in shards)
         trainer = Trainer(base, training, validation, settings)
@@ -109,11 +108,7 @@ def train_recycle(
             "training_tokens": sum(len(part.token_ids) for part in training),
             "validation_tokens": sum(len(part.token_ids) for part in validation),
             "acceptance": result.shares(),
-            # JSON has no NaN, which the loss is before the first step.
-            "history": [
-                {name: None if value != value else value for name, value in entry._asdict().items()}
-                for entry in trainer.history
-            ],
+            "history": for_json(trainer.history),
         }
         save_recycle_head(out, head.config, tensors, vocabulary, base, report=report, quantization=quantization)
         shutil.rmtree(work)
@@ -155,16 +150,3 @@ def _record(
         for part, count in parts
     )
     return training, validation
-
-
-def _claim(folder: Path, facts: dict[str, Any]) -> None:
-    """Note in a folder of recordings what they are of; ValueError when they are of something else."""
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = folder / _MANIFEST
-    noted = read_json(manifest, optional=True)
-    for name, value in facts.items():
-        if noted and noted.get(name) != value:
-            what = "another model" if name == "model" else f"{name} {noted.get(name)}, not {value}"
-            raise ValueError(f"{folder}: recorded with {what}")
-    if not noted:
-        write_json(manifest, facts)

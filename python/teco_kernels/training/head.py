@@ -12,63 +12,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from teco_kernels.decoder.config import ModelConfig
 from teco_kernels.decoder.loader import Source
 from teco_kernels.decoder.recycle_head import RecycleHeadConfig, RecycleHeadTensors
 from teco_kernels.decoder.weights import WeightLoader
-from teco_kernels.ops.rope import cos_sin_cache
-
-
-class _Attention(nn.Module):
-    """Causal within each of several sequences that lie one after the other."""
-
-    def __init__(self, config: RecycleHeadConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
-        query, key, value = (
-            layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
-        sequences = zip(*(tensor.transpose(0, 1).split(lengths, dim=1) for tensor in (query, key, value)), strict=True)
-        attended = [
-            F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
-            for q, k, v in sequences
-        ]
-        return self.o_proj(torch.cat(attended, dim=1).transpose(0, 1).flatten(1))
-
-
-class _MLP(nn.Module):
-    def __init__(self, config: RecycleHeadConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class _Layer(nn.Module):
-    def __init__(self, config: RecycleHeadConfig, dropout: float) -> None:
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = _Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = _MLP(config)
-        self._dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
-        x = x + self._dropout(self.self_attn(self.input_layernorm(x), cos, sin, lengths))
-        return x + self._dropout(self.mlp(self.post_attention_layernorm(x)))
+from teco_kernels.training.layers import DecoderLayer, rotary_table
 
 
 class RecycleHead(nn.Module):
@@ -88,7 +37,7 @@ class RecycleHead(nn.Module):
         self.enorm = nn.RMSNorm(base, config.rms_norm_eps)
         self.hnorm = nn.RMSNorm(base, config.rms_norm_eps)
         self.eh_proj = nn.Linear(2 * base, hidden, bias=False)
-        self.layers = nn.ModuleList(_Layer(config, dropout) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, dropout) for _ in range(config.num_layers))
         if hidden != base:
             self.out_proj = nn.Linear(hidden, base, bias=False)
         self.norm = nn.RMSNorm(base, config.rms_norm_eps)
@@ -110,10 +59,7 @@ class RecycleHead(nn.Module):
             Tokens of each sequence; ``T`` in all.
         """
         config = self.config
-        longest = max(lengths)
-        table = cos_sin_cache(config.head_dim, longest, config.rope_theta)
-        table = torch.cat([table[:length] for length in lengths])
-        cos, sin = table.unsqueeze(1).chunk(2, dim=-1)
+        cos, sin = rotary_table(config.head_dim, config.rope_theta, lengths)
         x = self._dropout(self.eh_proj(self.inputs(embedded, hidden)))
         for layer in self.layers:
             x = layer(x, cos, sin, lengths)
@@ -171,8 +117,3 @@ def load_head(path: str | Path, base: ModelConfig) -> tuple[RecycleHead, Tensor 
         state[name.removeprefix("mtp.")] = weight.float()
     head.load_state_dict(state)
     return head, tensors.draft_vocabulary
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
