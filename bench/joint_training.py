@@ -74,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for models and heads; those that are there are used")
     parser.add_argument("--characters", type=int, default=12_000_000, help="of text to train on")
+    parser.add_argument("--epochs", type=float, default=8.0)
     parser.add_argument("--head-layers", type=int, default=1)
     parser.add_argument("--distil-tokens", type=int, default=500_000)
     parser.add_argument("--prompts", type=int, default=24)
@@ -86,7 +87,7 @@ def main() -> None:
             break
         texts.append(text)
         taken += len(text)
-    settings = JointSettings(head_layers=options.head_layers)
+    settings = JointSettings(head_layers=options.head_layers, epochs=options.epochs)
     options.folder.mkdir(parents=True, exist_ok=True)
     alone = train(options.folder, "alone", texts, replace(settings, recycle_weight=0.0))
     joint = train(options.folder, f"joint-{options.head_layers}", texts, settings)
