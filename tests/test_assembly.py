@@ -58,7 +58,7 @@ def hot_loops() -> dict[str, Loop]:
     for line in listing.splitlines():
         if heading := re.match(r"[0-9a-f]+ <(.*)>:$", line):
             name = re.sub(r"\(anonymous namespace\)::|teco::cpu::|void ", "", heading[1]).split("(")[0]
-            code = functions.setdefault(name, []) if "_tile<" in name else []
+            code = functions.setdefault(name, []) if re.search("_(tile|strip)<", name) else []
         elif instruction := re.match(r"\s+([0-9a-f]+):\s+(.*)", line):
             code.append(Instruction(int(instruction[1], 16), instruction[2]))
     return {
@@ -94,6 +94,8 @@ def test_a_spill_is_found() -> None:
         # paged_attention: query rows by keys.
         (r"avx512::score_tile<", 8, 0),
         (r"avx2::score_tile<(?!.*Float8)", 8, 0),
+        (r"avx512::wide_score_tile<", 3, 0),
+        (r"avx512::value_strip<", 1, 0),  # all of them under one name: the largest counts
     ],
 )
 def test_hot_loops_keep_their_sums_in_registers(

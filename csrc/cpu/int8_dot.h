@@ -49,16 +49,4 @@ inline WideI32 dot_total(DotSum sum) {
 
 #endif
 
-// Ties the value to a register: GCC otherwise reassociates sums of unrolled loops and spills the tile.
-template <class V>
-inline void keep_in_register(V& v) {
-#if defined(TECO_ISA_AVX512)
-  asm("" : "+v"(v));
-#elif defined(TECO_ISA_AVX2)
-  asm("" : "+x"(v));
-#else
-  static_cast<void>(v);
-#endif
-}
-
 }  // namespace teco::cpu::TECO_ISA

@@ -12,13 +12,11 @@
 #include "cpu/kv_element.h"
 #include "cpu/paged_attention_plan.h"
 #include "cpu/paged_attention_softmax.h"
-#include "cpu/paged_attention_tiles.h"
+#include "cpu/paged_attention_unpacked.h"
 
 namespace teco::cpu::TECO_ISA {
 namespace {
 
-constexpr int64_t kBlockKeys = 64;    // keys that share an update of the maximum; part of the order of operations
-constexpr int64_t kGroupKeys = 16;    // keys and values of a group stay in L1 while the rows pass by
 constexpr int64_t kSliceRows = 12;    // rows that pass by between two prefetches
 constexpr int64_t kInPlaceRows = 12;  // so few rows use keys and values where they lie
 
@@ -38,7 +36,7 @@ T* carve(char*& memory, int64_t count) {
 }
 
 Workspace make_workspace(int64_t rows, int64_t padded) {
-  const int64_t floats = rows * (3 * padded + kBlockKeys) + 2 * kBlockKeys * padded;
+  const int64_t floats = rows * (3 * padded + kBlockKeys) + kBlockKeys * (2 * padded + kLanes);
   const int64_t per_row = sizeof(RunningSoftmax) + 2 * sizeof(AttentionState) + sizeof(KeyRange);
   char* memory = static_cast<char*>(thread_scratch(Scratch::kTask, floats * sizeof(float) + rows * per_row + 10 * 64));
   Workspace w;
@@ -46,7 +44,7 @@ Workspace make_workspace(int64_t rows, int64_t padded) {
   w.acc = carve<float>(memory, rows * padded);
   w.total = carve<float>(memory, rows * padded);
   w.scores = carve<float>(memory, rows * kBlockKeys);
-  w.keys = carve<float>(memory, kBlockKeys * padded);
+  w.keys = carve<float>(memory, kBlockKeys * (padded + kLanes));  // transposed, padded to 16
   w.values = carve<float>(memory, kBlockKeys * padded);
   w.running = carve<RunningSoftmax>(memory, rows);
   w.chunk = carve<AttentionState>(memory, rows);
@@ -162,17 +160,6 @@ const float* find_scales(const Problem& problem, const Unit& unit, const KVCache
   return scales;
 }
 
-// Rows as fp32, padded with zeros; fills in where they lie.
-template <class C>
-void unpack_rows(KeyRows<C> rows, int32_t begin, int32_t end, int64_t head_dim, int64_t padded, float* out,
-                 const float** out_rows) {
-  for (int32_t j = begin; j < end; ++j) {
-    float* target = out + j * padded;
-    out_rows[j] = target;
-    for (int64_t d = 0; d < head_dim; d += kLanes) store(target + d, load_up_to(rows[j] + d, head_dim - d));
-  }
-}
-
 // Weights of the block's keys for every row, from the dot products; rescales what the rows have accumulated.
 template <class C>
 void softmax_block(const Problem& problem, const Unit& unit, int64_t kv_head, const KeyBlock<C>& block, float* scores,
@@ -230,8 +217,9 @@ void attend_in_place(const Problem& problem, const Unit& unit, const Heads& head
   for (int32_t j = block.begin; j < block.end; j += kGroupKeys) {
     const int32_t end = min<int32_t>(j + kGroupKeys, block.end);
     for (int64_t h = 0; h < heads.count; ++h)
-      value_rows(w.scores + h * rows * kBlockKeys, kBlockKeys, w.ranges, rows, at(p.value_cache, block.values, h), j,
-                 end, acc + h * rows * size, size, at(p.key_cache, next ? next->keys : nullptr, h));
+      value_rows<ValueTiles<C>>(w.scores + h * rows * kBlockKeys, kBlockKeys, w.ranges, rows,
+                                at(p.value_cache, block.values, h), j, end, acc + h * rows * size, size,
+                                at(p.key_cache, next ? next->keys : nullptr, h));
   }
 }
 
@@ -244,28 +232,27 @@ void attend_unpacked(const Problem& problem, const Unit& unit, const Heads& head
   const int64_t head_dim = p.head_dim, size = problem.padded, rows = unit.num_rows;
   const float* query = w.query + h * rows * size;
   acc += h * rows * size;
-  const float *keys[kBlockKeys], *values[kBlockKeys];
-  unpack_rows<C>({block.keys, h * p.key_cache.head_stride}, block.padded_begin(), block.padded_end(), head_dim, size,
-                 w.keys, keys);
+  const float* values[kBlockKeys];
+  UnpackedKeys keys;
+  keys.unpack<C>({block.keys, h * p.key_cache.head_stride}, block.padded_begin(), block.padded_end(), head_dim, size,
+                 w.keys);
   unpack_rows<C>({block.values, h * p.value_cache.head_stride}, block.begin, block.end, head_dim, size, w.values,
                  values);
   int64_t prefetched = 0;
   const int64_t step = ceil_div(kBlockKeys, (kBlockKeys / kGroupKeys) * ceil_div(rows, kSliceRows));
-  for (int32_t j = block.padded_begin(); j < block.padded_end(); j += kGroupKeys) {
-    const int32_t count = min<int32_t>(kGroupKeys, block.padded_end() - j);
+  for (int32_t j = block.begin / kGroupKeys * kGroupKeys; j < block.padded_end(); j += kGroupKeys) {
     for (int64_t r = 0; r < rows; r += kSliceRows) {
       for (const int64_t stop = min(prefetched + step, kBlockKeys); next && prefetched < stop; ++prefetched) {
         prefetch_row(next->keys[prefetched] + next_head * p.key_cache.head_stride, head_dim);
         prefetch_row(next->values[prefetched] + next_head * p.value_cache.head_stride, head_dim);
       }
-      score_rows<float>(query + r * size, min(rows - r, kSliceRows), size, {keys + j, 0}, count,
-                        w.scores + r * kBlockKeys + j, kBlockKeys, {});
+      keys.score(query + r * size, min(rows - r, kSliceRows), size, j, w.scores + r * kBlockKeys);
     }
   }
   softmax_block(problem, unit, heads.begin + h, block, w.scores, w.running + h * rows, acc, w);
-  for (int32_t j = block.begin; j < block.end; j += kGroupKeys) {
-    const int32_t end = min<int32_t>(j + kGroupKeys, block.end);
-    value_rows<float>(w.scores, kBlockKeys, w.ranges, rows, {values, 0}, j, end, acc, size, {});
+  for (int32_t j = block.begin; j < block.end; j += UnpackedValueTiles::kKeys) {
+    const int32_t end = min<int32_t>(j + UnpackedValueTiles::kKeys, block.end);
+    value_rows<UnpackedValueTiles, float>(w.scores, kBlockKeys, w.ranges, rows, {values, 0}, j, end, acc, size, {});
   }
 }
 

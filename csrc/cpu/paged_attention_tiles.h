@@ -6,7 +6,7 @@
 // an fma has a latency of four cycles and two begin per cycle.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/wide.h"
 
 namespace teco::cpu::TECO_ISA {
 
@@ -122,31 +122,43 @@ template <class K, int R>
   }
 }
 
-// acc[r][d] += sum_j weights[r][j] * values[j][d], for N vectors of d. Prefetches the same part of ahead[j].
-template <class V, int R, int N>
+// As many elements as a vector W has lanes, as fp32.
+template <class W, class T>
+inline W load_lanes(const T* p) {
+  if constexpr (sizeof(W) == sizeof(F32x8)) {
+    return load(p);
+  } else {
+    return load_bits<W>(p);
+  }
+}
+
+// acc[r][d] += sum_j weights[r][j] * values[j][d], for N vectors W of d. Prefetches the same part of ahead[j].
+template <class W, class V, int R, int N>
 inline void value_strip(const float* weights, int64_t weight_stride, KeyRows<V> values, int64_t count, float* acc,
                         int64_t head_dim, int64_t d, KeyRows<V> ahead) {
+  constexpr int kWidth = sizeof(W) / sizeof(float);
   constexpr int64_t line = kLineBytes / sizeof(V);
-  const bool prefetches = ahead.first && d % line < N * kLanes;  // else an earlier strip has
-  F32x8 sum[R * N];
-#pragma GCC unroll 16
-  for (int i = 0; i < R * N; ++i) sum[i] = load(acc + i / N * head_dim + d + i % N * kLanes);
+  const bool prefetches = ahead.first && d % line < N * kWidth;  // else an earlier strip has
+  W sum[R * N];
+#pragma GCC unroll 32
+  for (int i = 0; i < R * N; ++i) sum[i] = load_bits<W>(acc + i / N * head_dim + d + i % N * kWidth);
   for (int64_t j = 0; j < count; ++j) {
-    F32x8 w[R];
+    W w[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) w[r] = splat(weights[r * weight_stride + j]);
+    for (int r = 0; r < R; ++r) w[r] = weights[r * weight_stride + j] - W{};
     const V* value = values[j] + d;
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      const F32x8 v = load(value + n * kLanes);
+      W v = load_lanes<W>(value + n * kWidth);
+      if constexpr (kWidth > kLanes) keep_in_register(v);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sum[r * N + n] = fma(w[r], v, sum[r * N + n]);
     }
     if (prefetches)
-      for (int64_t i = 0; i < N * kLanes; i += line) prefetch_line(ahead[j] + d + i);
+      for (int64_t i = 0; i < N * kWidth; i += line) prefetch_line(ahead[j] + d + i);
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < R * N; ++i) store(acc + i / N * head_dim + d + i % N * kLanes, sum[i]);
+#pragma GCC unroll 32
+  for (int i = 0; i < R * N; ++i) store_bits(acc + i / N * head_dim + d + i % N * kWidth, sum[i]);
 }
 
 template <class V, int R>
@@ -155,9 +167,9 @@ template <class V, int R>
   constexpr int N = kTileWidth<R>;
   int64_t d = 0;
   for (; d + N * kLanes <= head_dim; d += N * kLanes)
-    value_strip<V, R, N>(weights, weight_stride, values, count, acc, head_dim, d, ahead);
+    value_strip<F32x8, V, R, N>(weights, weight_stride, values, count, acc, head_dim, d, ahead);
   for (; d < head_dim; d += kLanes)
-    value_strip<V, R, 1>(weights, weight_stride, values, count, acc, head_dim, d, ahead);
+    value_strip<F32x8, V, R, 1>(weights, weight_stride, values, count, acc, head_dim, d, ahead);
 }
 
 // Rows of the next tile when `left` rows are left: threes are the fastest shape, a group of four heads is one tile.
@@ -182,20 +194,26 @@ struct KeyRange {
   int32_t begin, end;
 };
 
-// Adds the weighted values of keys [first, last) to all rows, each taking only the keys in its own range: a key that a
-// row must not see may hold anything, and is skipped rather than multiplied by zero.
 template <class V>
-inline void value_rows(const float* weights, int64_t weight_stride, const KeyRange* ranges, int64_t num_rows,
-                       KeyRows<V> values, int32_t first, int32_t last, float* acc, int64_t head_dim, KeyRows<V> ahead) {
+struct ValueTiles {
+  static constexpr int64_t kKeys = 16;  // at a time: they stay in L1 while the rows pass by
   static constexpr decltype(&value_tile<V, 1>) kTiles[] = {value_tile<V, 1>, value_tile<V, 2>, value_tile<V, 3>,
                                                            value_tile<V, 4>};
+  static int64_t rows(int64_t left) { return tile_rows(left); }
+};
+
+// Adds the weighted values of keys [first, last) to all rows, each taking only the keys in its own range: a key that a
+// row must not see may hold anything, and is skipped rather than multiplied by zero.
+template <class Tiles, class V>
+inline void value_rows(const float* weights, int64_t weight_stride, const KeyRange* ranges, int64_t num_rows,
+                       KeyRows<V> values, int32_t first, int32_t last, float* acc, int64_t head_dim, KeyRows<V> ahead) {
   const auto run = [&](int64_t rows, int64_t r, int32_t begin, int32_t end) {
     if (begin < end)
-      kTiles[rows - 1](weights + r * weight_stride + begin, weight_stride, values.from(begin), end - begin,
-                       acc + r * head_dim, head_dim, r == 0 ? ahead.from(begin) : KeyRows<V>{});
+      Tiles::kTiles[rows - 1](weights + r * weight_stride + begin, weight_stride, values.from(begin), end - begin,
+                              acc + r * head_dim, head_dim, r == 0 ? ahead.from(begin) : KeyRows<V>{});
   };
   for (int64_t r = 0; r < num_rows;) {
-    const int64_t rows = tile_rows(num_rows - r);
+    const int64_t rows = Tiles::rows(num_rows - r);
     int32_t begin = first, end = last;  // keys that all rows of the tile see
     for (int64_t i = r; i < r + rows; ++i) {
       begin = max(begin, ranges[i].begin);

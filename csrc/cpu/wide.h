@@ -53,4 +53,17 @@ inline WideF32 wide_splat(float x) {
 
 #endif
 
+// Ties the value to a register: GCC otherwise reassociates sums of unrolled loops and spills the tile, or loads a
+// vector once per use.
+template <class V>
+inline void keep_in_register(V& v) {
+#if defined(TECO_ISA_AVX512)
+  asm("" : "+v"(v));
+#elif defined(TECO_ISA_AVX2)
+  asm("" : "+x"(v));
+#else
+  static_cast<void>(v);
+#endif
+}
+
 }  // namespace teco::cpu::TECO_ISA
