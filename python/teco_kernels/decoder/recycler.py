@@ -34,7 +34,8 @@ _HOPED = 0.9  # share of guesses that come true where a text repeats itself
 _TIE = 1.01  # gain below which a longer step is not worth its noise
 _SURE = 0.85  # of its guess, that lookup must be for the head not to be asked
 _HEAD_MEMORY, _HEAD_PRIOR, _HEAD_WEIGHT = 0.995, 0.3, 40.0  # share of runs of the head that gain a token
-_HEAD_PAUSE, _HEAD_TRIAL = 512, 64  # steps without a head that did not pay, and with it before that is asked again
+_HEAD_TRIAL = 64  # steps with a head before it is asked whether it pays
+_HEAD_PAUSES = 64, 512  # steps without one that did not: at first, and at most after pauses that each doubled
 
 # Kinds of guesses, beside 0 and the lengths of matches: lookup's which the head makes too, and the head's by tenths of
 # the probability that it gives them.
@@ -168,6 +169,7 @@ class Recycler:
         self._head_spoke, self._head_gain = Share(_HEAD_MEMORY), Share(_HEAD_MEMORY)
         self._head_guessed = self._head_gained = 0  # guesses of this step on the head's word, and those that came true
         self._head_steps = 0  # since it was last paused, below 0 until it is tried again
+        self._head_pause = _HEAD_PAUSES[0]  # the next one's length
         self.num_guessed = self.num_accepted = 0
         self._followed: WeakKeyDictionary[Sequence, _Followed] = WeakKeyDictionary()
         self._shares: dict[tuple[int, int], Share] = {}  # by kind and depth
@@ -305,8 +307,11 @@ class Recycler:
             row = max(self.cost(num_sequences + 1) - step, 0.0)
             guesses = self._head_spoke.estimate(_HEAD_PRIOR, _HEAD_WEIGHT) * num_sequences
             gain = self._head_gain.estimate(_HEAD_PRIOR, _HEAD_WEIGHT) * step - guesses * row
-            if gain < self.head_cost(num_sequences):
-                self._head_steps = -_HEAD_PAUSE
+            if gain >= self.head_cost(num_sequences):
+                self._head_pause = _HEAD_PAUSES[0]
+            else:
+                self._head_steps = -self._head_pause
+                self._head_pause = min(2 * self._head_pause, _HEAD_PAUSES[1])
                 self._head_spoke, self._head_gain = Share(_HEAD_MEMORY), Share(_HEAD_MEMORY)
 
     def learn(self, sequence: Sequence, guess: Guess, num_accepted: int, num_checked: int) -> None:
