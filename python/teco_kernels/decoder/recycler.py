@@ -308,7 +308,8 @@ class Recycler:
             guesses = self._head_spoke.estimate(_HEAD_PRIOR, _HEAD_WEIGHT) * num_sequences
             gain = self._head_gain.estimate(_HEAD_PRIOR, _HEAD_WEIGHT) * step - guesses * row
             if gain >= self.head_cost(num_sequences):
-                self._head_pause = _HEAD_PAUSES[0]
+                if self._head_steps > 4 * _HEAD_TRIAL:  # what was believed before is then outweighed
+                    self._head_pause = _HEAD_PAUSES[0]
             else:
                 self._head_steps = -self._head_pause
                 self._head_pause = min(2 * self._head_pause, _HEAD_PAUSES[1])
