@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from teco_kernels import __version__
 from teco_kernels.assets import temporary_folder_beside
+from teco_kernels.decoder.json_file import write_json
 from teco_kernels.decoder.loader import Source
 from teco_kernels.quantization.sparsity import Sparsity
 
@@ -95,7 +95,7 @@ def _save(
         out = folder / "model"
         out.mkdir()
         save_file({**dense, **tensors}, out / "model.safetensors", metadata={"format": "pt"})
-        _write_json(out / "config.json", config)
+        write_json(out / "config.json", config)
         source.tokenizer.save(out)
         for name, text in (texts or {}).items():
             (out / name).write_text(text, encoding="utf-8")
@@ -149,7 +149,3 @@ def _config(source: Source, quantised: set[str], settings: Mapping[str, Any]) ->
         quantization["dynamic"] = rules
     config["quantization_config"] = quantization
     return config
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

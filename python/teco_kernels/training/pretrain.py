@@ -18,13 +18,14 @@ from torch import Tensor
 
 from teco_kernels import __version__
 from teco_kernels.assets import exclusive
+from teco_kernels.decoder.json_file import write_json
 from teco_kernels.decoder.loader import load_source
 from teco_kernels.decoder.recycle_head import WEIGHTS_NAME
 from teco_kernels.decoder.tokenizer import Tokenizer
 from teco_kernels.training.head import Base
 from teco_kernels.training.joint import JointSettings, JointTrainer
 from teco_kernels.training.loop import Progress
-from teco_kernels.training.save import REPORT_NAME, quantise_head, save_recycle_head, write_json
+from teco_kernels.training.save import REPORT_NAME, quantise_head, save_recycle_head
 from teco_kernels.training.work import claim, for_json
 
 #: The head's folder in that of its model.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from teco_kernels.assets import temporary_folder_beside
+from teco_kernels.decoder.json_file import write_json
 from teco_kernels.decoder.recycle_head import CONFIG_NAME, WEIGHTS_NAME, RecycleHeadConfig, norm_fingerprint
 from teco_kernels.ops.packing import BITS
 from teco_kernels.quantization import gptq_quantize
@@ -156,8 +156,3 @@ def save_recycle_head(
         write_json(made / REPORT_NAME, report)
         shutil.copymode(made / CONFIG_NAME, made / WEIGHTS_NAME)  # safetensors makes files for their owner only
         os.rename(made, path)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file for people."""
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from teco_kernels.decoder.json_file import read_json
+from teco_kernels.decoder.json_file import read_json, write_json
 from teco_kernels.training.loop import Progress
-from teco_kernels.training.save import write_json
 
 _MANIFEST = "made_of.json"
 
