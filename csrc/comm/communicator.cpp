@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <utility>
 
 #include "comm/hand_over.h"
@@ -35,6 +36,15 @@ SumRanksParams sum_of(int num_ranks, DType dtype) {
 
 constexpr auto kNothing = [](int64_t) {};
 
+std::mutex numbers_mutex;
+int64_t last_number = 0;
+
+// Never destroyed: the last communicators may go after all statics have.
+std::map<int64_t, std::weak_ptr<Communicator>>& numbers() {
+  static auto* const map = new std::map<int64_t, std::weak_ptr<Communicator>>;
+  return *map;
+}
+
 // A stretch of a tensor, cut into a share per rank: all equal and whole cache lines, but for the last ones.
 struct Shares {
   int64_t count, share;
@@ -54,8 +64,25 @@ Communicator::Communicator(Segment segment, int rank, const std::vector<pid_t>& 
       ways_(std::make_unique<Ways>()),
       pid_(::getpid()) {}
 
+std::shared_ptr<Communicator> Communicator::create(Segment segment, int rank, const std::vector<pid_t>& pids,
+                                                   std::chrono::nanoseconds timeout) {
+  std::shared_ptr<Communicator> made(new Communicator(std::move(segment), rank, pids, timeout));
+  const std::lock_guard lock(numbers_mutex);
+  made->number_ = ++last_number;
+  numbers().emplace(made->number_, made);
+  return made;
+}
+
+std::shared_ptr<Communicator> Communicator::find(int64_t number) {
+  const std::lock_guard lock(numbers_mutex);
+  const auto found = numbers().find(number);
+  return found == numbers().end() ? nullptr : found->second.lock();
+}
+
 Communicator::~Communicator() {
   close();
+  const std::lock_guard lock(numbers_mutex);
+  numbers().erase(number_);
 }
 
 void Communicator::close() {

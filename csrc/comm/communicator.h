@@ -18,13 +18,18 @@ class Steps;
 class Ways;
 enum class Way : uint8_t;
 
+// A communicator has a number, by which the operators of a framework, which take no classes, name it.
+//
 // Every rank makes the same calls in the same order; each returns when this rank's result is there, and throws
 // CommunicatorError when that cannot be. `out` is either `in` itself or apart from it, both are contiguous. Calls from
 // several threads follow one another; which order that is, the caller must know.
 class TECO_VISIBLE Communicator {
  public:
   // pids of all ranks, in their order. Throws system_error where their life cannot be watched.
-  Communicator(Segment segment, int rank, const std::vector<pid_t>& pids, std::chrono::nanoseconds timeout);
+  static std::shared_ptr<Communicator> create(Segment segment, int rank, const std::vector<pid_t>& pids,
+                                              std::chrono::nanoseconds timeout);
+  // The one with this number, if it still lives.
+  static std::shared_ptr<Communicator> find(int64_t number);
   ~Communicator();
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
@@ -37,7 +42,8 @@ class TECO_VISIBLE Communicator {
                            int64_t num_rows, int64_t row_size, float eps, DType dtype);
   // out [count], in [world_size, count]: row `rank` of the sum
   void reduce_scatter(void* out, const void* in, int64_t count, DType dtype);
-  // out [world_size, count], in [count], of any kind of element; `dtype` is compared and no more
+  // out [world_size, count], in [count], of any kind of element; `dtype` is compared and no more. `in` may be the row of
+  // `out` that this rank's data comes to lie in.
   void all_gather(void* out, const void* in, int64_t count, int element_bytes, int dtype);
   // out, in: [count], of any kind; `in` is looked at by the root only
   void broadcast(void* out, const void* in, int64_t count, int element_bytes, int dtype, int root);
@@ -48,6 +54,7 @@ class TECO_VISIBLE Communicator {
   void close();
   bool ended() const;
 
+  int64_t number() const { return number_; }
   int rank() const;
   int world_size() const;
   double timeout() const;  // seconds
@@ -56,6 +63,8 @@ class TECO_VISIBLE Communicator {
   static int64_t one_shot_bytes(int world_size);
 
  private:
+  Communicator(Segment segment, int rank, const std::vector<pid_t>& pids, std::chrono::nanoseconds timeout);
+
   // Sums of whatever length, slot by slot; after(n) is called as soon as the first n elements of out are there.
   template <class After>
   void reduce(const Call& call, void* out, const void* in, int64_t count, DType dtype, After after);
@@ -72,6 +81,7 @@ class TECO_VISIBLE Communicator {
   std::unique_ptr<Steps> steps_;
   std::unique_ptr<Ways> ways_;
   const pid_t pid_;
+  int64_t number_ = 0;
   std::mutex mutex_;
 };
 

@@ -21,7 +21,7 @@ constexpr int kSpins = 100, kYields = 200;
 // How soon the death of a rank is noticed.
 constexpr std::chrono::milliseconds kNap{10};
 
-void (*interrupt_check)() = nullptr;
+bool (*interrupt_check)() = nullptr;
 
 std::string describe(const Call& call) {
   static constexpr const char* kNames[] = {"all_reduce", "all_reduce_rms_norm", "all_gather", "reduce_scatter",
@@ -36,7 +36,7 @@ std::string describe(const Call& call) {
 
 }  // namespace
 
-void set_interrupt_check(void (*check)()) {
+void set_interrupt_check(bool (*check)()) {
   interrupt_check = check;
 }
 
@@ -108,11 +108,9 @@ void Steps::sleep_until_arrival(int rank) {
       end(Cause::kLate, rank);
       fail_as_ended();
     }
-    try {
-      if (interrupt_check) interrupt_check();
-    } catch (...) {
+    if (interrupt_check && !interrupt_check()) {
       end(Cause::kInterrupted, rank_);
-      throw;
+      throw Interrupted();
     }
     futex_wait(other.arrived, arrived, std::min<std::chrono::nanoseconds>(kNap, timeout_ - waited));
   }

@@ -20,6 +20,9 @@ from teco_kernels.ops import (
     rotary_embedding,
     silu_and_mul,
 )
+from teco_kernels.parallel.collectives import all_reduce_rms_norm
+from teco_kernels.parallel.communicator import Communicator
+from teco_kernels.decoder.shard import Shard, times
 
 
 class LayerShape(Protocol):
@@ -108,10 +111,20 @@ class LayerStack:
     shape : LayerShape
     cos_sin : Tensor
         The rotary table, as `rotary_embedding` takes it.
+    comm : Communicator, optional
+        Of the ranks that each have a part of every layer: what `output` and `down` give is a part of a sum.
     """
 
-    def __init__(self, layers: Sequence[Layer], norm: Tensor, shape: LayerShape, cos_sin: Tensor) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        norm: Tensor,
+        shape: LayerShape,
+        cos_sin: Tensor,
+        comm: Communicator | None = None,
+    ) -> None:
         self.layers = layers
+        self._comm = comm
         self._shape = shape
         self._cos_sin = cos_sin
         self._eps = shape.rms_norm_eps
@@ -129,11 +142,17 @@ class LayerStack:
             layer.qkv(hidden, out=buffers.qkv)
             self._attend(layer, batch, cache, buffers)
             layer.output(buffers.attended, out=hidden)
-            fused_add_rms_norm(hidden, residual, layer.post_attention_norm, eps, out=(hidden, residual))
+            self._add_and_norm(hidden, residual, layer.post_attention_norm)
             layer.gate_up(hidden, out=buffers.gate_up)
             silu_and_mul(buffers.gate_up, out=buffers.activated)
             layer.down(buffers.activated, out=hidden)
-            fused_add_rms_norm(hidden, residual, next_norm, eps, out=(hidden, residual))
+            self._add_and_norm(hidden, residual, next_norm)
+
+    def _add_and_norm(self, hidden: Tensor, residual: Tensor, norm: Tensor) -> None:
+        if self._comm is None:
+            fused_add_rms_norm(hidden, residual, norm, self._eps, out=(hidden, residual))
+        else:
+            all_reduce_rms_norm(hidden, residual, norm, self._eps, self._comm, out=(hidden, residual))
 
     @property
     def nbytes(self) -> int:
@@ -182,13 +201,23 @@ def load_layer(
     mlp_bias: bool = False,
     qk_norm: bool = False,
     sliding_window: int | None = None,
+    shard: Shard | None = None,
 ) -> Layer:
-    """Read the layer whose tensors have names that begin with `prefix`; the options are those of `ModelConfig`."""
+    """Read the layer whose tensors have names that begin with `prefix`; the options are those of `ModelConfig`.
+
+    `shape` is that of the whole layer. With a `shard`, its heads and its channels of the MLP are read, and nothing else.
+    """
     hidden, inner = shape.hidden_size, shape.intermediate_size
     query_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    channels = range(inner) if shard is None else shard.intermediate
+    queries = range(query_size) if shard is None else times(shard.heads, shape.head_dim)
+    keys = range(kv_size) if shard is None else times(shard.kv_heads, shape.head_dim)
 
-    def linear(names: list[str], in_features: int, out_features: list[int], bias: bool) -> Linear:
-        return load.linear([prefix + name for name in names], in_features, out_features, bias=bias)
+    def columns(names: list[str], sizes: list[int], outputs: list[range], bias: bool) -> Linear:
+        return load.linear([prefix + name for name in names], hidden, sizes, bias=bias, outputs=outputs)
+
+    def rows(name: str, in_features: int, inputs: range, bias: bool) -> Linear:
+        return load.linear([prefix + name], in_features, [hidden], bias=bias, inputs=inputs)
 
     def head_norm(name: str) -> Tensor | None:
         return load.vector(f"{prefix}self_attn.{name}.weight", shape.head_dim) if qk_norm else None
@@ -196,12 +225,12 @@ def load_layer(
     qkv_names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
     return Layer(
         input_norm=load.vector(f"{prefix}input_layernorm.weight", hidden),
-        qkv=linear(qkv_names, hidden, [query_size, kv_size, kv_size], qkv_bias),
+        qkv=columns(qkv_names, [query_size, kv_size, kv_size], [queries, keys, keys], qkv_bias),
         query_norm=head_norm("q_norm"),
         key_norm=head_norm("k_norm"),
-        output=linear(["self_attn.o_proj"], query_size, [hidden], output_bias),
+        output=rows("self_attn.o_proj", query_size, queries, output_bias),
         post_attention_norm=load.vector(f"{prefix}post_attention_layernorm.weight", hidden),
-        gate_up=linear(["mlp.gate_proj", "mlp.up_proj"], hidden, [inner] * 2, mlp_bias),
-        down=linear(["mlp.down_proj"], inner, [hidden], mlp_bias),
+        gate_up=columns(["mlp.gate_proj", "mlp.up_proj"], [inner] * 2, [channels] * 2, mlp_bias),
+        down=rows("mlp.down_proj", inner, channels, mlp_bias),
         sliding_window=sliding_window,
     )

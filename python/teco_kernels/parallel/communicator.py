@@ -8,8 +8,11 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
+from teco_kernels._host import CommunicatorError
 from teco_kernels.parallel.process_group import ProcessGroupTransport
 from teco_kernels.parallel.shared_memory import SharedMemoryTransport, connect
+
+__all__ = ["DEFAULT_TIMEOUT", "Communicator", "CommunicatorError"]
 
 #: Seconds that ranks wait for one another when nothing else is said.
 DEFAULT_TIMEOUT = 300.0
@@ -69,6 +72,11 @@ class Communicator:
         """What carries the data."""
         return "shared_memory" if isinstance(self.transport, SharedMemoryTransport) else "process_group"
 
+    @property
+    def is_recordable(self) -> bool:
+        """Whether a `Plan` can hold the collectives, and `torch.compile` trace them."""
+        return isinstance(self.transport, SharedMemoryTransport)
+
     @classmethod
     def from_process_group(
         cls, group: dist.ProcessGroup | None = None, *, timeout: float = DEFAULT_TIMEOUT
@@ -98,6 +106,17 @@ class Communicator:
         native, reason = connect(group, timeout)
         transport: Transport = SharedMemoryTransport(native) if native else ProcessGroupTransport(group, timeout)
         return cls(transport, dist.get_rank(group), dist.get_world_size(group), timeout, reason)
+
+    @classmethod
+    def alone(cls) -> Communicator:
+        """A communicator of this process only, whose collectives copy.
+
+        Raises
+        ------
+        RuntimeError
+            The system lacks what ranks need to share memory.
+        """
+        return cls(SharedMemoryTransport.alone(), 0, 1, DEFAULT_TIMEOUT, "")
 
     def close(self) -> None:
         """Take part no more; what the other ranks call from now on raises `CommunicatorError` there."""
