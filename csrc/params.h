@@ -8,7 +8,8 @@ namespace teco {
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kInt8, kFloat8E4M3 };
 
-// A part of the vocabulary: rows of an embedding for the tokens [first, first + count). Zeros stand for those of others.
+// A part of the vocabulary: rows of an embedding for the tokens [first, first + count). Zeros stand for those of
+// others.
 struct TokenRange {
   int64_t first, count;
 };
@@ -150,8 +151,8 @@ struct GptqMatmulParams {
   DType dtype;           // of input and out
 };
 
-// out[t, k] = weight[k, token_ids[t] - tokens.first], the weight packed as it is there: rows of an embedding that is quantised along
-// them. A row is a column of its panel, four bytes of every 64.
+// out[t, k] = weight[k, token_ids[t] - tokens.first], the weight packed as it is there: rows of an embedding that is
+// quantised along them. A row is a column of its panel, four bytes of every 64.
 struct GptqEmbeddingParams {
   void* out;                   // [num_tokens, hidden_size]
   const int64_t* token_ids;    // [num_tokens]

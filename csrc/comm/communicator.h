@@ -42,8 +42,8 @@ class TECO_VISIBLE Communicator {
                            int64_t num_rows, int64_t row_size, float eps, DType dtype);
   // out [count], in [world_size, count]: row `rank` of the sum
   void reduce_scatter(void* out, const void* in, int64_t count, DType dtype);
-  // out [world_size, count], in [count], of any kind of element; `dtype` is compared and no more. `in` may be the row of
-  // `out` that this rank's data comes to lie in.
+  // out [world_size, count], in [count], of any kind of element; `dtype` is compared and no more. `in` may be the row
+  // of `out` that this rank's data comes to lie in.
   void all_gather(void* out, const void* in, int64_t count, int element_bytes, int dtype);
   // out, in: [count], of any kind; `in` is looked at by the root only
   void broadcast(void* out, const void* in, int64_t count, int element_bytes, int dtype, int root);

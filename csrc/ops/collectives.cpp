@@ -159,7 +159,8 @@ void all_gather(Tensor out, Tensor input, int64_t comm) {
   const int world_size = params.comm->world_size();
   require(out.dim() > 0 && out.size(0) == world_size && same_sizes(out, 1, input, 0), "out: expected shape ",
           shape_text(input, 0, std::to_string(world_size)), ", a row per rank, got ", shape_text(out, 0));
-  const auto* own_row = static_cast<const char*>(params.out) + params.comm->rank() * params.count * params.element_bytes;
+  const auto* own_row =
+      static_cast<const char*>(params.out) + params.comm->rank() * params.count * params.element_bytes;
   if (params.input != own_row) check_apart_from(out, "out", input, "input", InPlace::kNo);
   launch(run_all_gather, params);
 }

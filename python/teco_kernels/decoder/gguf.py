@@ -270,9 +270,7 @@ class GGUFSource(Source):
         raw = (raw[rows] if raw.ndim == 3 else raw)[..., blocks, :]
         return raw.reshape(*raw.shape[:-2], raw.shape[-2] * nbytes)
 
-    def _dequantize(
-        self, name: str, info: _TensorInfo, rows: slice = _ALL, blocks: slice = _ALL
-    ) -> torch.Tensor:
+    def _dequantize(self, name: str, info: _TensorInfo, rows: slice = _ALL, blocks: slice = _ALL) -> torch.Tensor:
         raw = self._rows(info, rows, blocks)
         if info.kind == GGMLQuantizationType.F16:
             return torch.from_numpy(raw.view(np.float16).copy())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from teco_kernels.decoder.batch import Batch
 from teco_kernels.decoder.kv_cache import LayerCache
+from teco_kernels.decoder.shard import Shard, times
 from teco_kernels.decoder.weights import Linear, WeightLoader
 from teco_kernels.ops import (
     fused_add_rms_norm,
@@ -22,7 +23,6 @@ from teco_kernels.ops import (
 )
 from teco_kernels.parallel.collectives import all_reduce_rms_norm
 from teco_kernels.parallel.communicator import Communicator
-from teco_kernels.decoder.shard import Shard, times
 
 
 class LayerShape(Protocol):
@@ -205,7 +205,7 @@ def load_layer(
 ) -> Layer:
     """Read the layer whose tensors have names that begin with `prefix`; the options are those of `ModelConfig`.
 
-    `shape` is that of the whole layer. With a `shard`, its heads and its channels of the MLP are read, and nothing else.
+    `shape` is that of the whole layer. With a `shard`, its heads and its channels of the MLP are read, nothing else.
     """
     hidden, inner = shape.hidden_size, shape.intermediate_size
     query_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim

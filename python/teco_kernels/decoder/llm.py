@@ -45,8 +45,8 @@ class LLM:
         on a CPU.
     tensor_parallel_size : int
         Ranks among which the model is cut, see docs/tensor-parallel.md: so many processes less one are started on this
-        host, each with its part of the weights and of the cache. Where torch.distributed is initialised, or torchrun has
-        started this process, its ranks are used: all of them make the same `LLM`, which returns on rank 0 only, and
+        host, each with its part of the weights and of the cache. Where torch.distributed is initialised, or torchrun
+        has started this process, its ranks are used: all of them make the same `LLM`, which returns on rank 0 only, and
         exits the others when it is done.
     max_model_len : int, optional
         Most tokens of a prompt and its answer; the model's own limit when not given.
@@ -60,8 +60,8 @@ class LLM:
         "fp32", "fp16", "bf16", "int8" or "fp8", or as vLLM calls them, "float16", "bfloat16", "fp8_e4m3"; "auto" is
         `dtype`.
     kv_cache_memory : int, optional
-        Bytes for the KV cache, of all ranks together, 1 GiB when not given. Never takes more than `max_num_seqs` longest requests need;
-        memory is used as blocks are first written.
+        Bytes for the KV cache, of all ranks together, 1 GiB when not given. Never takes more than `max_num_seqs`
+        longest requests need; memory is used as blocks are first written.
     recycle_head : str or Path, optional
         Guess tokens to come, and let each step verify its guesses along with the next token: the tokens are those of
         plain decoding, greedy and sampled, in fewer steps. "lookup": from what the text has said before. A folder that
@@ -148,8 +148,8 @@ class LLM:
             raise ValueError(f"recycle_verify: False needs a recycle head, got recycle_head {recycle_head!r}")
         if head_tensors is not None and tensor_parallel_size > 1:
             raise ValueError(
-                f"recycle_head: expected None or 'lookup' with a tensor_parallel_size above 1, got {str(recycle_head)!r}: "
-                f"a head needs the whole embedding and LM head, of which each rank has a part"
+                f"recycle_head: expected None or 'lookup' with a tensor_parallel_size above 1, "
+                f"got {str(recycle_head)!r}: a head needs the whole of the embedding, of which each rank has a part"
             )
         limit = source.config.max_position
         max_model_len = limit if max_model_len is None else max_model_len
@@ -180,6 +180,8 @@ class LLM:
             self._end_ranks = ranks.end_with(self)
         try:
             model = make_model(source, options, shard, None if ranks is None else ranks.comm)
+            if ranks is not None:
+                ranks.meet()
         except BaseException:
             self._end_ranks()
             raise

@@ -10,13 +10,13 @@ from teco_kernels.decoder.config import ModelConfig
 from teco_kernels.decoder.kv_cache import KVCache
 from teco_kernels.decoder.layers import Buffers, LayerStack, load_layer
 from teco_kernels.decoder.loader import Source
+from teco_kernels.decoder.shard import Shard
 from teco_kernels.decoder.weights import Quantization, WeightLoader
-from teco_kernels.ops import embedding, lm_head_argmax
+from teco_kernels.ops import Sparse24Weight, embedding, lm_head_argmax
 from teco_kernels.ops.gptq import Activation
 from teco_kernels.ops.rope import cos_sin_cache
 from teco_kernels.parallel.collectives import all_gather, all_reduce
 from teco_kernels.parallel.communicator import Communicator
-from teco_kernels.decoder.shard import Shard
 
 
 class Transformer:
@@ -83,7 +83,7 @@ class Transformer:
         self._shard = shard
         self.logits_width = config.vocab_size if comm is None else shard.world_size * shard.vocabulary_stride
         self.embedding = load.embedding(
-            "model.embed_tokens", config.vocab_size, config.hidden_size, shard.vocabulary
+            "model.embed_tokens", config.vocab_size, config.hidden_size, tokens=shard.vocabulary
         )
         layers = [
             load_layer(
@@ -149,13 +149,14 @@ class Transformer:
         batch, cache, buffers
             As for `forward`.
         out : tuple of Tensor
-            int64 and fp32 ``[world_size, R]``, written: tokens counted from each rank's first one, -1 for a row that has
-            NaN; as `forward` would have them if there were logits, see `likeliest`.
+            int64 and fp32 ``[world_size, R]``, written, to be given to `likeliest`: tokens counted from each rank's
+            first one, -1 for a row that has NaN.
         """
         assert self.comm is not None
         hidden = self._hidden(batch, cache, buffers)
         own = out[0][self._shard.rank], out[1][self._shard.rank]
         (weight,) = self.lm_head.weights
+        assert not isinstance(weight, Sparse24Weight)  # which only layers are
         try:
             lm_head_argmax(hidden, weight, activation=self.activation, out=own)
         except ValueError:
@@ -165,7 +166,7 @@ class Transformer:
             all_gather(part, self.comm, out=everyone)
 
     def likeliest(self, best: tuple[Tensor, Tensor]) -> list[int]:
-        """The likeliest token of each row, the lowest one among equals, from what `best` gave; -1 without finite logits."""
+        """The likeliest token of each row, from what `best` gave: the lowest among equals, -1 without finite logits."""
         token_ids, logits = best
         logits = logits.masked_fill(token_ids < 0, torch.nan)
         rank = logits.argmax(0, keepdim=True)  # the first among equals; NaN counts as the largest

@@ -43,8 +43,10 @@ def select_groups(groups: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def cut_inputs(tensors: dict[str, Any], inputs: slice, group_size: int) -> dict[str, Any]:
-    """Arguments of `GPTQWeight.from_codes` for some of the inputs; they have groups of `group_size`, in order."""
+    """Arguments of `GPTQWeight.from_codes` for some of the inputs, which lie in groups of `group_size`."""
     codes = tensors["codes"][inputs]
     rows, g_idx = select_groups(torch.arange(inputs.start, inputs.stop) // group_size)
-    per_group = {name: tensors[name][rows] for name in ("scales", "zeros", "minimum") if name in tensors}
+    per_group: dict[str, Any] = {
+        name: tensors[name][rows] for name in ("scales", "zeros", "minimum") if name in tensors
+    }
     return {**tensors, **per_group, "codes": codes, "g_idx": g_idx}

@@ -188,9 +188,7 @@ class QuantizedLayers:
             stacklevel=2,
         )
 
-    def _awq(
-        self, name: str, in_features: int, out_features: int, inputs: slice, outputs: slice
-    ) -> dict[str, Any]:
+    def _awq(self, name: str, in_features: int, out_features: int, inputs: slice, outputs: slice) -> dict[str, Any]:
         """Arguments of `GPTQWeight.from_codes`."""
         path, group_size = self._source.path, self._settings.get("group_size")
         if type(group_size) is not int or (group_size != -1 and group_size < 1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,11 +13,11 @@ from teco_kernels.decoder.loader import Source
 from teco_kernels.decoder.model import Transformer
 from teco_kernels.decoder.recycle_head import RecycleHeadConfig
 from teco_kernels.decoder.runner import Runner
+from teco_kernels.decoder.shard import Shard
 from teco_kernels.decoder.step_messages import BlockCopy, StepMessages
 from teco_kernels.decoder.weights import Quantization
 from teco_kernels.ops.gptq import Activation
 from teco_kernels.parallel.communicator import Communicator
-from teco_kernels.decoder.shard import Shard
 
 DTYPES = {
     # "auto": there is no processor here whose half-precision arithmetic is faster than its single-precision one.
@@ -84,8 +84,14 @@ def make_model(source: Source, options: RankOptions, shard: Shard, comm: Communi
 
 
 @torch.inference_mode()
-def serve(source: Source, options: RankOptions, comm: Communicator, messages: StepMessages) -> None:
-    """Run the steps of rank 0 until it says that no more will come.
+def serve(
+    source: Source,
+    options: RankOptions,
+    comm: Communicator,
+    messages: StepMessages,
+    loaded: Callable[[], object] = lambda: None,
+) -> None:
+    """Load a part, call `loaded`, and run the steps of rank 0 until it says that no more will come.
 
     Raises
     ------
@@ -102,6 +108,7 @@ def serve(source: Source, options: RankOptions, comm: Communicator, messages: St
         max_tokens=options.max_num_batched_tokens,
         max_decode_tokens=options.max_decode_tokens,
     )
+    loaded()
     while (message := messages.receive()) is not None:
         if isinstance(message, BlockCopy):
             cache.copy_block(message.source, message.target)

@@ -27,6 +27,8 @@ from teco_kernels.parallel.shared_memory import SharedMemoryTransport
 
 # Seconds that a worker gets to end by itself.
 _GRACE = 5.0
+# Of ranks that share memory, each in a segment of its own, see `Ranks`.
+_COMMUNICATORS = ("comm", "messages", "loading")
 _WORKER = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from teco_kernels.decoder.worker import main; main()"
 )
@@ -44,27 +46,33 @@ class Ranks:
         Over a communicator of its own: between steps there may be hours.
     processes : sequence of Popen
         Those that were started here: of ranks 1, 2, ...
+    loading : Communicator, optional
+        To wait in, as long as it takes, until all have loaded their parts.
+    natives : sequence of _host.Communicator
+        Of these, where their memory may still be open for others to join.
     """
 
     comm: Communicator
     messages: StepMessages
     processes: Sequence[subprocess.Popen[bytes]] = ()
+    loading: Communicator | None = None
+    natives: Sequence[_host.Communicator] = ()
 
     @classmethod
     def start(cls, path: Path, options: RankOptions, world_size: int, num_threads: int, timeout: float) -> Ranks:
         """Start processes for all ranks but this one, which becomes rank 0.
 
-        They end when it closes or ends, however that happens, and as soon as any other has ended.
+        They end when it closes or ends, however that happens, and as soon as any other has ended. To be followed by
+        `meet`.
 
         Raises
         ------
         CommunicatorError
-            A process has ended at once, or the ranks cannot share memory.
+            The ranks cannot share memory.
         """
         processes: list[subprocess.Popen[bytes]] = []
         try:
-            # For the steps, and for messages.
-            segments = [_host.Segment.create(world_size) for _ in range(2)]
+            segments = [_host.Segment.create(world_size) for _ in _COMMUNICATORS]
             command = [sys.executable, "-c", _WORKER, json.dumps([str(entry) for entry in sys.path])]
             for _ in range(world_size - 1):
                 processes.append(subprocess.Popen(command, stdin=subprocess.PIPE))
@@ -80,41 +88,41 @@ class Ranks:
                     "options": options.to_dict(),
                 }
                 assert process.stdin is not None
-                process.stdin.write(json.dumps(settings).encode() + b"\n")
-                process.stdin.flush()  # and left open: its end tells them of ours
-            natives = [_host.Communicator(segment, 0, pids, timeout) for segment in segments]
-            comms = [_over_memory(native, 0, world_size, timeout) for native in natives]
-            for comm in comms:
-                meet(comm)
-            for native in natives:
-                native.close_descriptor()
+                try:
+                    process.stdin.write(json.dumps(settings).encode() + b"\n")
+                    process.stdin.flush()  # and left open: its end tells them of ours
+                except BrokenPipeError:
+                    raise OSError(f"rank {rank} has ended") from None
+            return cls._over_memory(segments, 0, pids, {"comm": timeout, "messages": timeout}, processes)
         except (RuntimeError, OSError) as error:
             _end_processes(processes)
             raise _host.CommunicatorError(f"starting {world_size} ranks of a model: {error}") from error
         except BaseException:
             _end_processes(processes)
             raise
-        return cls(comms[0], StepMessages(comms[1]), processes)
 
     @classmethod
-    def join(
-        cls, segments: Sequence[tuple[int, int]], pids: Sequence[int], rank: int, timeout: float
-    ) -> Ranks:
+    def join(cls, segments: Sequence[tuple[int, int]], pids: Sequence[int], rank: int, timeout: float) -> Ranks:
         """In a process that `start` has started: join the others. What to pass is what `start` has sent."""
-        world_size = len(pids)
+        opened = [_host.Segment.open(pids[0], *segment, len(pids)) for segment in segments]
         # It waits for messages for as long as rank 0 lives.
-        comms = [
-            _over_memory(
-                _host.Communicator(_host.Segment.open(pids[0], descriptor, token, world_size), rank, pids, patience),
-                rank,
-                world_size,
-                patience,
-            )
-            for (descriptor, token), patience in zip(segments, (timeout, math.inf), strict=True)
-        ]
-        for comm in comms:
-            meet(comm)
-        return cls(comms[0], StepMessages(comms[1]))
+        return cls._over_memory(opened, rank, pids, {"comm": timeout}, ())
+
+    @classmethod
+    def _over_memory(
+        cls,
+        segments: Sequence[_host.Segment],
+        rank: int,
+        pids: Sequence[int],
+        timeouts: dict[str, float],
+        processes: Sequence[subprocess.Popen[bytes]],
+    ) -> Ranks:
+        comms, natives = {}, []
+        for name, segment in zip(_COMMUNICATORS, segments, strict=True):
+            timeout = timeouts.get(name, math.inf)
+            natives.append(_host.Communicator(segment, rank, pids, timeout))
+            comms[name] = Communicator(SharedMemoryTransport(natives[-1]), rank, len(pids), timeout, "")
+        return cls(comms["comm"], StepMessages(comms["messages"]), processes, comms["loading"], natives)
 
     @classmethod
     def find(cls, world_size: int, timeout: float) -> Ranks | None:
@@ -146,27 +154,26 @@ class Ranks:
         if (odd := next((rank for rank, other in enumerate(everyone) if other != everyone[0]), None)) is not None:
             raise ValueError(f"LLM: expected the same arguments on every rank, got others on rank {odd} than on rank 0")
 
+    def meet(self) -> None:
+        """Wait until all ranks have loaded their parts; CommunicatorError when one ends before."""
+        if self.loading is not None:
+            all_gather(torch.zeros(1), self.loading)
+            for native in self.natives:
+                native.close_descriptor()
+
     def end(self) -> None:
         """Let the other ranks end, and wait for those that were started here."""
         if not self.processes:
             with contextlib.suppress(_host.CommunicatorError):  # they know
                 self.messages.send_end()
-        self.messages.close()
-        self.comm.close()
+        for comm in (self.messages.comm, self.comm, self.loading):
+            if comm is not None:
+                comm.close()
         _end_processes(self.processes)
 
     def end_with(self, owner: object) -> weakref.finalize:  # type: ignore[type-arg]
         """Call `end` once: when the result is called, when `owner` is gone, or at exit."""
         return weakref.finalize(owner, self.end)
-
-
-def _over_memory(native: _host.Communicator, rank: int, world_size: int, timeout: float) -> Communicator:
-    return Communicator(SharedMemoryTransport(native), rank, world_size, timeout, "")
-
-
-def meet(comm: Communicator) -> None:
-    """Wait for all ranks."""
-    all_gather(torch.zeros(1), comm)
 
 
 def _end_processes(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -178,9 +178,11 @@ class Runner:
             plan.replay()
         else:
             out = self._best(num_tokens) if best else self._logits[:num_tokens]
-            plan = Plan(lambda: self._forward(batch, out, best), keep_alive=(self.model, self.cache, self.buffers, batch, out))
+            plan = Plan(
+                lambda: self._forward(batch, out, best), keep_alive=(self.model, self.cache, self.buffers, batch, out)
+            )
             self._plans[key] = plan, batch, out
-        return out if best else out[:, : self.model.config.vocab_size]
+        return out[:, : self.model.config.vocab_size] if isinstance(out, Tensor) else out
 
     def _forward(self, batch: Batch, out: Tensor | Best | None, best: bool) -> Tensor | Best:
         if not best:

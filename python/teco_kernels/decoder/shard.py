@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from teco_kernels.decoder.config import ModelConfig
 
@@ -46,7 +47,7 @@ class Shard:
         """
         if not 1 <= world_size <= config.num_kv_heads:
             raise ValueError(
-                f"tensor_parallel_size: expected 1 to {config.num_kv_heads}, the KV heads of the model, got {world_size}"
+                f"tensor_parallel_size: expected 1 to {config.num_kv_heads}, the model's KV heads, got {world_size}"
             )
         kv_heads = split(config.num_kv_heads, world_size)[rank]
         group = config.num_heads // config.num_kv_heads
@@ -60,7 +61,6 @@ class Shard:
             vocabulary=range(rank * stride, min((rank + 1) * stride, config.vocab_size)),
             vocabulary_stride=stride,
         )
-
 
     def of_layer(self, config: ModelConfig) -> ModelConfig:
         """The configuration of a model whose layers are this rank's parts."""
@@ -78,11 +78,11 @@ def split(count: int, world_size: int, unit: int = 1) -> list[range]:
         unit //= 2
     units = -(-count // unit)
     borders = [-(-units * rank // world_size) * unit for rank in range(world_size + 1)]
-    return [range(begin, min(end, count)) for begin, end in zip(borders, borders[1:], strict=False)]
+    return [range(begin, min(end, count)) for begin, end in pairwise(borders)]
 
 
 def _stride(count: int, world_size: int) -> int:
-    """The smallest number of whole panels, or less where there are too few, of which each rank gets one and the last some."""
+    """So many for every rank but the last, which gets the rest: whole panels, or less where there are too few."""
     unit = PANEL
     while True:
         stride = -(-count // (world_size * unit)) * unit

@@ -52,7 +52,7 @@ class StepMessages:
     """
 
     def __init__(self, comm: Communicator) -> None:
-        self._comm = comm
+        self.comm = comm
         self._header = torch.zeros(_HEADER, dtype=torch.int64)
         self._fields = self._header.numpy()
 
@@ -91,25 +91,25 @@ class StepMessages:
 
     def close(self) -> None:
         """End the communicator, and with it all ranks that wait for a message."""
-        self._comm.close()
+        self.comm.close()
 
     def _send(self, fields: tuple[int, ...], body: Tensor | None = None) -> None:
         self._fields[: len(fields)] = fields
         self._fields[-1] = 0 if body is None else len(body)
-        broadcast(self._header, self._comm, out=self._header)
+        broadcast(self._header, self.comm, out=self._header)
         if body is not None:
-            broadcast(body, self._comm, out=body)
+            broadcast(body, self.comm, out=body)
 
     def receive(self) -> Step | BlockCopy | None:
         """Wait for the next message; None for the end."""
-        broadcast(self._header, self._comm, out=self._header)
+        broadcast(self._header, self.comm, out=self._header)
         kind, first, *counts, size = self._fields.tolist()
         if kind == Kind.END:
             return None
         if kind == Kind.COPY_BLOCK:
             return BlockCopy(first, counts[0])
         body = torch.empty(size, dtype=torch.int64)
-        broadcast(body, self._comm, out=body)
+        broadcast(body, self.comm, out=body)
         return Step(_batch(body, *counts[:5]), is_static=bool(first & 2), best=bool(first & 1))
 
 

@@ -119,9 +119,9 @@ class WeightLoader:
         return self._no_wider(self._floating(name, shape, part))
 
     def embedding(
-        self, name: str, vocab_size: int, hidden_size: int, tokens: range | None = None
+        self, name: str, vocab_size: int, hidden_size: int, *, tokens: range | None = None
     ) -> Tensor | GPTQWeight:
-        """The embedding matrix ``[vocab_size, hidden_size]``, or the rows of some tokens, as `ops.embedding` takes it."""
+        """The matrix ``[vocab_size, hidden_size]``, or the rows of some tokens, as `ops.embedding` takes it."""
         tokens = range(vocab_size) if tokens is None else tokens
         inputs, outputs = slice(0, hidden_size), slice(tokens.start, tokens.stop)
         weight = self._quantised(name, hidden_size, vocab_size, False, inputs, outputs)

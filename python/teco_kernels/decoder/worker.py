@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import torch
@@ -26,10 +27,13 @@ def main() -> None:
     try:
         ranks = Ranks.join(settings["segments"], settings["pids"], settings["rank"], settings["timeout"])
         source = load_source(Path(settings["path"]))
-        serve(source, RankOptions.from_dict(settings["options"]), ranks.comm, ranks.messages)
+        serve(source, RankOptions.from_dict(settings["options"]), ranks.comm, ranks.messages, ranks.meet)
     except CommunicatorError:
         # Rank 0 has closed, or tells its caller what happened.
         os._exit(1)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # at once: the others are told that this rank has ended
 
 
 def _end_with_rank_0() -> None:

@@ -1,4 +1,4 @@
-"""Cases of the collectives, by a rank that is alone: schemas, checks and shapes. tests/test_communicator.py has several."""
+"""Cases of the collectives, of a rank that is alone: schemas, checks and shapes."""
 
 from __future__ import annotations
 

@@ -95,9 +95,7 @@ def _packed_case(
     )
 
 
-def _dense_case(
-    tokens: int, vocab_size: int, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype
-) -> Case:
+def _dense_case(tokens: int, vocab_size: int, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> Case:
     return Case(
         operator="embedding",
         params={
