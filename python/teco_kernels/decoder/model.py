@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
@@ -168,11 +170,13 @@ class Transformer:
     def likeliest(self, best: tuple[Tensor, Tensor]) -> list[int]:
         """The likeliest token of each row, from what `best` gave: the lowest among equals, -1 without finite logits."""
         token_ids, logits = best
-        logits = logits.masked_fill(token_ids < 0, torch.nan)
-        rank = logits.argmax(0, keepdim=True)  # the first among equals; NaN counts as the largest
-        offset = rank * self._shard.vocabulary_stride
-        found = token_ids.gather(0, rank) + offset
-        return found.where(logits.gather(0, rank).isfinite(), -1)[0].tolist()
+        found = []
+        # In Python: a few numbers, and torch's own operators take longer to begin with.
+        for ids, values in zip(token_ids.t().tolist(), logits.t().tolist(), strict=True):
+            rank = max(range(len(ids)), key=values.__getitem__)  # the first among equals
+            fine = min(ids) >= 0 and isfinite(values[rank])
+            found.append(ids[rank] + rank * self._shard.vocabulary_stride if fine else -1)
+        return found
 
     def _hidden(self, batch: Batch, cache: KVCache, buffers: Buffers) -> Tensor:
         """Input of the LM head, for the rows whose logits are wanted."""

@@ -113,5 +113,6 @@ def serve(
         if isinstance(message, BlockCopy):
             cache.copy_block(message.source, message.target)
         else:
-            batch = runner.fill_from(message.batch) if message.is_static else message.batch
+            arrays = message.arrays
+            batch = runner.fill_from(arrays) if message.is_static else arrays.to_batch()
             runner.compute(batch, is_static=message.is_static, best=message.best)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from teco_kernels.decoder.batch import Batch, Span
+from teco_kernels.decoder.batch import Batch, BatchArrays, Span
 from teco_kernels.decoder.kv_cache import KVCache
 from teco_kernels.decoder.layers import Buffers
 from teco_kernels.decoder.model import Transformer
@@ -90,6 +90,7 @@ class Runner:
         self._block_table = decode.block_table.numpy()
         self._logits = torch.empty(self._max_planned, model.logits_width, dtype=model.dtype)
         self._plans: dict[tuple[int, bool], tuple[Plan, Batch, Tensor | Best]] = {}
+        self._static_batches: dict[int, Batch] = {}
         self.batch = decode
 
     def run(self, spans: Sequence[Span]) -> Tensor:
@@ -144,15 +145,19 @@ class Runner:
 
     def static_batch(self, num_tokens: int) -> Batch:
         """Where a step of so many tokens that is replayed has its batch."""
-        return self._decode.first(num_tokens)
+        if num_tokens not in self._static_batches:
+            self._static_batches[num_tokens] = self._decode.first(num_tokens)
+        return self._static_batches[num_tokens]
 
-    def fill_from(self, batch: Batch) -> Batch:
+    def fill_from(self, arrays: BatchArrays) -> Batch:
         """Copy a batch to where a step that is replayed has it; of the block table, as much as there is."""
-        static = self.static_batch(len(batch.token_ids))
-        for name in ("token_ids", "positions", "slot_mapping", "seq_lens", "query_start_loc"):
-            getattr(static, name).copy_(getattr(batch, name))
-        num_seqs, width = batch.block_table.shape
-        static.block_table[:num_seqs, :width] = batch.block_table
+        static = self.static_batch(len(arrays.token_ids))
+        for own, given in zip(static.arrays, arrays, strict=True):
+            if own is None or given is None:
+                continue
+            if own.ndim == 2:
+                own = own[: given.shape[0], : given.shape[1]]
+            own[...] = given
         return static
 
     def compute(self, batch: Batch, *, is_static: bool, best: bool) -> Tensor | Best:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from teco_kernels.decoder.batch import Batch
+from teco_kernels.decoder.batch import Batch, BatchArrays
 from teco_kernels.parallel.collectives import broadcast
 from teco_kernels.parallel.communicator import Communicator
 
@@ -21,25 +21,24 @@ class Kind(enum.IntEnum):
     STEP = 2
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A step to run; `is_static` and `best` as `Runner.compute` takes them."""
 
-    batch: Batch
+    arrays: BatchArrays
     is_static: bool
     best: bool
 
 
-@dataclass(frozen=True)
-class BlockCopy:
+class BlockCopy(NamedTuple):
     """A block of the cache to copy."""
 
     source: int
     target: int
 
 
-# A message is this many numbers, and as many more as the last of them says; all int64, so there is nothing to parse.
-_HEADER = 8
+# A message is so many int64 numbers: a few fields, the size of the body, and the body, or as much of it as there is
+# room for. The rest follows, if any. Of a decode step it is nearly never.
+_HEADER, _FIRST = 8, 256
 
 
 class StepMessages:
@@ -53,8 +52,8 @@ class StepMessages:
 
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
-        self._header = torch.zeros(_HEADER, dtype=torch.int64)
-        self._fields = self._header.numpy()
+        self._first = torch.zeros(_FIRST, dtype=torch.int64)
+        self._numbers = self._first.numpy()
 
     def send_step(self, batch: Batch, *, is_static: bool, best: bool, num_seqs: int, width: int) -> None:
         """Have the others run a step.
@@ -66,20 +65,14 @@ class StepMessages:
         num_seqs, width : int
             The part of the block table that is in use.
         """
-        parts = [
-            batch.token_ids,
-            batch.positions,
-            batch.slot_mapping,
-            batch.seq_lens,
-            batch.block_table[:num_seqs, :width].flatten(),
-        ]
-        if (starts := batch.query_start_loc) is not None:
-            parts.append(starts)
-        if (rows := batch.logit_rows) is not None:
-            parts.append(rows)
-        body = torch.cat([part.long() for part in parts])
-        counts = (len(batch.seq_lens), num_seqs, width, starts is not None, -1 if rows is None else len(rows))
-        self._send((Kind.STEP, 2 * is_static + best, *counts), body)
+        arrays = batch.arrays
+        parts = [arrays.token_ids, arrays.positions, arrays.slot_mapping, arrays.seq_lens]
+        parts.append(arrays.block_table[:num_seqs, :width].ravel())
+        parts += [part for part in (arrays.query_start_loc, arrays.logit_rows) if part is not None]
+        num_rows = -1 if arrays.logit_rows is None else len(arrays.logit_rows)
+        flags = 4 * (arrays.query_start_loc is not None) + 2 * is_static + best
+        counts = (len(arrays.token_ids), len(arrays.seq_lens), num_seqs, width, num_rows)
+        self._send((Kind.STEP, flags, *counts), np.concatenate(parts, dtype=np.int64))
 
     def send_copy(self, source: int, target: int) -> None:
         """Have the others copy a block of their caches."""
@@ -93,40 +86,50 @@ class StepMessages:
         """End the communicator, and with it all ranks that wait for a message."""
         self.comm.close()
 
-    def _send(self, fields: tuple[int, ...], body: Tensor | None = None) -> None:
-        self._fields[: len(fields)] = fields
-        self._fields[-1] = 0 if body is None else len(body)
-        broadcast(self._header, self.comm, out=self._header)
+    def _send(self, fields: tuple[int, ...], body: np.ndarray | None = None) -> None:
+        size = 0 if body is None else len(body)
+        self._numbers[: len(fields)] = fields
+        self._numbers[_HEADER - 1] = size
         if body is not None:
-            broadcast(body, self.comm, out=body)
+            self._numbers[_HEADER : _HEADER + size] = body[: _FIRST - _HEADER]
+        broadcast(self._first, self.comm, out=self._first)
+        if body is not None and size > _FIRST - _HEADER:
+            rest = torch.from_numpy(body[_FIRST - _HEADER :])
+            broadcast(rest, self.comm, out=rest)
 
     def receive(self) -> Step | BlockCopy | None:
-        """Wait for the next message; None for the end."""
-        broadcast(self._header, self.comm, out=self._header)
-        kind, first, *counts, size = self._fields.tolist()
+        """Wait for the next message; None for the end. What a step has is overwritten by the message after it."""
+        broadcast(self._first, self.comm, out=self._first)
+        kind, flags, *counts, size = self._numbers[:_HEADER].tolist()
         if kind == Kind.END:
             return None
         if kind == Kind.COPY_BLOCK:
-            return BlockCopy(first, counts[0])
-        body = torch.empty(size, dtype=torch.int64)
-        broadcast(body, self.comm, out=body)
-        return Step(_batch(body, *counts[:5]), is_static=bool(first & 2), best=bool(first & 1))
+            return BlockCopy(flags, counts[0])
+        body = self._numbers[_HEADER : _HEADER + size]
+        if size > len(body):
+            rest = torch.empty(size - len(body), dtype=torch.int64)
+            broadcast(rest, self.comm, out=rest)
+            body = np.concatenate((body, rest.numpy()))
+        return Step(_arrays(body, bool(flags & 4), *counts), is_static=bool(flags & 2), best=bool(flags & 1))
 
 
-def _batch(body: Tensor, all_seqs: int, num_seqs: int, width: int, has_starts: int, num_rows: int) -> Batch:
-    """The batch whose parts `body` has, one after the other; see `StepMessages.send_step`."""
-    after = all_seqs + num_seqs * width + (all_seqs + 1) * has_starts + max(num_rows, 0)
-    num_tokens = (len(body) - after) // 3
-    sizes = [num_tokens, num_tokens, num_tokens, all_seqs, num_seqs * width]
-    sizes += [all_seqs + 1] if has_starts else []
-    sizes += [num_rows] if num_rows >= 0 else []
-    token_ids, positions, slots, lengths, table, *rest = body.split(sizes)
-    return Batch(
-        token_ids=token_ids,
-        positions=positions,
-        slot_mapping=slots,
-        block_table=table.int().view(num_seqs, width),
-        seq_lens=lengths.int(),
-        query_start_loc=rest[0].int() if has_starts else None,
-        logit_rows=rest[-1] if num_rows >= 0 else None,
+def _arrays(
+    body: np.ndarray, has_starts: bool, num_tokens: int, all_seqs: int, num_seqs: int, width: int, num_rows: int
+) -> BatchArrays:
+    """The arrays that `body` has, one after the other; see `StepMessages.send_step`."""
+    begin = 0
+
+    def take(size: int) -> np.ndarray:
+        nonlocal begin
+        begin += size
+        return body[begin - size : begin]
+
+    return BatchArrays(
+        token_ids=take(num_tokens),
+        positions=take(num_tokens),
+        slot_mapping=take(num_tokens),
+        seq_lens=take(all_seqs),
+        block_table=take(num_seqs * width).reshape(num_seqs, width),
+        query_start_loc=take(all_seqs + 1) if has_starts else None,
+        logit_rows=take(num_rows) if num_rows >= 0 else None,
     )
