@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +21,7 @@ from test_gptq_directory import VARIANTS, quantise, quantise_awq
 from tiny_models import logits_of, random_model, relative_error, save_gguf, save_model
 from torch import Tensor
 
+import teco_kernels
 from teco_kernels import LLM, CommunicatorError, SamplingParams
 from teco_kernels.decoder.loader import load_source
 from teco_kernels.decoder.model import Transformer
@@ -363,6 +367,40 @@ def test_a_rank_that_fails_is_an_error(how: signal.Signals, gptq_path: Path) -> 
     assert is_gone(second.pid)
 
 
+PARENT = """
+import sys
+from teco_kernels import LLM, SamplingParams
+llm = LLM(sys.argv[1], tensor_parallel_size=3, max_model_len=128, num_threads=1)
+print(*(process.pid for process in llm._end_ranks.peek()[1].__self__.processes), flush=True)
+while True:
+    llm.generate([[5, 6, 7]], SamplingParams(max_tokens=100, ignore_eos=True), use_tqdm=False)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_ranks_end_with_the_process_that_started_them(how: signal.Signals, gptq_path: Path) -> None:
+    package = str(Path(teco_kernels.__file__).parent.parent)
+    command = [sys.executable, "-c", PARENT, str(gptq_path)]
+    environment = os.environ | {"PYTHONPATH": package}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as parent:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        time.sleep(0.2)
+        os.kill(parent.pid, how)
+        parent.wait(20)
+        deadline = time.monotonic() + 10
+        while not all(map(has_ended, pids)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert all(map(has_ended, pids))
+
+
+def has_ended(pid: int) -> bool:
+    """Whether it runs no more; who takes over the children of a dead process need not ask for their exit codes."""
+    status = Path(f"/proc/{pid}/status")
+    return not status.exists() or "State:\tZ" in status.read_text()
+
+
 def test_a_rank_that_fails_while_it_starts_is_an_error(gptq_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     popen = subprocess.Popen
 
@@ -394,3 +432,74 @@ def test_a_rank_that_cannot_load_is_an_error(
     finally:
         elsewhere.rename(file)
     assert "config.json: file is missing" in capfd.readouterr().err
+
+
+# ---- ranks that torchrun has started
+
+SCRIPT = """
+import json, sys
+from teco_kernels import LLM, SamplingParams, parallel
+from teco_kernels.parallel import shared_memory
+
+path, out, nodes = sys.argv[1:]
+if nodes == "apart":
+    import os
+    shared_memory._host_identity = lambda: os.environ["GROUP_RANK"]
+llm = LLM(path, tensor_parallel_size=2, max_model_len=128, block_size=4, num_threads=1, gptq_activation="exact",
+          recycle_head="lookup", tensor_parallel_timeout=60.0)
+assert llm.engine.model.comm.rank == 0  # the other one does not come here
+sampled = {"temperature": 0.9, "top_k": 50, "seed": 3}
+params = [SamplingParams(max_tokens=24, **options) for options in ({"temperature": 0}, sampled)]
+answers = [llm.generate(json.loads(sys.stdin.read() or "[[5, 6, 7]]"), p, use_tqdm=False) for p in params]
+found = [[output.outputs[0].token_ids for output in outputs] for outputs in answers]
+with open(out, "w") as file:
+    json.dump([llm.engine.model.comm.backend, llm.engine.runner.replayed, found], file)
+"""
+
+
+def torchrun(folder: Path, *arguments: str, nodes: int) -> list[subprocess.Popen[bytes]]:
+    """Two ranks: on one node, or on two that reach one another over the loopback interface."""
+    (folder / "script.py").write_text(SCRIPT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    package = Path(teco_kernels.__file__).parent.parent
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run"),
+                *("--nnodes", str(nodes), "--node-rank", str(node), "--nproc-per-node", str(2 // nodes)),
+                *("--master-addr", "127.0.0.1", "--master-port", str(port)),
+                *(str(folder / "script.py"), *arguments),
+            ],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+        )
+        for node in range(nodes)
+    ]
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_ranks_of_torchrun(nodes: int, gptq_path: Path, tmp_path: Path) -> None:
+    """On one node over shared memory; on two, as far as they can tell, over the process group."""
+    out = tmp_path / "out.json"
+    launchers = torchrun(tmp_path, str(gptq_path), str(out), "apart" if nodes == 2 else "here", nodes=nodes)
+    try:
+        codes = [launcher.wait(120) for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+    assert codes == [0] * nodes
+    backend, replayed, found = json.loads(out.read_text())
+    assert (backend, replayed) == (("shared_memory", True) if nodes == 1 else ("process_group", False))
+    with start(gptq_path, 1, gptq_activation="exact") as one:
+        expected = [tokens(one, SEVERAL_PARAMS[kind], [[5, 6, 7]]) for kind in ("greedy", "sampled")]
+    assert found == [[answer for (answer,) in outputs] for outputs in expected]
+
+
+def test_torchrun_with_another_number_of_ranks(monkeypatch: pytest.MonkeyPatch, gptq_path: Path) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    with pytest.raises(ValueError, match="tensor_parallel_size: expected 4, the ranks of the default process group"):
+        start(gptq_path, 2)
