@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -188,6 +189,43 @@ def part_of_the_ranks(comm: tk.Communicator) -> float:
 
 def test_subgroups() -> None:
     assert ranks.run(part_of_the_ranks, 4) == [1.0, 1.0, 5.0, 5.0]
+
+
+# ---- memory that the others read where it lies
+
+
+def registered(comm: tk.Communicator) -> None:
+    """Two places in turns, as partial sums of layers; large ones too, and some that lie elsewhere in between."""
+    memory = comm.registered.view(torch.float32).view(2, -1)
+    for seed, count in enumerate([1, 7, 64, 5000, 70_000, 300_001, 12] * 2):
+        everyone = [of_rank(rank, (count,), torch.float32, seed) for rank in range(comm.world_size)]
+        x = memory[seed % 2, :count].copy_(everyone[comm.rank])
+        assert torch.equal(tk.all_reduce(x, comm), sum_in_order(everyone)), count
+        assert torch.equal(x, everyone[comm.rank])
+        if seed % 3 == 0:
+            assert torch.equal(tk.all_reduce(x, comm, out=x), sum_in_order(everyone))  # which takes the usual way
+    for tokens in (1, 300):
+        x = memory[0, : 576 * tokens].view(tokens, 576).copy_(of_rank(comm.rank, (tokens, 576), torch.float32))
+        residual, weight = of_rank(50, (tokens, 576), torch.float32), of_rank(51, (576,), torch.float32)
+        expected = tk.fused_add_rms_norm(tk.all_reduce(x.clone(), comm), residual, weight, 1e-5)
+        for got, wanted in zip(tk.all_reduce_rms_norm(x, residual, weight, 1e-5, comm), expected, strict=True):
+            assert torch.equal(got, wanted)
+    if comm.backend == "shared_memory" and comm.world_size > 1:
+        with pytest.raises(tk.CommunicatorError, match="called"):
+            tk.all_reduce(memory[0, :8] if comm.rank else memory[1, :8], comm)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_registered_memory_is_summed_where_it_lies(world_size: int) -> None:
+    ranks.run(registered, world_size, registered_bytes=8 * 301_000)
+
+
+def test_registered_memory_lives_as_long_as_its_tensors() -> None:
+    native = _host.Communicator(_host.Segment.create(1, 1000), 0, [os.getpid()], 1.0)
+    memory = shared_memory.SharedMemoryTransport(native, 1000).registered
+    del native
+    gc.collect()
+    assert memory.fill_(3).sum() == 3000
 
 
 # ---- in plans, and in the company of other threads

@@ -420,9 +420,9 @@ def test_a_rank_that_cannot_load_is_an_error(
     """Rank 0 has the files open; the other one does not find them any more, and says so."""
     file, elsewhere = gptq_path / "config.json", tmp_path / "config.json"
 
-    def start_without_file(*args: Any) -> Ranks:
+    def start_without_file(*args: Any, **options: Any) -> Ranks:
         file.rename(elsewhere)
-        return original(*args)
+        return original(*args, **options)
 
     original = Ranks.start
     monkeypatch.setattr(Ranks, "start", start_without_file)

@@ -48,6 +48,12 @@ class TECO_VISIBLE Communicator {
   // out, in: [count], of any kind; `in` is looked at by the root only
   void broadcast(void* out, const void* in, int64_t count, int element_bytes, int dtype, int root);
 
+  // Memory of this rank that all others can read where it lies: what all_reduce and all_reduce_rms_norm are given from
+  // there, at the same place on every rank, is not copied. It may be written again as soon as this rank has come out of
+  // the next collective; `out` must lie elsewhere.
+  char* registered() const { return segment_.registered(rank()); }
+  int64_t registered_bytes() const { return segment_.registered_bytes(); }
+
   // Once all ranks have the segment.
   void close_descriptor() { segment_.close_descriptor(); }
   // Any call of the others from now on fails; so do this rank's.
@@ -67,11 +73,17 @@ class TECO_VISIBLE Communicator {
 
   // Sums of whatever length, slot by slot; after(n) is called as soon as the first n elements of out are there.
   template <class After>
-  void reduce(const Call& call, void* out, const void* in, int64_t count, DType dtype, After after);
+  void reduce(Call call, void* out, const void* in, int64_t count, DType dtype, After after);
   template <class After>
   void reduce_one_shot(const Call& call, char* out, const char* in, int64_t count, DType dtype, Way way, After after);
+  // From registered memory, at `offset`.
+  template <class After>
+  void reduce_registered(const Call& call, char* out, const char* in, int64_t count, DType dtype, After after);
   template <class After>
   void reduce_two_shot(const Call& call, char* out, const char* in, int64_t count, DType dtype, Way way, After after);
+
+  // Where in registered memory so many bytes lie that are to be summed into `out`; -1 where they do not, or `out` does.
+  int64_t registered_offset(const void* in, const void* out, int64_t bytes) const;
 
   // Runs body(way), and takes note of the time that it took where the message is large enough.
   template <class Body>

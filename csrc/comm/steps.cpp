@@ -31,6 +31,7 @@ std::string describe(const Call& call) {
        << static_cast<int>(call.dtype);
   if (call.collective == Collective::kBroadcast) text << " from rank " << call.root;
   if (call.collective == Collective::kAllReduceRmsNorm) text << " in rows of " << call.row_size;
+  if (call.registered >= 0) text << " at " << call.registered << " of registered memory";
   return text.str();
 }
 

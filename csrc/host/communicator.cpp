@@ -48,9 +48,9 @@ void bind_communicator(py::module_& m) {
   m.attr("MAX_RANKS") = comm::kMaxRanks;
 
   py::class_<Segment>(m, "Segment")
-      .def_static("create", &Segment::create, py::arg("world_size"))
+      .def_static("create", &Segment::create, py::arg("world_size"), py::arg("registered_bytes") = 0)
       .def_static("open", &Segment::open, py::arg("pid"), py::arg("descriptor"), py::arg("token"),
-                  py::arg("world_size"))
+                  py::arg("world_size"), py::arg("registered_bytes") = 0)
       .def_property_readonly("descriptor", &Segment::descriptor)
       .def_property_readonly("token", &Segment::token);
 
@@ -60,6 +60,8 @@ void bind_communicator(py::module_& m) {
            }),
            py::arg("segment"), py::arg("rank"), py::arg("pids"), py::arg("timeout"))
       .def_property_readonly("number", &Communicator::number)
+      .def_property_readonly(
+          "registered", [](const Communicator& comm) { return reinterpret_cast<uintptr_t>(comm.registered()); })
       .def("close_descriptor", &Communicator::close_descriptor)
       .def("close", &Communicator::close)
       .def_property_readonly("ended", &Communicator::ended)

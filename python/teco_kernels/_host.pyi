@@ -163,11 +163,14 @@ class Segment:
     """Memory without a name that the ranks of a communicator share: gone with the last process that has mapped it."""
 
     @staticmethod
-    def create(world_size: int) -> Segment:
-        """Take new memory, of mode 0600. RuntimeError when there is none of this kind."""
+    def create(world_size: int, registered_bytes: int = 0) -> Segment:
+        """Take new memory, of mode 0600, `registered_bytes` of it for each rank to write itself.
+
+        RuntimeError when there is none of this kind.
+        """
 
     @staticmethod
-    def open(pid: int, descriptor: int, token: int, world_size: int) -> Segment:
+    def open(pid: int, descriptor: int, token: int, world_size: int, registered_bytes: int = 0) -> Segment:
         """Map that of another process by its descriptor there. RuntimeError when it cannot be, or is not the one."""
 
     @property
@@ -197,6 +200,10 @@ class Communicator:
     @property
     def number(self) -> int:
         """Of this communicator in this process."""
+
+    @property
+    def registered(self) -> int:
+        """Address of this rank's registered memory, valid for as long as the object lives."""
 
     def close_descriptor(self) -> None:
         """Let nobody open the segment any more."""

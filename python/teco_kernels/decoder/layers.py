@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from teco_kernels.decoder.arena import ArenaPlan, Intermediate
 from teco_kernels.decoder.batch import Batch
 from teco_kernels.decoder.kv_cache import LayerCache
 from teco_kernels.decoder.shard import Shard, times
@@ -57,6 +58,41 @@ class Layer:
     sliding_window: int | None
 
 
+# The operations of a layer: what their results are for, and how long these live.
+_NORM, _QKV, _ATTEND, _OUTPUT, _POST_NORM, _GATE_UP, _ACTIVATE, _DOWN, _NEXT_NORM = range(9)
+
+
+def arena_plan(shape: LayerShape, dtype: torch.dtype) -> ArenaPlan:
+    """Of what a rank computes and keeps to itself."""
+    heads = shape.num_heads + 2 * shape.num_kv_heads
+    return ArenaPlan.make(
+        [
+            Intermediate("hidden", shape.hidden_size, _NORM, _NEXT_NORM),
+            Intermediate("residual", shape.hidden_size, _NORM, _NEXT_NORM),
+            Intermediate("qkv", heads * shape.head_dim, _QKV, _ATTEND),
+            Intermediate("attended", shape.num_heads * shape.head_dim, _ATTEND, _OUTPUT),
+            Intermediate("gate_up", 2 * shape.intermediate_size, _GATE_UP, _ACTIVATE),
+            Intermediate("activated", shape.intermediate_size, _ACTIVATE, _DOWN),
+        ],
+        dtype,
+    )
+
+
+def shared_plan(shape: LayerShape, dtype: torch.dtype) -> ArenaPlan:
+    """Of partial sums, which other ranks read where they lie.
+
+    They may do so until this rank has come out of the collective after the one that adds these up. So there are two,
+    used in turns.
+    """
+    return ArenaPlan.make(
+        [
+            Intermediate("attention_sum", shape.hidden_size, _OUTPUT, _NEXT_NORM),
+            Intermediate("mlp_sum", shape.hidden_size, _DOWN, _NEXT_NORM),
+        ],
+        dtype,
+    )
+
+
 class Buffers(NamedTuple):
     """Where a step puts what it computes; every layer writes over what the one before has left.
 
@@ -70,6 +106,8 @@ class Buffers(NamedTuple):
         ``[T, num_heads * head_dim]``.
     gate_up, activated : Tensor
         ``[T, 2 * intermediate_size]`` and ``[T, intermediate_size]``.
+    attention_sum, mlp_sum : Tensor
+        ``[T, hidden_size]``: what a branch gives on this rank; `hidden` where there are no others.
     """
 
     hidden: Tensor
@@ -78,20 +116,21 @@ class Buffers(NamedTuple):
     attended: Tensor
     gate_up: Tensor
     activated: Tensor
+    attention_sum: Tensor
+    mlp_sum: Tensor
 
     @classmethod
-    def allocate(cls, shape: LayerShape, num_tokens: int, dtype: torch.dtype) -> Buffers:
-        """For steps of up to `num_tokens` tokens. The system gives memory to a row when it is first written."""
-        heads = shape.num_heads + 2 * shape.num_kv_heads
-        sizes = (
-            shape.hidden_size,
-            shape.hidden_size,
-            heads * shape.head_dim,
-            shape.num_heads * shape.head_dim,
-            2 * shape.intermediate_size,
-            shape.intermediate_size,
-        )
-        return cls(*(torch.empty(num_tokens, size, dtype=dtype) for size in sizes))
+    def allocate(cls, shape: LayerShape, num_tokens: int, dtype: torch.dtype, shared: Tensor | None = None) -> Buffers:
+        """For steps of up to `num_tokens` tokens. The system gives memory to a row when it is first written.
+
+        `shared` is uint8 memory that other ranks can read, as `shared_plan` asks for.
+        """
+        plan = arena_plan(shape, dtype)
+        own = plan.place(torch.empty(num_tokens * plan.bytes_per_token, dtype=torch.uint8), num_tokens, dtype)
+        sums = {"attention_sum": own["hidden"], "mlp_sum": own["hidden"]}
+        if shared is not None:
+            sums = shared_plan(shape, dtype).place(shared, num_tokens, dtype)
+        return cls(**own, **sums)
 
     def rows(self, num_tokens: int) -> Buffers:
         """The first rows, for a smaller step."""
@@ -141,18 +180,19 @@ class LayerStack:
         for layer, cache, next_norm in zip(self.layers, caches, self._next_norms, strict=True):
             layer.qkv(hidden, out=buffers.qkv)
             self._attend(layer, batch, cache, buffers)
-            layer.output(buffers.attended, out=hidden)
-            self._add_and_norm(hidden, residual, layer.post_attention_norm)
+            layer.output(buffers.attended, out=buffers.attention_sum)
+            self._add_and_norm(buffers.attention_sum, buffers, layer.post_attention_norm)
             layer.gate_up(hidden, out=buffers.gate_up)
             silu_and_mul(buffers.gate_up, out=buffers.activated)
-            layer.down(buffers.activated, out=hidden)
-            self._add_and_norm(hidden, residual, next_norm)
+            layer.down(buffers.activated, out=buffers.mlp_sum)
+            self._add_and_norm(buffers.mlp_sum, buffers, next_norm)
 
-    def _add_and_norm(self, hidden: Tensor, residual: Tensor, norm: Tensor) -> None:
+    def _add_and_norm(self, branch: Tensor, buffers: Buffers, norm: Tensor) -> None:
+        residual, out = buffers.residual, (buffers.hidden, buffers.residual)
         if self._comm is None:
-            fused_add_rms_norm(hidden, residual, norm, self._eps, out=(hidden, residual))
+            fused_add_rms_norm(branch, residual, norm, self._eps, out=out)
         else:
-            all_reduce_rms_norm(hidden, residual, norm, self._eps, self._comm, out=(hidden, residual))
+            all_reduce_rms_norm(branch, residual, norm, self._eps, self._comm, out=out)
 
     @property
     def nbytes(self) -> int:

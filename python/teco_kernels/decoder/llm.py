@@ -16,7 +16,7 @@ from teco_kernels.decoder.config import ModelConfig
 from teco_kernels.decoder.engine import Engine
 from teco_kernels.decoder.kv_cache import CACHE_DTYPES
 from teco_kernels.decoder.loader import Source, load_source
-from teco_kernels.decoder.rank import DTYPES, RankOptions, make_cache, make_model, serve
+from teco_kernels.decoder.rank import DTYPES, RankOptions, make_cache, make_model, registered_bytes, serve
 from teco_kernels.decoder.ranks import Ranks
 from teco_kernels.decoder.recycle_head import RecycleHeadTensors, shipped_recycle_head
 from teco_kernels.decoder.recycle_module import RecycleModule
@@ -388,12 +388,15 @@ class LLM:
 
 def _meet_ranks(source: Source, options: RankOptions, size: int, num_threads: int | None, timeout: float) -> Ranks:
     """The ranks that share the model. Does not return on those that are not the first: they exit when all is done."""
-    found = Ranks.find(size, timeout)
+    shared = registered_bytes(source, options)
+    found = Ranks.find(size, registered_bytes=shared, timeout=timeout)
     if found is None:
         if num_threads is None:
             num_threads = max(1, torch.get_num_threads() // size)
             torch.set_num_threads(num_threads)
-        return Ranks.start(source.path, options, size, num_threads, timeout)
+        return Ranks.start(
+            source.path, options, size, num_threads=num_threads, registered_bytes=shared, timeout=timeout
+        )
     found.check_options(options)
     if found.comm.rank > 0:
         serve(source, options, found.comm, found.messages)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from teco_kernels.decoder.kv_cache import CACHE_DTYPES, KVCache
+from teco_kernels.decoder.layers import shared_plan
 from teco_kernels.decoder.loader import Source
 from teco_kernels.decoder.model import Transformer
 from teco_kernels.decoder.recycle_head import RecycleHeadConfig
@@ -53,6 +54,12 @@ class RankOptions:
     def from_dict(cls, values: Mapping[str, Any]) -> RankOptions:
         """From what `to_dict` gave."""
         return cls(**values)
+
+
+def registered_bytes(source: Source, options: RankOptions) -> int:
+    """Memory of a rank that the others read in a step."""
+    num_tokens = max(options.max_num_batched_tokens, options.max_num_seqs)
+    return num_tokens * shared_plan(source.config, DTYPES[options.dtype]).bytes_per_token
 
 
 def make_cache(

@@ -59,7 +59,16 @@ class Ranks:
     natives: Sequence[_host.Communicator] = ()
 
     @classmethod
-    def start(cls, path: Path, options: RankOptions, world_size: int, num_threads: int, timeout: float) -> Ranks:
+    def start(
+        cls,
+        path: Path,
+        options: RankOptions,
+        world_size: int,
+        *,
+        num_threads: int,
+        registered_bytes: int,
+        timeout: float,
+    ) -> Ranks:
         """Start processes for all ranks but this one, which becomes rank 0.
 
         They end when it closes or ends, however that happens, and as soon as any other has ended. To be followed by
@@ -72,7 +81,8 @@ class Ranks:
         """
         processes: list[subprocess.Popen[bytes]] = []
         try:
-            segments = [_host.Segment.create(world_size) for _ in _COMMUNICATORS]
+            sizes = (registered_bytes, 0, 0)
+            segments = [_host.Segment.create(world_size, size) for size in sizes]
             command = [sys.executable, "-c", _WORKER, json.dumps([str(entry) for entry in sys.path])]
             for _ in range(world_size - 1):
                 processes.append(subprocess.Popen(command, stdin=subprocess.PIPE))
@@ -81,7 +91,7 @@ class Ranks:
                 settings = {
                     "rank": rank,
                     "pids": pids,
-                    "segments": [(segment.descriptor, segment.token) for segment in segments],
+                    "segments": [(s.descriptor, s.token, size) for s, size in zip(segments, sizes, strict=True)],
                     "timeout": timeout,
                     "num_threads": num_threads,
                     "path": str(path),
@@ -93,7 +103,8 @@ class Ranks:
                     process.stdin.flush()  # and left open: its end tells them of ours
                 except BrokenPipeError:
                     raise OSError(f"rank {rank} has ended") from None
-            return cls._over_memory(segments, 0, pids, {"comm": timeout, "messages": timeout}, processes)
+            timeouts = {"comm": timeout, "messages": timeout}
+            return cls._over_memory(segments, sizes, 0, pids, timeouts, processes)
         except (RuntimeError, OSError) as error:
             _end_processes(processes)
             raise _host.CommunicatorError(f"starting {world_size} ranks of a model: {error}") from error
@@ -102,30 +113,34 @@ class Ranks:
             raise
 
     @classmethod
-    def join(cls, segments: Sequence[tuple[int, int]], pids: Sequence[int], rank: int, timeout: float) -> Ranks:
+    def join(cls, segments: Sequence[tuple[int, int, int]], pids: Sequence[int], rank: int, timeout: float) -> Ranks:
         """In a process that `start` has started: join the others. What to pass is what `start` has sent."""
-        opened = [_host.Segment.open(pids[0], *segment, len(pids)) for segment in segments]
+        opened, sizes = [], []
+        for descriptor, token, size in segments:
+            opened.append(_host.Segment.open(pids[0], descriptor, token, len(pids), size))
+            sizes.append(size)
         # It waits for messages for as long as rank 0 lives.
-        return cls._over_memory(opened, rank, pids, {"comm": timeout}, ())
+        return cls._over_memory(opened, sizes, rank, pids, {"comm": timeout}, ())
 
     @classmethod
     def _over_memory(
         cls,
         segments: Sequence[_host.Segment],
+        sizes: Sequence[int],
         rank: int,
         pids: Sequence[int],
         timeouts: dict[str, float],
         processes: Sequence[subprocess.Popen[bytes]],
     ) -> Ranks:
         comms, natives = {}, []
-        for name, segment in zip(_COMMUNICATORS, segments, strict=True):
+        for name, segment, size in zip(_COMMUNICATORS, segments, sizes, strict=True):
             timeout = timeouts.get(name, math.inf)
             natives.append(_host.Communicator(segment, rank, pids, timeout))
-            comms[name] = Communicator(SharedMemoryTransport(natives[-1]), rank, len(pids), timeout, "")
+            comms[name] = Communicator(SharedMemoryTransport(natives[-1], size), rank, len(pids), timeout, "")
         return cls(comms["comm"], StepMessages(comms["messages"]), processes, comms["loading"], natives)
 
     @classmethod
-    def find(cls, world_size: int, timeout: float) -> Ranks | None:
+    def find(cls, world_size: int, *, registered_bytes: int, timeout: float) -> Ranks | None:
         """The ranks of the default process group, or of torchrun, which is then made; None when there are none.
 
         Raises
@@ -141,7 +156,7 @@ class Ranks:
             raise ValueError(
                 f"tensor_parallel_size: expected {found}, the ranks of the default process group, got {world_size}"
             )
-        comm = Communicator.from_process_group(timeout=timeout)
+        comm = Communicator.from_process_group(timeout=timeout, registered_bytes=registered_bytes)
         # Workers wait for as long as rank 0 lives; how long it waits for them is another thing.
         group = dist.new_group(timeout=timedelta(days=365))
         patience = timeout if dist.get_rank() == 0 else math.inf

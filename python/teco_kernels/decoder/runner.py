@@ -70,7 +70,8 @@ class Runner:
         self.cache = cache
         self.replayed = self.is_static = False
         self.observer: Observer | None = None
-        self.buffers = Buffers.allocate(model.shape, max(max_tokens, max_num_seqs), model.dtype)
+        shared = None if model.comm is None else model.comm.registered
+        self.buffers = Buffers.allocate(model.shape, max(max_tokens, max_num_seqs), model.dtype, shared)
         max_blocks = -(-max_model_len // cache.block_size)
         self._max_decode_tokens = max_decode_tokens
         self._max_planned = min(max_num_seqs * max_decode_tokens, max(max_tokens, max_num_seqs))

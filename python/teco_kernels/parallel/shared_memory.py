@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from pathlib import Path
@@ -26,11 +27,14 @@ class SharedMemoryTransport:
     ----------
     number : int
         By which the operators know the communicator.
+    registered : Tensor
+        uint8 ``[registered_bytes]``, see `Communicator.registered`.
     """
 
-    def __init__(self, native: _host.Communicator) -> None:
+    def __init__(self, native: _host.Communicator, registered_bytes: int = 0) -> None:
         self._native = native
         self.number = native.number
+        self.registered = _memory_at(native.registered, registered_bytes, native)
 
     @classmethod
     def alone(cls) -> SharedMemoryTransport:
@@ -64,6 +68,15 @@ class SharedMemoryTransport:
         self._native.close()
 
 
+def _memory_at(address: int, nbytes: int, owner: object) -> Tensor:
+    """A uint8 tensor over memory that is there for as long as `owner` is, which it keeps."""
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    memory = (ctypes.c_uint8 * nbytes).from_address(address)
+    memory._owner = owner  # type: ignore[attr-defined]
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
 def problem_here() -> str:
     """Why this process cannot share memory with others; empty when it can."""
     try:
@@ -73,7 +86,7 @@ def problem_here() -> str:
     return ""
 
 
-def connect(group: dist.ProcessGroup, timeout: float) -> tuple[_host.Communicator | None, str]:
+def connect(group: dist.ProcessGroup, timeout: float, registered_bytes: int) -> tuple[_host.Communicator | None, str]:
     """The native communicator of this rank, or None and the reason, which all ranks share.
 
     Rank 0 makes the memory, without a name, so that nothing is left of it whoever dies when; the others open it by its
@@ -96,7 +109,7 @@ def connect(group: dist.ProcessGroup, timeout: float) -> tuple[_host.Communicato
     offer: dict[str, Any] = {"problem": ""}
     if rank == 0:
         try:
-            segment = _host.Segment.create(world_size)
+            segment = _host.Segment.create(world_size, registered_bytes)
             offer |= {"descriptor": segment.descriptor, "token": segment.token}
         except RuntimeError as error:
             offer["problem"] = str(error)
@@ -105,7 +118,9 @@ def connect(group: dist.ProcessGroup, timeout: float) -> tuple[_host.Communicato
     pids = [message["pid"] for message in everyone]
     if not offer["problem"]:
         try:
-            segment = segment or _host.Segment.open(pids[0], offer["descriptor"], offer["token"], world_size)
+            if segment is None:
+                found = offer["descriptor"], offer["token"]
+                segment = _host.Segment.open(pids[0], *found, world_size, registered_bytes)
             native = _host.Communicator(segment, rank, pids, timeout)
         except RuntimeError as error:
             outcome["problem"] = str(error)
