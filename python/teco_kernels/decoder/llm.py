@@ -400,6 +400,7 @@ def _meet_ranks(source: Source, options: RankOptions, size: int, num_threads: in
     found.check_options(options)
     if found.comm.rank > 0:
         serve(source, options, found.comm, found.messages)
+        found.end()
         raise SystemExit(0)
     return found
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -50,6 +50,8 @@ class Ranks:
         To wait in, as long as it takes, until all have loaded their parts.
     natives : sequence of _host.Communicator
         Of these, where their memory may still be open for others to join.
+    leave : callable
+        Destroys the process groups that were made for this.
     """
 
     comm: Communicator
@@ -57,6 +59,7 @@ class Ranks:
     processes: Sequence[subprocess.Popen[bytes]] = ()
     loading: Communicator | None = None
     natives: Sequence[_host.Communicator] = ()
+    leave: Callable[[], object] = lambda: None
 
     @classmethod
     def start(
@@ -148,7 +151,7 @@ class Ranks:
         ValueError
             There are more or fewer than `world_size`.
         """
-        if not dist.is_initialized():
+        if is_own := not dist.is_initialized():
             if not dist.is_torchelastic_launched():
                 return None
             dist.init_process_group("gloo")
@@ -160,7 +163,9 @@ class Ranks:
         # Workers wait for as long as rank 0 lives; how long it waits for them is another thing.
         group = dist.new_group(timeout=timedelta(days=365))
         patience = timeout if dist.get_rank() == 0 else math.inf
-        return cls(comm, StepMessages(Communicator.from_process_group(group, timeout=patience)))
+        messages = StepMessages(Communicator.from_process_group(group, timeout=patience))
+        # Without a group, all are destroyed.
+        return cls(comm, messages, leave=lambda: dist.destroy_process_group(None if is_own else group))
 
     def check_options(self, options: RankOptions) -> None:
         """Raise ValueError, on every rank, where ranks were given different ones."""
@@ -177,14 +182,18 @@ class Ranks:
                 native.close_descriptor()
 
     def end(self) -> None:
-        """Let the other ranks end, and wait for those that were started here."""
+        """Let the other ranks end, and wait for those that were started here; on these, leave."""
         if not self.processes:
             with contextlib.suppress(_host.CommunicatorError):  # they know
-                self.messages.send_end()
+                if self.comm.rank == 0:
+                    self.messages.send_end()
+                all_gather(torch.zeros(1), self.comm)  # all have heard it
         for comm in (self.messages.comm, self.comm, self.loading):
             if comm is not None:
                 comm.close()
         _end_processes(self.processes)
+        with contextlib.suppress(RuntimeError):  # of ranks that are gone
+            self.leave()
 
     def end_with(self, owner: object) -> weakref.finalize:  # type: ignore[type-arg]
         """Call `end` once: when the result is called, when `owner` is gone, or at exit."""
