@@ -27,7 +27,6 @@ class TecoRank:
 
         self.group = GlooRank(rank, world_size, folder, name="teco")
         import teco_kernels
-
         from teco_kernels.ops import Plan
 
         self.torch, self.teco, self.plan = torch, teco_kernels, Plan

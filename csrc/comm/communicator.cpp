@@ -20,7 +20,8 @@ int64_t size_of(DType dtype) {
 }
 
 Call call_of(Collective collective, int dtype, int64_t count, int root = 0, int64_t row_size = 0) {
-  return {collective, static_cast<uint8_t>(dtype), static_cast<int16_t>(root), static_cast<uint32_t>(row_size), count, -1};
+  return {collective, static_cast<uint8_t>(dtype), static_cast<int16_t>(root), static_cast<uint32_t>(row_size), count,
+          -1};
 }
 
 void copy(void* to, const void* from, int64_t bytes) {

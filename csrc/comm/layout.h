@@ -23,10 +23,10 @@ constexpr size_t kNumCollectives = 5;
 // What a rank takes part in. Ranks compare theirs before any of them looks at another's data.
 struct Call {
   Collective collective;
-  uint8_t dtype;      // as the caller numbers them
-  int16_t root;       // of a broadcast
-  uint32_t row_size;  // of a norm
-  int64_t count;      // elements that a rank gives
+  uint8_t dtype;       // as the caller numbers them
+  int16_t root;        // of a broadcast
+  uint32_t row_size;   // of a norm
+  int64_t count;       // elements that a rank gives
   int64_t registered;  // where they lie in its registered memory, in bytes; -1: in its slot
 
   bool operator==(const Call&) const = default;

@@ -68,7 +68,8 @@ Segment Segment::open(pid_t pid, int descriptor, uint64_t token, int world_size,
   if (opened.value < 0) fail(path);
   struct stat status{};
   if (::fstat(opened.value, &status) != 0) fail(path);
-  if (status.st_size != static_cast<off_t>(bytes(world_size, registered_bytes))) fail(path + " is something else", EINVAL);
+  if (status.st_size != static_cast<off_t>(bytes(world_size, registered_bytes)))
+    fail(path + " is something else", EINVAL);
   Segment segment(opened.release(), world_size, registered_bytes);
   segment.close_descriptor();
   if (segment.token() != token) fail(path + " is another segment", EINVAL);
@@ -77,8 +78,8 @@ Segment Segment::open(pid_t pid, int descriptor, uint64_t token, int world_size,
 
 Segment::Segment(int descriptor, int world_size, int64_t registered_bytes)
     : descriptor_(descriptor), world_size_(world_size), registered_bytes_(whole_pages(registered_bytes)) {
-  void* memory =
-      ::mmap(nullptr, bytes(world_size, registered_bytes), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, descriptor, 0);
+  void* memory = ::mmap(nullptr, bytes(world_size, registered_bytes), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE,
+                        descriptor, 0);
   if (memory == MAP_FAILED) {
     const int error = errno;
     ::close(descriptor);

@@ -60,8 +60,8 @@ void bind_communicator(py::module_& m) {
            }),
            py::arg("segment"), py::arg("rank"), py::arg("pids"), py::arg("timeout"))
       .def_property_readonly("number", &Communicator::number)
-      .def_property_readonly(
-          "registered", [](const Communicator& comm) { return reinterpret_cast<uintptr_t>(comm.registered()); })
+      .def_property_readonly("registered",
+                             [](const Communicator& comm) { return reinterpret_cast<uintptr_t>(comm.registered()); })
       .def("close_descriptor", &Communicator::close_descriptor)
       .def("close", &Communicator::close)
       .def_property_readonly("ended", &Communicator::ended)
