@@ -222,7 +222,8 @@ def start(path: Path, world_size: int, **options: Any) -> LLM:
 
 def processes(llm: LLM) -> list[subprocess.Popen[bytes]]:
     """Of the other ranks."""
-    return list(llm._end_ranks.peek()[1].__self__.processes)  # type: ignore[attr-defined]
+    assert llm._ranks is not None
+    return list(llm._ranks.processes)
 
 
 def tokens(llm: LLM, params: Any, prompts: Any = PROMPTS) -> list[list[list[int]]]:
@@ -371,7 +372,7 @@ PARENT = """
 import sys
 from teco_kernels import LLM, SamplingParams
 llm = LLM(sys.argv[1], tensor_parallel_size=3, max_model_len=128, num_threads=1)
-print(*(process.pid for process in llm._end_ranks.peek()[1].__self__.processes), flush=True)
+print(*(process.pid for process in llm._ranks.processes), flush=True)
 while True:
     llm.generate([[5, 6, 7]], SamplingParams(max_tokens=100, ignore_eos=True), use_tqdm=False)
 """

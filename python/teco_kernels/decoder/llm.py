@@ -173,11 +173,12 @@ class LLM:
         )
         shard = Shard.of(source.config, 0, tensor_parallel_size)
         cache = make_cache(source, options, shard, None if head_tensors is None else head_tensors.config)
-        ranks = None
+        ranks: Ranks | None = None
         self._end_ranks: Callable[[], object] = lambda: None
         if tensor_parallel_size > 1:
             ranks = _meet_ranks(source, options, tensor_parallel_size, num_threads, tensor_parallel_timeout)
             self._end_ranks = ranks.end_with(self)
+        self._ranks = ranks
         try:
             model = make_model(source, options, shard, None if ranks is None else ranks.comm)
             if ranks is not None:

@@ -196,8 +196,12 @@ class Ranks:
             self.leave()
 
     def end_with(self, owner: object) -> weakref.finalize:  # type: ignore[type-arg]
-        """Call `end` once: when the result is called, when `owner` is gone, or at exit."""
-        return weakref.finalize(owner, self.end)
+        """Call `end` once: when the result is called, when `owner` is gone, or at exit; in no forked child."""
+        return weakref.finalize(owner, _in_process(os.getpid(), self.end))
+
+
+def _in_process(pid: int, function: Callable[[], object]) -> Callable[[], object]:
+    return lambda: function() if os.getpid() == pid else None
 
 
 def _end_processes(processes: Sequence[subprocess.Popen[bytes]]) -> None:
