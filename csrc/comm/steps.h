@@ -46,6 +46,7 @@ class Steps {
   const int rank_, world_size_;
   const Peers peers_;
   const std::chrono::nanoseconds timeout_;
+  const int spins_;
   Step step_;
 };
 
