@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 RANK = Path(__file__).with_name("collectives_rank.py")
 SIZES = {"64 B": 64, "4 KB": 4 << 10, "8 KB": 8 << 10, "16 KB": 16 << 10, "256 KB": 256 << 10, "16 MB": 16 << 20}
-# "native": the pybind11 call alone, in place.
+# "native": in place, in a recorded plan.
 TECO_CASES = (
     "all_reduce",
     "all_reduce, in place",

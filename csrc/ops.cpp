@@ -43,10 +43,10 @@ STABLE_TORCH_LIBRARY(teco_kernels, m) {
   m.def("cpu_isa_compiled() -> str");
   m.def("compiler() -> str");
 
-  m.def("embedding(Tensor(a!) out, Tensor token_ids, Tensor weight) -> ()");
+  m.def("embedding(Tensor(a!) out, Tensor token_ids, Tensor weight, int? first_token) -> ()");
   m.def(
       "embedding.gptq(Tensor(a!) out, Tensor token_ids, Tensor weight, Tensor? input_order, int vocab_size, "
-      "int hidden_size, int bits, bool has_minimum) -> ()");
+      "int hidden_size, int bits, bool has_minimum, int? first_token) -> ()");
   m.def("rms_norm(Tensor(a!) out, Tensor input, Tensor weight, float eps) -> ()");
   m.def(
       "fused_add_rms_norm(Tensor(a!) out, Tensor(b!) residual_out, Tensor input, Tensor residual, Tensor weight, "
@@ -98,6 +98,14 @@ STABLE_TORCH_LIBRARY(teco_kernels, m) {
       "verify_recycled_sampled(Tensor(a!) num_accepted, Tensor(b!) next_token_ids, Tensor target_probs, "
       "Tensor recycled_probs, Tensor recycled_token_ids, Tensor seed, Tensor offset) -> ()");
 
+  m.def("all_reduce(Tensor(a!) out, Tensor input, int comm) -> ()");
+  m.def(
+      "all_reduce_rms_norm(Tensor(a!) out, Tensor(b!) residual_out, Tensor input, Tensor residual, Tensor weight, "
+      "float eps, int comm) -> ()");
+  m.def("all_gather(Tensor(a!) out, Tensor input, int comm) -> ()");
+  m.def("reduce_scatter(Tensor(a!) out, Tensor input, int comm) -> ()");
+  m.def("broadcast(Tensor(a!) out, Tensor input, int root, int comm) -> ()");
+
   m.def("_plan_begin() -> ()");
   m.def("_plan_end() -> int");
   m.def("_plan_run(int plan) -> ()");
@@ -143,6 +151,11 @@ STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CPU, m) {
   m.impl("lm_head_argmax.gptq", TORCH_BOX(&gptq_lm_head_argmax));
   m.impl("verify_recycled", TORCH_BOX(&verify_recycled));
   m.impl("verify_recycled_sampled", TORCH_BOX(&verify_recycled_sampled));
+  m.impl("all_reduce", TORCH_BOX(&all_reduce));
+  m.impl("all_reduce_rms_norm", TORCH_BOX(&all_reduce_rms_norm));
+  m.impl("all_gather", TORCH_BOX(&all_gather));
+  m.impl("reduce_scatter", TORCH_BOX(&reduce_scatter));
+  m.impl("broadcast", TORCH_BOX(&broadcast));
   m.impl("_read_probe", TORCH_BOX(&read_probe));
 }
 

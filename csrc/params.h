@@ -8,11 +8,18 @@ namespace teco {
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kInt8, kFloat8E4M3 };
 
-// out[t] = weight[token_ids[t]]
+// A part of the vocabulary: rows of an embedding for the tokens [first, first + count). Zeros stand for those of
+// others.
+struct TokenRange {
+  int64_t first, count;
+};
+
+// out[t] = weight[token_ids[t] - tokens.first]
 struct EmbeddingParams {
   void* out;                 // [num_tokens, hidden_size]
-  const int64_t* token_ids;  // [num_tokens], checked to lie within the vocabulary
-  const void* weight;        // [vocab_size, hidden_size]
+  const int64_t* token_ids;  // [num_tokens]
+  const void* weight;        // [tokens.count, hidden_size]
+  TokenRange tokens;
   int64_t num_tokens, hidden_size;
   int64_t out_stride, weight_stride;
   DType dtype;  // of out
@@ -144,14 +151,15 @@ struct GptqMatmulParams {
   DType dtype;           // of input and out
 };
 
-// out[t, k] = weight[k, token_ids[t]], the weight packed as it is there: rows of an embedding that is quantised along
-// them. A row is a column of its panel, four bytes of every 64.
+// out[t, k] = weight[k, token_ids[t] - tokens.first], the weight packed as it is there: rows of an embedding that is
+// quantised along them. A row is a column of its panel, four bytes of every 64.
 struct GptqEmbeddingParams {
   void* out;                   // [num_tokens, hidden_size]
-  const int64_t* token_ids;    // [num_tokens], checked to lie within the vocabulary
-  const uint8_t* weight;       // [ceil(vocab_size / 16), num_groups, 64 + blocks_per_group * bits * 64]
+  const int64_t* token_ids;    // [num_tokens]
+  const uint8_t* weight;       // [ceil(tokens.count / 16), num_groups, 64 + blocks_per_group * bits * 64]
   const int32_t* input_order;  // [num_groups * blocks_per_group * 32] or null
-  int64_t num_tokens;
+  TokenRange tokens;
+  int64_t num_tokens, hidden_size;
   int64_t num_groups, blocks_per_group;
   int64_t out_stride;
   int32_t bits;

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
 import stat
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor
 
 import teco_kernels as tk
 from teco_kernels import _host
+from teco_kernels.ops import Plan, collectives
 from teco_kernels.parallel import process_group, shared_memory
 from teco_kernels.parallel.process_group import ProcessGroupTransport
 
@@ -186,6 +189,124 @@ def part_of_the_ranks(comm: tk.Communicator) -> float:
 
 def test_subgroups() -> None:
     assert ranks.run(part_of_the_ranks, 4) == [1.0, 1.0, 5.0, 5.0]
+
+
+# ---- memory that the others read where it lies
+
+
+def registered(comm: tk.Communicator) -> None:
+    """Two places in turns, as partial sums of layers; large ones too, and some that lie elsewhere in between."""
+    memory = comm.registered.view(torch.float32).view(2, -1)
+    for seed, count in enumerate([1, 7, 64, 5000, 70_000, 300_001, 12] * 2):
+        everyone = [of_rank(rank, (count,), torch.float32, seed) for rank in range(comm.world_size)]
+        x = memory[seed % 2, :count].copy_(everyone[comm.rank])
+        assert torch.equal(tk.all_reduce(x, comm), sum_in_order(everyone)), count
+        assert torch.equal(x, everyone[comm.rank])
+        if seed % 3 == 0:
+            assert torch.equal(tk.all_reduce(x, comm, out=x), sum_in_order(everyone))  # which takes the usual way
+    for tokens in (1, 300):
+        x = memory[0, : 576 * tokens].view(tokens, 576).copy_(of_rank(comm.rank, (tokens, 576), torch.float32))
+        residual, weight = of_rank(50, (tokens, 576), torch.float32), of_rank(51, (576,), torch.float32)
+        expected = tk.fused_add_rms_norm(tk.all_reduce(x.clone(), comm), residual, weight, 1e-5)
+        for got, wanted in zip(tk.all_reduce_rms_norm(x, residual, weight, 1e-5, comm), expected, strict=True):
+            assert torch.equal(got, wanted)
+    if comm.backend == "shared_memory" and comm.world_size > 1:
+        with pytest.raises(tk.CommunicatorError, match="called"):
+            tk.all_reduce(memory[0, :8] if comm.rank else memory[1, :8], comm)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_registered_memory_is_summed_where_it_lies(world_size: int) -> None:
+    ranks.run(registered, world_size, registered_bytes=8 * 301_000)
+
+
+def test_registered_memory_lives_as_long_as_its_tensors() -> None:
+    native = _host.Communicator(_host.Segment.create(1, 1000), 0, [os.getpid()], 1.0)
+    memory = shared_memory.SharedMemoryTransport(native, 1000).registered
+    del native
+    gc.collect()
+    assert memory.fill_(3).sum() == 3000
+
+
+# ---- in plans, and in the company of other threads
+
+
+def replays(comm: tk.Communicator) -> str:
+    """A plan with collectives gives what the calls give, and fails as they do."""
+    x, residual, weight = torch.zeros(3, 40), torch.zeros(3, 40), torch.randn(40)
+    gathered, sums, row = (torch.empty(comm.world_size, 3, 40) for _ in range(3))
+
+    def calls() -> None:
+        tk.all_gather(x, comm, out=gathered)
+        tk.all_reduce(gathered, comm, out=sums)
+        tk.reduce_scatter(sums, comm, out=row[0])
+        tk.broadcast(row[0], comm, root=comm.world_size - 1, out=row[1])
+        tk.all_reduce_rms_norm(x, residual, weight, 1e-5, comm, out=(x, residual))
+
+    memory = (x, residual, weight, gathered, sums, row)
+    plan = Plan(calls, keep_alive=memory)
+    for seed in range(20):
+        x.copy_(of_rank(comm.rank, (3, 40), torch.float32, seed))
+        residual.copy_(of_rank(60, (3, 40), torch.float32, seed))
+        given = x.clone(), residual.clone()
+        plan.replay()
+        replayed = [tensor.clone() for tensor in memory]
+        x.copy_(given[0])
+        residual.copy_(given[1])
+        calls()
+        assert all(map(torch.equal, replayed, memory))
+    if comm.rank == 1:
+        comm.close()
+    with pytest.raises(tk.CommunicatorError, match="rank 1 has closed its communicator") as error:
+        plan.replay()
+    return str(error.value)
+
+
+def test_plans_hold_collectives() -> None:
+    assert "at rank 0: rank 1 has closed" in ranks.run(replays, 2)[0]
+
+
+def compiled(comm: tk.Communicator) -> None:
+    def function(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        gathered = tk.all_gather(x * 2, comm)
+        total = tk.all_reduce(x + gathered[0], comm)
+        return tk.all_reduce_rms_norm(total, residual, weight, 1e-5, comm)
+
+    x, residual, weight = of_rank(comm.rank, (2, 8), torch.float32), torch.ones(2, 8), torch.ones(8)
+    fast = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(fast(x, residual, weight), function(x, residual, weight), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_collectives_are_compiled_without_a_break() -> None:
+    ranks.run(compiled, 2)
+
+
+def threads(comm: tk.Communicator) -> bool:
+    """Rank 0 waits, while another thread of its own goes on."""
+    counted = 0
+
+    def count() -> None:
+        nonlocal counted
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline:
+            counted += 1
+
+    other = threading.Thread(target=count)
+    if comm.rank == 0:
+        other.start()
+    else:
+        time.sleep(0.5)
+    before = counted
+    tk.all_reduce(torch.ones(1), comm)
+    went_on = counted > before
+    if comm.rank == 0:
+        other.join()
+    return went_on
+
+
+def test_other_threads_of_python_run_while_a_rank_waits() -> None:
+    assert ranks.run(threads, 2)[0]
 
 
 # ---- without shared memory
@@ -427,37 +548,48 @@ def test_two_hundred_random_kills() -> None:
 @pytest.fixture
 def alone() -> Any:
     """A communicator of this process only."""
-    native = _host.Communicator(_host.Segment.create(1), 0, [os.getpid()], 1.0)
-    yield tk.Communicator(shared_memory.SharedMemoryTransport(native), 0, 1, 1.0, "")
-    native.close()
+    with tk.Communicator.alone() as comm:
+        yield comm
+
+
+def check_bad_arguments(comm: tk.Communicator) -> None:
+    x = torch.ones(4, 6)
+    with pytest.raises(TypeError, match="input: expected dtype float32, float16, bfloat16, got int64"):
+        tk.all_reduce(x.long(), comm)
+    with pytest.raises(ValueError, match="input: expected a contiguous tensor"):
+        tk.all_reduce(x.t(), comm)
+    with pytest.raises(ValueError, match=r"out: expected .*shape.* \[4, 6\], got \[6\]"):
+        tk.all_reduce(x, comm, out=x[0])
+    with pytest.raises(TypeError, match=r"out: expected .*dtype"):
+        tk.all_reduce(x, comm, out=x.half())
+    with pytest.raises(ValueError, match="out: expected memory apart"):
+        tk.all_reduce(x[:3], comm, out=x[1:])
+    with pytest.raises(ValueError, match=r"weight: expected shape .*hidden_size"):
+        tk.all_reduce_rms_norm(x, x.clone(), torch.ones(5), 1e-5, comm)
+    with pytest.raises(ValueError, match=r"residual: expected .*shape.* \[4, 6\]"):
+        tk.all_reduce_rms_norm(x, x[:3].clone(), torch.ones(6), 1e-5, comm)
+    with pytest.raises(ValueError, match="residual_out: expected memory apart"):
+        tk.all_reduce_rms_norm(x, x.clone(), torch.ones(6), 1e-5, comm, out=(x, x))
+    with pytest.raises(ValueError, match=r"input: expected shape \[1, ...\], a row per rank, got \[4, 6\]"):
+        tk.reduce_scatter(x, comm)
+    with pytest.raises(ValueError, match=r"out: expected shape \[1, 4, 6\]"):
+        tk.all_gather(x, comm, out=x)
+    with pytest.raises(ValueError, match=r"root: expected a rank of 0 to 0, got 1"):
+        tk.broadcast(x, comm, root=1)
+
+
+def bad_arguments_over_a_group(comm: tk.Communicator) -> None:
+    check_bad_arguments(tk.Communicator(ProcessGroupTransport(dist.group.WORLD, 20.0), 0, 1, 20.0, "asked"))
+
+
+def test_bad_arguments_are_named_over_a_group_too() -> None:
+    ranks.run(bad_arguments_over_a_group, 1)
 
 
 def test_bad_arguments_are_named(alone: tk.Communicator) -> None:
-    x = torch.ones(4, 6)
-    with pytest.raises(TypeError, match="x: expected dtype float32, float16, bfloat16, got int64"):
-        tk.all_reduce(x.long(), alone)
-    with pytest.raises(ValueError, match="x: expected a contiguous tensor"):
-        tk.all_reduce(x.t(), alone)
-    with pytest.raises(ValueError, match="x: expected a tensor on the cpu"):
-        tk.all_reduce(x.to("meta"), alone)
-    with pytest.raises(ValueError, match=r"out: expected shape \[4, 6\], got \[6\]"):
-        tk.all_reduce(x, alone, out=x[0])
-    with pytest.raises(TypeError, match="out: expected the dtype of x"):
-        tk.all_reduce(x, alone, out=x.half())
-    with pytest.raises(ValueError, match="out: expected memory apart"):
-        tk.all_reduce(x[:3], alone, out=x[1:])
-    with pytest.raises(ValueError, match=r"weight: expected shape \[hidden_size\]"):
-        tk.all_reduce_rms_norm(x, x.clone(), torch.ones(5), 1e-5, alone)
-    with pytest.raises(ValueError, match=r"residual: expected shape \[4, 6\]"):
-        tk.all_reduce_rms_norm(x, x[:3].clone(), torch.ones(6), 1e-5, alone)
-    with pytest.raises(ValueError, match="out: new_residual: expected memory apart"):
-        tk.all_reduce_rms_norm(x, x.clone(), torch.ones(6), 1e-5, alone, out=(x, x))
-    with pytest.raises(ValueError, match=r"x: expected shape \[1, ...\], a row per rank, got \[4, 6\]"):
-        tk.reduce_scatter(x, alone)
-    with pytest.raises(ValueError, match=r"root: expected a rank of 0 to 0, got 1"):
-        tk.broadcast(x, alone, root=1)
-    with pytest.raises(TypeError, match="x: expected one of"):
-        tk.all_gather(x.to(torch.complex64), alone)
+    check_bad_arguments(alone)
+    with pytest.raises(ValueError, match="comm: there is no communicator with number 0"):
+        collectives.all_reduce(torch.ones(1), torch.ones(1), 0)
     with pytest.raises(ValueError, match="timeout: expected a positive number of seconds, got 0"):
         tk.Communicator.from_process_group(timeout=0)
     with pytest.raises(ValueError, match="group: expected a process group"):

@@ -102,3 +102,14 @@ def test_4_bit_model_chats(model_4bit: Path) -> None:
     (output,) = llm.chat(messages, SamplingParams(temperature=0, max_tokens=40), use_tqdm=False)
     assert "Paris" in output.outputs[0].text
     assert output.outputs[0].finish_reason == "stop"
+
+
+def test_ranks_say_the_same(model_4bit: Path) -> None:
+    """Three groups of heads on two ranks and on three. Exact: rounded activations make much of a sum's last bit."""
+    params = SamplingParams(temperature=0, max_tokens=32)
+    answers = []
+    for world_size in (1, 2, 3):
+        options: dict[str, Any] = {"tensor_parallel_size": world_size, "num_threads": 1, "gptq_activation": "exact"}
+        with LLM(model_4bit, max_model_len=256, kv_cache_memory=64 << 20, **options) as llm:
+            answers.append([o.outputs[0].token_ids for o in llm.generate(PROMPTS, params, use_tqdm=False)])
+    assert answers[0] == answers[1] == answers[2]

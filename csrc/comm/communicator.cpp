@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <utility>
 
 #include "comm/hand_over.h"
@@ -19,7 +20,8 @@ int64_t size_of(DType dtype) {
 }
 
 Call call_of(Collective collective, int dtype, int64_t count, int root = 0, int64_t row_size = 0) {
-  return {collective, static_cast<uint8_t>(dtype), static_cast<int16_t>(root), static_cast<uint32_t>(row_size), count};
+  return {collective, static_cast<uint8_t>(dtype), static_cast<int16_t>(root), static_cast<uint32_t>(row_size), count,
+          -1};
 }
 
 void copy(void* to, const void* from, int64_t bytes) {
@@ -34,6 +36,15 @@ SumRanksParams sum_of(int num_ranks, DType dtype) {
 }
 
 constexpr auto kNothing = [](int64_t) {};
+
+std::mutex numbers_mutex;
+int64_t last_number = 0;
+
+// Never destroyed: the last communicators may go after all statics have.
+std::map<int64_t, std::weak_ptr<Communicator>>& numbers() {
+  static auto* const map = new std::map<int64_t, std::weak_ptr<Communicator>>;
+  return *map;
+}
 
 // A stretch of a tensor, cut into a share per rank: all equal and whole cache lines, but for the last ones.
 struct Shares {
@@ -54,8 +65,25 @@ Communicator::Communicator(Segment segment, int rank, const std::vector<pid_t>& 
       ways_(std::make_unique<Ways>()),
       pid_(::getpid()) {}
 
+std::shared_ptr<Communicator> Communicator::create(Segment segment, int rank, const std::vector<pid_t>& pids,
+                                                   std::chrono::nanoseconds timeout) {
+  std::shared_ptr<Communicator> made(new Communicator(std::move(segment), rank, pids, timeout));
+  const std::lock_guard lock(numbers_mutex);
+  made->number_ = ++last_number;
+  numbers().emplace(made->number_, made);
+  return made;
+}
+
+std::shared_ptr<Communicator> Communicator::find(int64_t number) {
+  const std::lock_guard lock(numbers_mutex);
+  const auto found = numbers().find(number);
+  return found == numbers().end() ? nullptr : found->second.lock();
+}
+
 Communicator::~Communicator() {
   close();
+  const std::lock_guard lock(numbers_mutex);
+  numbers().erase(number_);
 }
 
 void Communicator::close() {
@@ -132,10 +160,21 @@ void Communicator::choosing_way(Collective collective, int64_t bytes, Body body)
   choice.took(way, Clock::now() - started);
 }
 
+int64_t Communicator::registered_offset(const void* in, const void* out, int64_t bytes) const {
+  const auto offset_of = [&](const void* p) { return static_cast<const char*>(p) - registered(); };
+  const int64_t from = offset_of(in), to = offset_of(out);
+  const bool is_registered = from >= 0 && from + bytes <= registered_bytes();
+  const bool out_is_apart = to + bytes <= 0 || to >= registered_bytes();
+  return is_registered && out_is_apart ? from : -1;
+}
+
 template <class After>
-void Communicator::reduce(const Call& call, void* out, const void* in, int64_t count, DType dtype, After after) {
+void Communicator::reduce(Call call, void* out, const void* in, int64_t count, DType dtype, After after) {
   const std::lock_guard lock(mutex_);
   const int64_t bytes = count * size_of(dtype);
+  if (bytes > 0 && bytes <= one_shot_bytes(world_size())) call.registered = registered_offset(in, out, bytes);
+  if (call.registered >= 0)
+    return reduce_registered(call, static_cast<char*>(out), static_cast<const char*>(in), count, dtype, after);
   const auto reduce_by = bytes <= one_shot_bytes(world_size()) ? &Communicator::reduce_one_shot<After>
                                                                : &Communicator::reduce_two_shot<After>;
   choosing_way(call.collective, bytes, [&](Way way) {
@@ -162,6 +201,26 @@ void Communicator::reduce_one_shot(const Call& call, char* out, const char* in, 
     begin += sum.count;
     after(begin);
   } while (begin < count);
+}
+
+// Of as many stretches as fit the caches, but in one step: all the data is there.
+template <class After>
+void Communicator::reduce_registered(const Call& call, char* out, const char* in, int64_t count, DType dtype,
+                                     After after) {
+  const int64_t bytes = size_of(dtype), stretch = kSlotBytes / bytes;
+  SumRanksParams sum = sum_of(world_size(), dtype);
+  steps_->begin();
+  steps_->arrive(call);
+  steps_->wait();
+  for (int64_t begin = 0; begin < count; begin += stretch) {
+    for (int other = 0; other < world_size(); ++other)
+      sum.inputs[other] = segment_.registered(other) + call.registered + begin * bytes;
+    sum.inputs[rank()] = in + begin * bytes;
+    sum.out = out + begin * bytes;
+    sum.count = std::min(count - begin, stretch);
+    cpu::kernels()->sum_ranks(sum);
+    after(begin + sum.count);
+  }
 }
 
 // A stretch takes two steps: all hand over what they have of each other's shares; each adds up its own and hands over

@@ -1,5 +1,5 @@
-// What lies in the memory that the ranks of a communicator share: a header, a line of flags per rank, and per rank two
-// slots for data, used in turns.
+// What lies in the memory that the ranks of a communicator share: a header, a line of flags per rank, per rank two
+// slots for data, used in turns, and per rank as much registered memory as was asked for, which ranks write themselves.
 #pragma once
 
 #include <atomic>
@@ -23,10 +23,11 @@ constexpr size_t kNumCollectives = 5;
 // What a rank takes part in. Ranks compare theirs before any of them looks at another's data.
 struct Call {
   Collective collective;
-  uint8_t dtype;      // as the caller numbers them
-  int16_t root;       // of a broadcast
-  uint32_t row_size;  // of a norm
-  int64_t count;      // elements that a rank gives
+  uint8_t dtype;       // as the caller numbers them
+  int16_t root;        // of a broadcast
+  uint32_t row_size;   // of a norm
+  int64_t count;       // elements that a rank gives
+  int64_t registered;  // where they lie in its registered memory, in bytes; -1: in its slot
 
   bool operator==(const Call&) const = default;
 };
@@ -65,7 +66,8 @@ struct Layout {
   Header header;
   Slot slots[kMaxRanks][2];
 
-  static constexpr size_t bytes(int world_size) { return offsetof(Layout, slots) + sizeof(Slot) * 2 * world_size; }
+  // Where registered memory begins.
+  static constexpr size_t slots_end(int world_size) { return offsetof(Layout, slots) + sizeof(Slot) * 2 * world_size; }
 };
 
 static_assert(std::atomic<Step>::is_always_lock_free && std::atomic<End>::is_always_lock_free);

@@ -1,6 +1,7 @@
 #include "comm/steps.h"
 
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <sstream>
@@ -13,15 +14,21 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Peers in step are microseconds apart. After that the core is offered to others, the rank that is waited for perhaps
-// among them, and only then is it worth to sleep: ranks that went to sleep at once would come to share a core, as the
+// Peers in step are microseconds apart, or, where their shares of a layer are uneven, some tens of them: a system call
+// meanwhile would slow down a peer that shares its core's units with this rank. Where there are more ranks than cores
+// the one that is waited for may need this very core, so then it is a few microseconds. After that the core is offered
+// to others, and only then is it worth to sleep: ranks that went to sleep at once would come to share a core, as the
 // system puts who is woken beside who wakes, and would be seen to need no other: one runs while the other sleeps.
-constexpr int kSpins = 100, kYields = 200;
+constexpr int kSpins = 2000, kSpinsOfMany = 100, kYields = 200;
+
+int spins_of(int world_size) {
+  return world_size <= ::sysconf(_SC_NPROCESSORS_ONLN) ? kSpins : kSpinsOfMany;
+}
 
 // How soon the death of a rank is noticed.
 constexpr std::chrono::milliseconds kNap{10};
 
-void (*interrupt_check)() = nullptr;
+bool (*interrupt_check)() = nullptr;
 
 std::string describe(const Call& call) {
   static constexpr const char* kNames[] = {"all_reduce", "all_reduce_rms_norm", "all_gather", "reduce_scatter",
@@ -31,12 +38,13 @@ std::string describe(const Call& call) {
        << static_cast<int>(call.dtype);
   if (call.collective == Collective::kBroadcast) text << " from rank " << call.root;
   if (call.collective == Collective::kAllReduceRmsNorm) text << " in rows of " << call.row_size;
+  if (call.registered >= 0) text << " at " << call.registered << " of registered memory";
   return text.str();
 }
 
 }  // namespace
 
-void set_interrupt_check(void (*check)()) {
+void set_interrupt_check(bool (*check)()) {
   interrupt_check = check;
 }
 
@@ -46,6 +54,7 @@ Steps::Steps(Layout& layout, int rank, int world_size, const std::vector<pid_t>&
       world_size_(world_size),
       peers_(pids),
       timeout_(timeout),
+      spins_(spins_of(world_size)),
       step_(layout.header.ranks[rank].arrived.load()) {}
 
 void Steps::begin() {
@@ -65,9 +74,9 @@ void Steps::wait() {
   for (int rank = 0; rank < world_size_; ++rank) {
     if (rank == rank_) continue;
     for (int spins = 0; !has_arrived(rank); ++spins) {
-      if (spins < kSpins) {
+      if (spins < spins_) {
         cpu_pause();
-      } else if (spins < kSpins + kYields) {
+      } else if (spins < spins_ + kYields) {
         ::sched_yield();
       } else {
         sleep_until_arrival(rank);
@@ -108,11 +117,9 @@ void Steps::sleep_until_arrival(int rank) {
       end(Cause::kLate, rank);
       fail_as_ended();
     }
-    try {
-      if (interrupt_check) interrupt_check();
-    } catch (...) {
+    if (interrupt_check && !interrupt_check()) {
       end(Cause::kInterrupted, rank_);
-      throw;
+      throw Interrupted();
     }
     futex_wait(other.arrived, arrived, std::min<std::chrono::nanoseconds>(kNap, timeout_ - waited));
   }

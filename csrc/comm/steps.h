@@ -46,10 +46,12 @@ class Steps {
   const int rank_, world_size_;
   const Peers peers_;
   const std::chrono::nanoseconds timeout_;
+  const int spins_;
   Step step_;
 };
 
-// Called while a rank sleeps, every now and then; may throw, which ends the communicator. For signals to be heard.
-TECO_VISIBLE void set_interrupt_check(void (*check)());
+// Called while a rank sleeps, every now and then, for signals to be heard: false ends the communicator, and the call
+// that waits throws Interrupted.
+TECO_VISIBLE void set_interrupt_check(bool (*check)());
 
 }  // namespace teco::comm

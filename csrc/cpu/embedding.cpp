@@ -2,6 +2,15 @@
 #include "cpu/gptq_layout.h"
 
 namespace teco::cpu::TECO_ISA {
+namespace {
+
+// The row of the weight that a token has; -1 where it belongs to another part of the vocabulary.
+inline int64_t row_of(const TokenRange& tokens, int64_t token_id) {
+  const int64_t row = token_id - tokens.first;
+  return row >= 0 && row < tokens.count ? row : -1;
+}
+
+}  // namespace
 
 void embedding(const EmbeddingParams& p, int num_threads) {
   with_float_type(p.weight_dtype, [&]<class W>(Type<W>) {
@@ -10,8 +19,13 @@ void embedding(const EmbeddingParams& p, int num_threads) {
       const int64_t row_bytes = p.hidden_size * static_cast<int64_t>(sizeof(T) + sizeof(W));
       parallel_for(p.num_tokens, task_grain(row_bytes), num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
-          const W* row = static_cast<const W*>(p.weight) + p.token_ids[t] * p.weight_stride;
           T* out = static_cast<T*>(p.out) + t * p.out_stride;
+          const int64_t found = row_of(p.tokens, p.token_ids[t]);
+          if (found < 0) {
+            __builtin_memset(out, 0, static_cast<size_t>(p.hidden_size) * sizeof(T));
+            continue;
+          }
+          const W* row = static_cast<const W*>(p.weight) + found * p.weight_stride;
           for (int64_t i = 0; i < body; i += kLanes) store(out + i, load(row + i));
           if (tail) store_partial(out + body, load_partial(row + body, tail), tail);
         }
@@ -64,9 +78,15 @@ void gptq_embedding(const GptqEmbeddingParams& p, int num_threads) {
   with_format(p, [&]<int kBits, bool kMinimum>(Format<kBits, kMinimum>) {
     with_float_type(p.dtype, [&]<class T>(Type<T>) {
       parallel_for(p.num_tokens, task_grain(layout.panel_bytes()), num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t)
-          unpack_column<kBits, kMinimum>(layout, p.token_ids[t] / kColumns, static_cast<int>(p.token_ids[t] % kColumns),
-                                         p.input_order, static_cast<T*>(p.out) + t * p.out_stride);
+        for (int64_t t = begin; t < end; ++t) {
+          T* out = static_cast<T*>(p.out) + t * p.out_stride;
+          const int64_t found = row_of(p.tokens, p.token_ids[t]);
+          if (found < 0)
+            __builtin_memset(out, 0, static_cast<size_t>(p.hidden_size) * sizeof(T));
+          else
+            unpack_column<kBits, kMinimum>(layout, found / kColumns, static_cast<int>(found % kColumns), p.input_order,
+                                           out);
+        }
       });
     });
   });

@@ -8,10 +8,11 @@
 namespace teco::ops {
 namespace {
 
-const int64_t* check_token_ids(const Tensor& token_ids, Size& T, int64_t vocab_size) {
+// Tokens must have a row, unless the weight is said to be a part of the vocabulary only.
+const int64_t* check_token_ids(const Tensor& token_ids, Size& T, int64_t vocab_size, std::optional<int64_t> first) {
   Argument(token_ids, "token_ids").on_cpu().dtype(ScalarType::Long).shape({&T}).contiguous();
   const auto* ids = token_ids.const_data_ptr<int64_t>();
-  for (int64_t t = 0; t < T.value; ++t)
+  for (int64_t t = 0; t < T.value && !first; ++t)
     require(ids[t] >= 0 && ids[t] < vocab_size, "token_ids: expected 0 to ", vocab_size - 1,
             " (the rows of weight), got ", ids[t], " at index ", t);
   return ids;
@@ -19,16 +20,17 @@ const int64_t* check_token_ids(const Tensor& token_ids, Size& T, int64_t vocab_s
 
 }  // namespace
 
-void embedding(Tensor out, Tensor token_ids, Tensor weight) {
+void embedding(Tensor out, Tensor token_ids, Tensor weight, std::optional<int64_t> first_token) {
   Size T{"T"}, vocab_size{"vocab_size"}, hidden_size{"hidden_size"};
   Argument(weight, "weight").on_cpu().floating().shape({&vocab_size, &hidden_size}).unit_last_stride();
-  const int64_t* ids = check_token_ids(token_ids, T, vocab_size.value);
+  const int64_t* ids = check_token_ids(token_ids, T, vocab_size.value, first_token);
   Argument(out, "out").on_cpu().floating().shape({&T, &hidden_size}).unit_last_stride().written();
   check_apart(out, "out", rows_of(out, "out"), weight, "weight", rows_of(weight, "weight"), InPlace::kNo);
   const EmbeddingParams params = {
       .out = out.mutable_data_ptr(),
       .token_ids = ids,
       .weight = weight.const_data_ptr(),
+      .tokens = {first_token.value_or(0), vocab_size.value},
       .num_tokens = T.value,
       .hidden_size = hidden_size.value,
       .out_stride = out.stride(0),
@@ -40,11 +42,11 @@ void embedding(Tensor out, Tensor token_ids, Tensor weight) {
 }
 
 void gptq_embedding(Tensor out, Tensor token_ids, Tensor weight, std::optional<Tensor> input_order, int64_t vocab_size,
-                    int64_t hidden_size, int64_t bits, bool has_minimum) {
+                    int64_t hidden_size, int64_t bits, bool has_minimum, std::optional<int64_t> first_token) {
   Size T{"T"}, columns{"hidden_size", hidden_size, "weight"};
   const PackedGptq packed =
       packed_gptq(weight, input_order, hidden_size, "elements in a row", vocab_size, "vocab_size", bits);
-  const int64_t* ids = check_token_ids(token_ids, T, vocab_size);
+  const int64_t* ids = check_token_ids(token_ids, T, vocab_size, first_token);
   Argument(out, "out").on_cpu().floating().shape({&T, &columns}).unit_last_stride().written();
   check_apart(out, "out", rows_of(out, "out"), weight, "weight", rows_of(weight, "weight"), InPlace::kNo);
   const GptqEmbeddingParams params = {
@@ -52,7 +54,9 @@ void gptq_embedding(Tensor out, Tensor token_ids, Tensor weight, std::optional<T
       .token_ids = ids,
       .weight = packed.data,
       .input_order = packed.input_order,
+      .tokens = {first_token.value_or(0), vocab_size},
       .num_tokens = T.value,
+      .hidden_size = hidden_size,
       .num_groups = packed.num_groups,
       .blocks_per_group = packed.blocks_per_group,
       .out_stride = out.stride(0),

@@ -12,9 +12,9 @@ namespace teco::ops {
 
 using torch::stable::Tensor;
 
-void embedding(Tensor out, Tensor token_ids, Tensor weight);
+void embedding(Tensor out, Tensor token_ids, Tensor weight, std::optional<int64_t> first_token);
 void gptq_embedding(Tensor out, Tensor token_ids, Tensor weight, std::optional<Tensor> input_order, int64_t vocab_size,
-                    int64_t hidden_size, int64_t bits, bool has_minimum);
+                    int64_t hidden_size, int64_t bits, bool has_minimum, std::optional<int64_t> first_token);
 void rms_norm(Tensor out, Tensor input, Tensor weight, double eps);
 void fused_add_rms_norm(Tensor out, Tensor residual_out, Tensor input, Tensor residual, Tensor weight, double eps);
 void silu_and_mul(Tensor out, Tensor input);
@@ -53,6 +53,14 @@ void gptq_lm_head_argmax(Tensor token_ids, Tensor logits, std::optional<Tensor> 
 void verify_recycled(Tensor out, Tensor target_token_ids, Tensor recycled_token_ids);
 void verify_recycled_sampled(Tensor num_accepted, Tensor next_token_ids, Tensor target_probs, Tensor recycled_probs,
                              Tensor recycled_token_ids, Tensor seed, Tensor offset);
+
+// Collectives; `comm` is the number of a communicator. They wait for the other ranks.
+void all_reduce(Tensor out, Tensor input, int64_t comm);
+void all_reduce_rms_norm(Tensor out, Tensor residual_out, Tensor input, Tensor residual, Tensor weight, double eps,
+                         int64_t comm);
+void all_gather(Tensor out, Tensor input, int64_t comm);
+void reduce_scatter(Tensor out, Tensor input, int64_t comm);
+void broadcast(Tensor out, Tensor input, int64_t root, int64_t comm);
 
 // Probes of the machine, for `bench`.
 void read_probe(Tensor data, int64_t num_streams);

@@ -54,6 +54,8 @@ RecycleInputParams recycle_input(Matmul& projection, const Tensor& out, const Te
     params.packed_embedding.token_ids = ids;
     params.packed_embedding.weight = packed.data;
     params.packed_embedding.input_order = packed.input_order;
+    params.packed_embedding.tokens = {0, V.value};
+    params.packed_embedding.hidden_size = H.value;
     params.packed_embedding.num_groups = packed.num_groups;
     params.packed_embedding.blocks_per_group = packed.blocks_per_group;
     params.packed_embedding.bits = static_cast<int32_t>(embedding.bits);
@@ -63,6 +65,7 @@ RecycleInputParams recycle_input(Matmul& projection, const Tensor& out, const Te
     Argument(embedding.weight, "embedding").on_cpu().floating().shape({&V, &H}).unit_last_stride();
     params.embedding.token_ids = ids;
     params.embedding.weight = embedding.weight.const_data_ptr();
+    params.embedding.tokens = {0, V.value};
     params.embedding.hidden_size = H.value;
     params.embedding.weight_stride = embedding.weight.stride(0);
     params.embedding.dtype = dtype;

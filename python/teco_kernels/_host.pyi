@@ -156,15 +156,21 @@ class CommunicatorError(RuntimeError):
     next one. The message names the rank that caused it.
     """
 
+def take_raised() -> BaseException | None:
+    """Take what a signal's handler raised while a collective waited, which has then failed."""
+
 class Segment:
     """Memory without a name that the ranks of a communicator share: gone with the last process that has mapped it."""
 
     @staticmethod
-    def create(world_size: int) -> Segment:
-        """Take new memory, of mode 0600. RuntimeError when there is none of this kind."""
+    def create(world_size: int, registered_bytes: int = 0) -> Segment:
+        """Take new memory, of mode 0600, `registered_bytes` of it for each rank to write itself.
+
+        RuntimeError when there is none of this kind.
+        """
 
     @staticmethod
-    def open(pid: int, descriptor: int, token: int, world_size: int) -> Segment:
+    def open(pid: int, descriptor: int, token: int, world_size: int, registered_bytes: int = 0) -> Segment:
         """Map that of another process by its descriptor there. RuntimeError when it cannot be, or is not the one."""
 
     @property
@@ -176,7 +182,7 @@ class Segment:
         """A random number by which the segment is known."""
 
 class Communicator:
-    """The native side of `teco_kernels.Communicator`: takes addresses of contiguous tensors and checks none of them.
+    """The native side of `teco_kernels.Communicator`, whose collectives are operators that know it by its number.
 
     Parameters
     ----------
@@ -191,31 +197,13 @@ class Communicator:
     """
 
     def __init__(self, segment: Segment, rank: int, pids: Sequence[int], timeout: float) -> None: ...
-    def all_reduce(self, out: int, input: int, count: int, dtype: int) -> None:
-        """Sum `count` elements; `dtype` is 0 for fp32, 1 for fp16, 2 for bf16."""
+    @property
+    def number(self) -> int:
+        """Of this communicator in this process."""
 
-    def all_reduce_rms_norm(
-        self,
-        normed: int,
-        new_residual: int,
-        input: int,
-        residual: int,
-        weight: int,
-        num_rows: int,
-        row_size: int,
-        eps: float,
-        dtype: int,
-    ) -> None:
-        """Sum, add the residual, norm each row."""
-
-    def reduce_scatter(self, out: int, input: int, count: int, dtype: int) -> None:
-        """Sum rows of `count` elements, one per rank, and keep this rank's."""
-
-    def all_gather(self, out: int, input: int, count: int, element_bytes: int, dtype: int) -> None:
-        """Collect `count` elements from each rank."""
-
-    def broadcast(self, out: int, input: int, count: int, element_bytes: int, dtype: int, root: int) -> None:
-        """Copy `count` elements of the root."""
+    @property
+    def registered(self) -> int:
+        """Address of this rank's registered memory, valid for as long as the object lives."""
 
     def close_descriptor(self) -> None:
         """Let nobody open the segment any more."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +25,27 @@ class Span(NamedTuple):
     def slot(self, position: int, block_size: int) -> int:
         """Where the key and the value of the token at `position` go."""
         return self.blocks[position // block_size] * block_size + position % block_size
+
+
+class BatchArrays(NamedTuple):
+    """The tensors of a `Batch` as arrays, in the same memory: reading and writing them costs a fraction."""
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    slot_mapping: np.ndarray
+    seq_lens: np.ndarray
+    block_table: np.ndarray
+    query_start_loc: np.ndarray | None
+    logit_rows: np.ndarray | None
+
+    def to_batch(self) -> Batch:
+        """As tensors, of the dtypes that these must have."""
+        int32 = {"seq_lens", "block_table", "query_start_loc"}
+        tensors = {
+            name: None if array is None else torch.from_numpy(array.astype(np.int32 if name in int32 else np.int64))
+            for name, array in self._asdict().items()
+        }
+        return Batch(**tensors)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -80,6 +103,19 @@ class Batch:
             seq_lens=torch.tensor([span.start + span.num_tokens for span in spans], dtype=torch.int32),
             query_start_loc=None if len(token_ids) == len(spans) else torch.tensor(starts, dtype=torch.int32),
             logit_rows=None if len(rows) == len(token_ids) else torch.tensor(rows, dtype=torch.int64),
+        )
+
+    @cached_property
+    def arrays(self) -> BatchArrays:
+        """The same memory as arrays."""
+        return BatchArrays(
+            self.token_ids.numpy(),
+            self.positions.numpy(),
+            self.slot_mapping.numpy(),
+            self.seq_lens.numpy(),
+            self.block_table.numpy(),
+            None if self.query_start_loc is None else self.query_start_loc.numpy(),
+            None if self.logit_rows is None else self.logit_rows.numpy(),
         )
 
     def first(self, num_tokens: int) -> Batch:

@@ -25,6 +25,7 @@ from teco_kernels.decoder.runner import Runner
 from teco_kernels.decoder.sampler import INVALID_TOKEN, draws_ahead, sample_tokens, token_logprobs
 from teco_kernels.decoder.sampling_params import RequestMetrics, RequestOutput, SamplingParams
 from teco_kernels.decoder.scheduler import Scheduler, Sequence
+from teco_kernels.decoder.step_messages import StepMessages
 from teco_kernels.decoder.tokenizer import Tokenizer
 
 _logger = logging.getLogger(__name__)
@@ -90,6 +91,8 @@ class Engine:
         Makes guesses of the tokens to come. They change how fast tokens come, never which, unless it does not verify.
     recycle_module : RecycleModule, optional
         The head that the recycler listens to; `cache` must have room for its layers.
+    messages : StepMessages, optional
+        To the ranks that have the other parts of the model.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Engine:
         max_num_batched_tokens: int,
         recycler: Recycler | None = None,
         recycle_module: RecycleModule | None = None,
+        messages: StepMessages | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -115,16 +119,24 @@ class Engine:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_tokens=max_num_batched_tokens,
-            max_decode_tokens=1 + (recycler.max_tokens if recycler else 0),
+            max_decode_tokens=self.max_decode_tokens(recycler),
+            messages=messages,
         )
         self.recycle_runner = None
         if recycle_module is not None:
             self.recycle_runner = RecycleRunner(recycle_module, cache, self.runner)
+        if messages is not None:
+            cache.copy_observer = messages.send_copy
         self.scheduler = Scheduler(cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
         self._requests: dict[str, Request] = {}
         self._request_of: dict[Sequence, tuple[Request, Answer]] = {}
         self._num_steps = self._num_prompt_tokens = self._num_generated_tokens = 0
         self._unused_slots = self._allocated_slots = 0
+
+    @staticmethod
+    def max_decode_tokens(recycler: Recycler | None) -> int:
+        """Most tokens of a sequence in a step that only decodes: the next one, and guesses."""
+        return 1 + (recycler.max_tokens if recycler else 0)
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -234,11 +246,15 @@ class Engine:
             if is_complete:
                 drawing.append(_Draw(sequence, num_rows, guess))
                 num_rows += 1 + len(guess.token_ids)
-        logits = self.runner.run(spans)
+        logits, likeliest = None, None
+        if self.runner.finds_likeliest and all(self._is_greedy(draw) for draw in drawing):
+            likeliest = self.runner.run_likeliest(spans)
+        else:
+            logits = self.runner.run(spans)
         for sequence, num_tokens in batch:
             self.scheduler.commit(sequence, num_tokens)
         num_generated = self._num_generated_tokens
-        outputs = self._sample(drawing, logits)
+        outputs = self._sample(drawing, logits, likeliest)
         if self.recycler is not None:
             if self.runner.replayed:
                 self.recycler.cost.add(num_rows, time.perf_counter() - started)
@@ -305,16 +321,23 @@ class Engine:
         _, answer = self._request_of[sequence]
         return self.recycler is None or self.recycler.verify or draws_ahead(answer.params)
 
-    def _sample(self, drawing: list[_Draw], logits: torch.Tensor) -> list[RequestOutput]:
-        """Give every sequence, and those that fork off it, its next tokens.
+    def _is_greedy(self, draw: _Draw) -> bool:
+        """Whether a sequence gets the likeliest token, whatever else there is."""
+        _, answer = self._request_of[draw.sequence]
+        return answer.params.temperature == 0 and draws_ahead(answer.params)
+
+    def _sample(
+        self, drawing: list[_Draw], logits: torch.Tensor | None, likeliest: list[int] | None
+    ) -> list[RequestOutput]:
+        """Give every sequence, and those that fork off it, its next tokens; by the logits, or by what they come to.
 
         One token at a time, where what is drawn depends on those before it. As long as a sequence draws just what was
         guessed, the row after it is that of its next token.
         """
         progressed: dict[str, Request] = {}
-        if logits.dtype != torch.float32:
+        if logits is not None and logits.dtype != torch.float32:
             logits = logits.float()
-        drawn = self._draw_ahead(drawing, logits)
+        drawn = self._draw_ahead(drawing, logits) if logits is not None else likeliest
         unsettled = drawing
         depth = 0
         while unsettled:
@@ -358,7 +381,7 @@ class Engine:
         self,
         draws: list[_Draw],
         depth: int,
-        logits: torch.Tensor,
+        logits: torch.Tensor | None,
         drawn: list[int] | None,
         progressed: dict[str, Request],
     ) -> list[int]:
@@ -376,6 +399,7 @@ class Engine:
         if drawn is not None:
             token_ids = [drawn[row] for row in rows]
         else:
+            assert logits is not None
             first, end = rows[0], rows[0] + len(rows)
             logits = logits[first:end] if rows == list(range(first, end)) else logits[rows]
             plain = logits

@@ -18,13 +18,15 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-from teco_kernels.decoder.gguf_blocks import BLOCK_FORMATS, read_blocks
+from teco_kernels.decoder.gguf_blocks import BLOCK, BLOCK_FORMATS, read_blocks
 from teco_kernels.decoder.loader import Source
+from teco_kernels.decoder.parts import cover, cut_inputs
 from teco_kernels.decoder.tokenizer import Tokenizer
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_ALL = slice(None)
 _MAX_DIMS = 4  # of a ggml tensor
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
@@ -225,7 +227,7 @@ class GGUFSource(Source):
     def names(self) -> list[str]:
         return list(self._infos)
 
-    def blocks(self, name: str, shape: tuple[int, int]) -> dict[str, Any] | None:
+    def blocks(self, name: str, shape: tuple[int, int], outputs: slice, inputs: slice) -> dict[str, Any] | None:
         info = self._infos.get(name)
         if info is None or info.kind not in BLOCK_FORMATS:
             return None
@@ -233,39 +235,50 @@ class GGUFSource(Source):
             raise ValueError(
                 f"{self.path}: tensor {name!r} has shape {list(info.shape)}, the configuration asks for {list(shape)}"
             )
-        rows = torch.from_numpy(self._rows(info).copy())
-        return read_blocks(self._undo_permutation(name, rows), info.kind)
+        blocks, inputs = cover(inputs, BLOCK)
+        rows = torch.from_numpy(self._rows(info, outputs, blocks).copy())
+        return cut_inputs(read_blocks(self._undo_permutation(name, rows), info.kind), inputs, BLOCK)
 
     def _read(self, name: str) -> torch.Tensor:
         return self._undo_permutation(name, self._dequantize(name, self._infos[name]))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self._infos[name].shape
+
+    def _read_part(self, name: str, part: tuple[slice, ...]) -> torch.Tensor:
+        info = self._infos[name]
+        rows, columns = (_ALL, *part)[-2:]
+        blocks, columns = cover(columns, GGML_QUANT_SIZES[info.kind][0])
+        return self._undo_permutation(name, self._dequantize(name, info, rows, blocks)[..., columns])
 
     def _undo_permutation(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Rows of a q or k projection from llama files' order (rotary pairs adjacent) to Hugging Face's (halves)."""
         if self._architecture != "llama":
             return rows
-        for projection, num_heads in (("q_proj", self.config.num_heads), ("k_proj", self.config.num_kv_heads)):
-            # A size that cannot be right is left for `tensor` to report.
-            if f".self_attn.{projection}." in name and len(rows) % (2 * num_heads) == 0:
-                split = rows.reshape(num_heads, len(rows) // num_heads // 2, 2, *rows.shape[1:])
-                return split.swapaxes(1, 2).reshape(rows.shape).contiguous()
+        # Rows of whole heads, all or a part of them. A size that cannot be right is left for `tensor` to report.
+        head_dim, is_rotated = self.config.head_dim, any(f".self_attn.{part}." in name for part in ("q_proj", "k_proj"))
+        if is_rotated and head_dim % 2 == 0 and len(rows) % head_dim == 0:
+            split = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
+            return split.swapaxes(1, 2).reshape(rows.shape).contiguous()
         return rows
 
-    def _rows(self, info: _TensorInfo) -> np.ndarray:
-        """The bytes of a tensor, row by row."""
+    def _rows(self, info: _TensorInfo, rows: slice = _ALL, blocks: slice = _ALL) -> np.ndarray:
+        """The bytes of a tensor, row by row; of a part of the rows of a matrix, of the blocks that rows consist of."""
         start = self._start + info.offset
         elements, nbytes = GGML_QUANT_SIZES[info.kind]
-        raw = self._data[start : start + info.nbytes]
-        return raw.reshape(*info.shape[:-1], info.shape[-1] // elements * nbytes)
+        raw = self._data[start : start + info.nbytes].reshape(*info.shape[:-1], info.shape[-1] // elements, nbytes)
+        raw = (raw[rows] if raw.ndim == 3 else raw)[..., blocks, :]
+        return raw.reshape(*raw.shape[:-2], raw.shape[-2] * nbytes)
 
-    def _dequantize(self, name: str, info: _TensorInfo) -> torch.Tensor:
-        rows = self._rows(info)
+    def _dequantize(self, name: str, info: _TensorInfo, rows: slice = _ALL, blocks: slice = _ALL) -> torch.Tensor:
+        raw = self._rows(info, rows, blocks)
         if info.kind == GGMLQuantizationType.F16:
-            return torch.from_numpy(rows.view(np.float16).copy())
+            return torch.from_numpy(raw.view(np.float16).copy())
         try:
-            values = quants.dequantize(rows, info.kind)
+            values = quants.dequantize(raw, info.kind)
         except NotImplementedError:
             raise ValueError(f"{self.path}: tensor {name!r} is stored as {info.kind.name}, not a weight type") from None
-        return torch.from_numpy(np.array(values, dtype=np.float32).reshape(info.shape))
+        return torch.from_numpy(np.array(values, dtype=np.float32).reshape(*raw.shape[:-1], -1))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -16,7 +16,8 @@ from torch import Tensor
 BLOCK_FORMATS = {Kind.Q4_0: 4, Kind.Q4_1: 4, Kind.Q5_0: 8, Kind.Q5_1: 8, Kind.Q8_0: 8}
 # The code that stands for 0, codes beginning at 0; formats with minima have none.
 _ZERO_POINTS = {Kind.Q4_0: 8, Kind.Q5_0: 16, Kind.Q8_0: 128}
-_BLOCK = 32
+#: Inputs of a block.
+BLOCK = 32
 
 
 def read_blocks(rows: Tensor, kind: Kind) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def read_blocks(rows: Tensor, kind: Kind) -> dict[str, Any]:
     """
     has_minimum = kind not in _ZERO_POINTS
     head, high_bytes = 4 if has_minimum else 2, 4 if kind in (Kind.Q5_0, Kind.Q5_1) else 0
-    low_bytes = _BLOCK if kind == Kind.Q8_0 else _BLOCK // 2
+    low_bytes = BLOCK if kind == Kind.Q8_0 else BLOCK // 2
     blocks = rows.unflatten(1, (-1, head + high_bytes + low_bytes))  # [out_features, groups, bytes]
     header, high, codes = blocks.split((head, high_bytes, low_bytes), dim=-1)
     scales = header.contiguous().view(torch.float16).unbind(-1)

@@ -59,6 +59,9 @@ class KVCache:
         fp32, fp16, bf16, int8 or float8_e4m3fn.
     recycle_head : RecycleHeadConfig, optional
         Of the head beside the model.
+    shape : ModelConfig, optional
+        What this rank has of every layer of `config`, where ranks share the model. They have the same blocks, of which
+        each holds its own heads' keys and values; `memory` and `nbytes` are those of all ranks together.
 
     Raises
     ------
@@ -75,6 +78,7 @@ class KVCache:
         max_blocks: int,
         dtype: torch.dtype,
         recycle_head: RecycleHeadConfig | None = None,
+        shape: ModelConfig | None = None,
     ) -> None:
         scaled = dtype in (torch.int8, torch.float8_e4m3fn)
 
@@ -99,15 +103,19 @@ class KVCache:
                 for _ in range(of.num_layers)
             ]
 
-        self.layers = layers(config, torch.empty)
+        self.layers = layers(shape or config, torch.empty)
         self.head_layers = layers(recycle_head, torch.zeros) if recycle_head else []
         self.dtype = dtype
         self.block_size = block_size
         self.nbytes = num_blocks * block_bytes
         self.pool = BlockPool(num_blocks, block_size)
+        #: Called with the blocks before `copy_block` copies one: other ranks must do so too.
+        self.copy_observer: Callable[[int, int], None] | None = None
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy a block in every layer, for a sequence that is about to write into one it shares."""
+        if self.copy_observer is not None:
+            self.copy_observer(source, target)
         mapping = torch.tensor([[source, target]])
         for layer in (*self.layers, *self.head_layers):
             copy_blocks(layer.key, layer.value, mapping)

@@ -9,8 +9,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from teco_kernels.decoder.arena import ArenaPlan, Intermediate
 from teco_kernels.decoder.batch import Batch
 from teco_kernels.decoder.kv_cache import LayerCache
+from teco_kernels.decoder.shard import Shard, times
 from teco_kernels.decoder.weights import Linear, WeightLoader
 from teco_kernels.ops import (
     fused_add_rms_norm,
@@ -20,6 +22,8 @@ from teco_kernels.ops import (
     rotary_embedding,
     silu_and_mul,
 )
+from teco_kernels.parallel.collectives import all_reduce_rms_norm
+from teco_kernels.parallel.communicator import Communicator
 
 
 class LayerShape(Protocol):
@@ -54,6 +58,41 @@ class Layer:
     sliding_window: int | None
 
 
+# The operations of a layer: what their results are for, and how long these live.
+_NORM, _QKV, _ATTEND, _OUTPUT, _POST_NORM, _GATE_UP, _ACTIVATE, _DOWN, _NEXT_NORM = range(9)
+
+
+def arena_plan(shape: LayerShape, dtype: torch.dtype) -> ArenaPlan:
+    """Of what a rank computes and keeps to itself."""
+    heads = shape.num_heads + 2 * shape.num_kv_heads
+    return ArenaPlan.make(
+        [
+            Intermediate("hidden", shape.hidden_size, _NORM, _NEXT_NORM),
+            Intermediate("residual", shape.hidden_size, _NORM, _NEXT_NORM),
+            Intermediate("qkv", heads * shape.head_dim, _QKV, _ATTEND),
+            Intermediate("attended", shape.num_heads * shape.head_dim, _ATTEND, _OUTPUT),
+            Intermediate("gate_up", 2 * shape.intermediate_size, _GATE_UP, _ACTIVATE),
+            Intermediate("activated", shape.intermediate_size, _ACTIVATE, _DOWN),
+        ],
+        dtype,
+    )
+
+
+def shared_plan(shape: LayerShape, dtype: torch.dtype) -> ArenaPlan:
+    """Of partial sums, which other ranks read where they lie.
+
+    They may do so until this rank has come out of the collective after the one that adds these up. So there are two,
+    used in turns.
+    """
+    return ArenaPlan.make(
+        [
+            Intermediate("attention_sum", shape.hidden_size, _OUTPUT, _NEXT_NORM),
+            Intermediate("mlp_sum", shape.hidden_size, _DOWN, _NEXT_NORM),
+        ],
+        dtype,
+    )
+
+
 class Buffers(NamedTuple):
     """Where a step puts what it computes; every layer writes over what the one before has left.
 
@@ -67,6 +106,8 @@ class Buffers(NamedTuple):
         ``[T, num_heads * head_dim]``.
     gate_up, activated : Tensor
         ``[T, 2 * intermediate_size]`` and ``[T, intermediate_size]``.
+    attention_sum, mlp_sum : Tensor
+        ``[T, hidden_size]``: what a branch gives on this rank; `hidden` where there are no others.
     """
 
     hidden: Tensor
@@ -75,20 +116,21 @@ class Buffers(NamedTuple):
     attended: Tensor
     gate_up: Tensor
     activated: Tensor
+    attention_sum: Tensor
+    mlp_sum: Tensor
 
     @classmethod
-    def allocate(cls, shape: LayerShape, num_tokens: int, dtype: torch.dtype) -> Buffers:
-        """For steps of up to `num_tokens` tokens. The system gives memory to a row when it is first written."""
-        heads = shape.num_heads + 2 * shape.num_kv_heads
-        sizes = (
-            shape.hidden_size,
-            shape.hidden_size,
-            heads * shape.head_dim,
-            shape.num_heads * shape.head_dim,
-            2 * shape.intermediate_size,
-            shape.intermediate_size,
-        )
-        return cls(*(torch.empty(num_tokens, size, dtype=dtype) for size in sizes))
+    def allocate(cls, shape: LayerShape, num_tokens: int, dtype: torch.dtype, shared: Tensor | None = None) -> Buffers:
+        """For steps of up to `num_tokens` tokens. The system gives memory to a row when it is first written.
+
+        `shared` is uint8 memory that other ranks can read, as `shared_plan` asks for.
+        """
+        plan = arena_plan(shape, dtype)
+        own = plan.place(torch.empty(num_tokens * plan.bytes_per_token, dtype=torch.uint8), num_tokens, dtype)
+        sums = {"attention_sum": own["hidden"], "mlp_sum": own["hidden"]}
+        if shared is not None:
+            sums = shared_plan(shape, dtype).place(shared, num_tokens, dtype)
+        return cls(**own, **sums)
 
     def rows(self, num_tokens: int) -> Buffers:
         """The first rows, for a smaller step."""
@@ -108,10 +150,20 @@ class LayerStack:
     shape : LayerShape
     cos_sin : Tensor
         The rotary table, as `rotary_embedding` takes it.
+    comm : Communicator, optional
+        Of the ranks that each have a part of every layer: what `output` and `down` give is a part of a sum.
     """
 
-    def __init__(self, layers: Sequence[Layer], norm: Tensor, shape: LayerShape, cos_sin: Tensor) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        norm: Tensor,
+        shape: LayerShape,
+        cos_sin: Tensor,
+        comm: Communicator | None = None,
+    ) -> None:
         self.layers = layers
+        self._comm = comm
         self._shape = shape
         self._cos_sin = cos_sin
         self._eps = shape.rms_norm_eps
@@ -128,12 +180,19 @@ class LayerStack:
         for layer, cache, next_norm in zip(self.layers, caches, self._next_norms, strict=True):
             layer.qkv(hidden, out=buffers.qkv)
             self._attend(layer, batch, cache, buffers)
-            layer.output(buffers.attended, out=hidden)
-            fused_add_rms_norm(hidden, residual, layer.post_attention_norm, eps, out=(hidden, residual))
+            layer.output(buffers.attended, out=buffers.attention_sum)
+            self._add_and_norm(buffers.attention_sum, buffers, layer.post_attention_norm)
             layer.gate_up(hidden, out=buffers.gate_up)
             silu_and_mul(buffers.gate_up, out=buffers.activated)
-            layer.down(buffers.activated, out=hidden)
-            fused_add_rms_norm(hidden, residual, next_norm, eps, out=(hidden, residual))
+            layer.down(buffers.activated, out=buffers.mlp_sum)
+            self._add_and_norm(buffers.mlp_sum, buffers, next_norm)
+
+    def _add_and_norm(self, branch: Tensor, buffers: Buffers, norm: Tensor) -> None:
+        residual, out = buffers.residual, (buffers.hidden, buffers.residual)
+        if self._comm is None:
+            fused_add_rms_norm(branch, residual, norm, self._eps, out=out)
+        else:
+            all_reduce_rms_norm(branch, residual, norm, self._eps, self._comm, out=out)
 
     @property
     def nbytes(self) -> int:
@@ -182,13 +241,23 @@ def load_layer(
     mlp_bias: bool = False,
     qk_norm: bool = False,
     sliding_window: int | None = None,
+    shard: Shard | None = None,
 ) -> Layer:
-    """Read the layer whose tensors have names that begin with `prefix`; the options are those of `ModelConfig`."""
+    """Read the layer whose tensors have names that begin with `prefix`; the options are those of `ModelConfig`.
+
+    `shape` is that of the whole layer. With a `shard`, its heads and its channels of the MLP are read, nothing else.
+    """
     hidden, inner = shape.hidden_size, shape.intermediate_size
     query_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    channels = range(inner) if shard is None else shard.intermediate
+    queries = range(query_size) if shard is None else times(shard.heads, shape.head_dim)
+    keys = range(kv_size) if shard is None else times(shard.kv_heads, shape.head_dim)
 
-    def linear(names: list[str], in_features: int, out_features: list[int], bias: bool) -> Linear:
-        return load.linear([prefix + name for name in names], in_features, out_features, bias=bias)
+    def columns(names: list[str], sizes: list[int], outputs: list[range], bias: bool) -> Linear:
+        return load.linear([prefix + name for name in names], hidden, sizes, bias=bias, outputs=outputs)
+
+    def rows(name: str, in_features: int, inputs: range, bias: bool) -> Linear:
+        return load.linear([prefix + name], in_features, [hidden], bias=bias, inputs=inputs)
 
     def head_norm(name: str) -> Tensor | None:
         return load.vector(f"{prefix}self_attn.{name}.weight", shape.head_dim) if qk_norm else None
@@ -196,12 +265,12 @@ def load_layer(
     qkv_names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
     return Layer(
         input_norm=load.vector(f"{prefix}input_layernorm.weight", hidden),
-        qkv=linear(qkv_names, hidden, [query_size, kv_size, kv_size], qkv_bias),
+        qkv=columns(qkv_names, [query_size, kv_size, kv_size], [queries, keys, keys], qkv_bias),
         query_norm=head_norm("q_norm"),
         key_norm=head_norm("k_norm"),
-        output=linear(["self_attn.o_proj"], query_size, [hidden], output_bias),
+        output=rows("self_attn.o_proj", query_size, queries, output_bias),
         post_attention_norm=load.vector(f"{prefix}post_attention_layernorm.weight", hidden),
-        gate_up=linear(["mlp.gate_proj", "mlp.up_proj"], hidden, [inner] * 2, mlp_bias),
-        down=linear(["mlp.down_proj"], inner, [hidden], mlp_bias),
+        gate_up=columns(["mlp.gate_proj", "mlp.up_proj"], [inner] * 2, [channels] * 2, mlp_bias),
+        down=rows("mlp.down_proj", inner, channels, mlp_bias),
         sliding_window=sliding_window,
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -13,28 +14,22 @@ from tqdm import tqdm
 
 from teco_kernels.decoder.config import ModelConfig
 from teco_kernels.decoder.engine import Engine
-from teco_kernels.decoder.kv_cache import CACHE_DTYPES, KVCache
+from teco_kernels.decoder.kv_cache import CACHE_DTYPES
 from teco_kernels.decoder.loader import Source, load_source
-from teco_kernels.decoder.model import Transformer
+from teco_kernels.decoder.rank import DTYPES, RankOptions, make_cache, make_model, registered_bytes, serve
+from teco_kernels.decoder.ranks import Ranks
 from teco_kernels.decoder.recycle_head import RecycleHeadTensors, shipped_recycle_head
 from teco_kernels.decoder.recycle_module import RecycleModule
 from teco_kernels.decoder.recycler import Recycler
 from teco_kernels.decoder.sampling_params import RequestError, RequestOutput, SamplingParams
+from teco_kernels.decoder.shard import Shard
 from teco_kernels.decoder.weights import Quantization
 from teco_kernels.ops.gptq import Activation
+from teco_kernels.parallel.communicator import DEFAULT_TIMEOUT, CommunicatorError
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
 
-_DTYPES = {
-    # "auto": there is no processor here whose half-precision arithmetic is faster than its single-precision one.
-    "auto": torch.float32,
-    "float32": torch.float32,
-    "float": torch.float32,
-    "float16": torch.float16,
-    "half": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 _DEFAULT_CACHE_MEMORY = 1 << 30
 
 
@@ -49,7 +44,10 @@ class LLM:
         Of activations and unquantised weights: "float32" or "float", "float16" or "half", "bfloat16"; "auto" is float32
         on a CPU.
     tensor_parallel_size : int
-        Only 1 in this version.
+        Ranks among which the model is cut, see docs/tensor-parallel.md: so many processes less one are started on this
+        host, each with its part of the weights and of the cache. Where torch.distributed is initialised, or torchrun
+        has started this process, its ranks are used: all of them make the same `LLM`, which returns on rank 0 only, and
+        exits the others when it is done.
     max_model_len : int, optional
         Most tokens of a prompt and its answer; the model's own limit when not given.
     max_num_seqs : int
@@ -62,8 +60,8 @@ class LLM:
         "fp32", "fp16", "bf16", "int8" or "fp8", or as vLLM calls them, "float16", "bfloat16", "fp8_e4m3"; "auto" is
         `dtype`.
     kv_cache_memory : int, optional
-        Bytes for the KV cache, 1 GiB when not given. Never takes more than `max_num_seqs` longest requests need;
-        memory is used as blocks are first written.
+        Bytes for the KV cache, of all ranks together, 1 GiB when not given. Never takes more than `max_num_seqs`
+        longest requests need; memory is used as blocks are first written.
     recycle_head : str or Path, optional
         Guess tokens to come, and let each step verify its guesses along with the next token: the tokens are those of
         plain decoding, greedy and sampled, in fewer steps. "lookup": from what the text has said before. A folder that
@@ -74,7 +72,8 @@ class LLM:
         longer the model's, and depends on the company that it is computed in: see docs/recycling.md. Requests whose
         parameters adjust logits, or ask for log-probabilities, are decoded plainly.
     num_threads : int, optional
-        Sets ``torch.set_num_threads``, which the operators follow; for the whole process.
+        Sets ``torch.set_num_threads``, which the operators follow; for the whole process, and on every rank. When not
+        given, the ranks that are started here share out the threads that there are.
     gptq_activation : {"int8", "exact"}
         How quantised layers treat their input, see `gptq_matmul`. "int8" computes in integers, several times faster,
         and moves the log-probabilities less than rounding the weights to 4 bits did; "exact" is for comparisons.
@@ -82,11 +81,15 @@ class LLM:
         "keep" runs quantised matrices as they are: those of GPTQ and AWQ checkpoints, and those that a GGUF file has in
         Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0 (its other formats are dequantised). "dequantize" makes all of them dense: the
         same weights in more memory, for comparisons.
+    tensor_parallel_timeout : float
+        Seconds that ranks wait for one another before they give up.
 
     Raises
     ------
     ValueError
         Naming file, tensor or argument.
+    CommunicatorError
+        A rank could not be started, has ended, or did not come in time; also out of every later method.
 
     Examples
     --------
@@ -112,11 +115,11 @@ class LLM:
         num_threads: int | None = None,
         gptq_activation: Activation = "int8",
         quantization: Quantization = "keep",
+        tensor_parallel_timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
-        if tensor_parallel_size != 1:
-            raise ValueError(f"tensor_parallel_size: {tensor_parallel_size} is not available in this version, only 1")
-        compute_dtype = _choice("dtype", str(dtype).removeprefix("torch."), _DTYPES)
-        cache_dtype = _choice("kv_cache_dtype", kv_cache_dtype, {"auto": compute_dtype, **CACHE_DTYPES})
+        compute_dtype = _choice("dtype", str(dtype).removeprefix("torch."), DTYPES)
+        dtype_name = str(compute_dtype).removeprefix("torch.")
+        cache_dtype = _choice("kv_cache_dtype", kv_cache_dtype, {"auto": dtype_name, **{n: n for n in CACHE_DTYPES}})
         _choice("gptq_activation", gptq_activation, {"exact": None, "int8": None})
         _choice("quantization", quantization, {"keep": None, "dequantize": None})
         for name, value in (
@@ -126,9 +129,14 @@ class LLM:
             ("block_size", block_size),
             ("kv_cache_memory", 1 if kv_cache_memory is None else kv_cache_memory),
             ("num_threads", 1 if num_threads is None else num_threads),
+            ("tensor_parallel_size", tensor_parallel_size),
         ):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        if not tensor_parallel_timeout > 0:
+            raise ValueError(
+                f"tensor_parallel_timeout: expected a positive number of seconds, got {tensor_parallel_timeout}"
+            )
         if num_threads is not None:
             torch.set_num_threads(num_threads)
 
@@ -138,26 +146,46 @@ class LLM:
         head_tensors = _open_head(source, recycle_head)
         if not recycle_verify and head_tensors is None:
             raise ValueError(f"recycle_verify: False needs a recycle head, got recycle_head {recycle_head!r}")
+        if head_tensors is not None and tensor_parallel_size > 1:
+            raise ValueError(
+                f"recycle_head: expected None or 'lookup' with a tensor_parallel_size above 1, "
+                f"got {str(recycle_head)!r}: a head needs the whole of the embedding, of which each rank has a part"
+            )
         limit = source.config.max_position
         max_model_len = limit if max_model_len is None else max_model_len
         if max_model_len > limit:
             raise ValueError(f"max_model_len: expected 1 to {limit}, the model's context; got {max_model_len}")
-        cache = KVCache(
-            source.config,
-            block_size=block_size,
-            memory=_DEFAULT_CACHE_MEMORY if kv_cache_memory is None else kv_cache_memory,
-            max_blocks=max_num_seqs * -(-max_model_len // block_size),
-            dtype=cache_dtype,
-            recycle_head=None if head_tensors is None else head_tensors.config,
-        )
-        model = Transformer(
-            source,
-            dtype=compute_dtype,
+        recycler = None
+        if recycle_head is not None:
+            recycler = Recycler(head=head_tensors is not None, verify=recycle_verify)
+        max_tokens = max_num_batched_tokens or max(512, max_num_seqs)
+        options = RankOptions(
+            dtype=dtype_name,
+            kv_cache_dtype=cache_dtype,
             max_model_len=max_model_len,
-            activation=gptq_activation,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_tokens,
+            max_decode_tokens=Engine.max_decode_tokens(recycler),
+            block_size=block_size,
+            kv_cache_memory=_DEFAULT_CACHE_MEMORY if kv_cache_memory is None else kv_cache_memory,
+            gptq_activation=gptq_activation,
             quantization=quantization,
         )
-        max_tokens = max_num_batched_tokens or max(512, max_num_seqs)
+        shard = Shard.of(source.config, 0, tensor_parallel_size)
+        cache = make_cache(source, options, shard, None if head_tensors is None else head_tensors.config)
+        ranks: Ranks | None = None
+        self._end_ranks: Callable[[], object] = lambda: None
+        if tensor_parallel_size > 1:
+            ranks = _meet_ranks(source, options, tensor_parallel_size, num_threads, tensor_parallel_timeout)
+            self._end_ranks = ranks.end_with(self)
+        self._ranks = ranks
+        try:
+            model = make_model(source, options, shard, None if ranks is None else ranks.comm)
+            if ranks is not None:
+                ranks.meet()
+        except BaseException:
+            self._end_ranks()
+            raise
         module = None
         if head_tensors is not None:
             most = max(max_tokens, max_num_seqs)
@@ -169,8 +197,9 @@ class LLM:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_tokens,
-            recycler=Recycler(head=module is not None, verify=recycle_verify) if recycle_head is not None else None,
+            recycler=recycler,
             recycle_module=module,
+            messages=None if ranks is None else ranks.messages,
         )
         self._ids = count()
         # Outputs that a step made for a caller who was not the one to run it, e.g. of two streams read in turn.
@@ -293,6 +322,18 @@ class LLM:
         """Counters and memory, see `Engine.metrics`."""
         return self.engine.metrics()
 
+    def close(self) -> None:
+        """End the other ranks, if there are any; also done when the object is gone, and at exit."""
+        self._end_ranks()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def _add(self, prompt: Prompt, params: SamplingParams) -> str:
         request_id = str(next(self._ids))
         plain = _unwrapped(prompt)
@@ -309,7 +350,11 @@ class LLM:
         """Step the engine and deliver what comes of it; returns whose it is."""
         if not self.engine.has_unfinished_requests:
             raise RuntimeError("a request was aborted behind the back of the call that waits for it")
-        outputs = self.engine.step()
+        try:
+            outputs = self.engine.step()
+        except CommunicatorError:
+            self.close()
+            raise
         for output in outputs:
             self._inboxes[output.request_id].append(output)
         return [output.request_id for output in outputs]
@@ -340,6 +385,25 @@ class LLM:
         if errors := [answer.error for output in outputs for answer in output.outputs if answer.error]:
             raise RequestError("; ".join(sorted(set(errors))), outputs)
         return outputs
+
+
+def _meet_ranks(source: Source, options: RankOptions, size: int, num_threads: int | None, timeout: float) -> Ranks:
+    """The ranks that share the model. Does not return on those that are not the first: they exit when all is done."""
+    shared = registered_bytes(source, options)
+    found = Ranks.find(size, registered_bytes=shared, timeout=timeout)
+    if found is None:
+        if num_threads is None:
+            num_threads = max(1, torch.get_num_threads() // size)
+            torch.set_num_threads(num_threads)
+        return Ranks.start(
+            source.path, options, size, num_threads=num_threads, registered_bytes=shared, timeout=timeout
+        )
+    found.check_options(options)
+    if found.comm.rank > 0:
+        serve(source, options, found.comm, found.messages)
+        found.end()
+        raise SystemExit(0)
+    return found
 
 
 def _open_head(source: Source, recycle_head: str | Path | None) -> RecycleHeadTensors | None:

@@ -43,8 +43,26 @@ class Tensors(ABC):
     def _read(self, name: str) -> torch.Tensor:
         """The tensor `name`, which exists."""
 
-    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+    @abstractmethod
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor `name`, which exists."""
+
+    def _read_part(self, name: str, part: tuple[slice, ...]) -> torch.Tensor:
+        """A part of the tensor `name`, which exists, without reading all of it where the file allows that."""
+        return self._read(name)[part]
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...] | None = None, part: tuple[slice, ...] | None = None
+    ) -> torch.Tensor:
         """Read one tensor, in the dtype it is stored in (fp32 when the file stores it in a block format).
+
+        Parameters
+        ----------
+        name : str
+        shape : tuple of int, optional
+            What its shape must be.
+        part : tuple of slice, optional
+            Of its dimensions, to be read instead of the whole.
 
         Raises
         ------
@@ -53,16 +71,16 @@ class Tensors(ABC):
         """
         if name not in self._name_set:
             raise ValueError(f"{self.path}: tensor {name!r} is missing")
-        tensor = self._read(name)
-        if shape is not None and tuple(tensor.shape) != shape:
+        found = self._shape(name) if shape is not None else None
+        if found != shape:
             raise ValueError(
-                f"{self.file_of(name)}: tensor {name!r} has shape {list(tensor.shape)}, "
-                f"the configuration asks for {list(shape)}"
+                f"{self.file_of(name)}: tensor {name!r} has shape {list(found or ())}, "
+                f"the configuration asks for {list(shape or ())}"
             )
-        return tensor
+        return self._read(name) if part is None else self._read_part(name, part)
 
-    def blocks(self, name: str, shape: tuple[int, int]) -> dict[str, Any] | None:
-        """The matrix `name` as arguments of `GPTQWeight.from_codes`, when the file stores it in such a form.
+    def blocks(self, name: str, shape: tuple[int, int], outputs: slice, inputs: slice) -> dict[str, Any] | None:
+        """A part of the matrix `name` as arguments of `GPTQWeight.from_codes`, when the file stores it in such a form.
 
         Raises
         ------
@@ -137,6 +155,13 @@ class DirectorySource(Source):
 
     def _read(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._files[self._file_of[name]].get_tensor(name)
+        return tensor
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
+
+    def _read_part(self, name: str, part: tuple[slice, ...]) -> torch.Tensor:
+        tensor: torch.Tensor = self._files[self._file_of[name]].get_slice(name)[part]
         return tensor
 
     @cached_property

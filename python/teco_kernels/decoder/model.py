@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
@@ -10,10 +12,13 @@ from teco_kernels.decoder.config import ModelConfig
 from teco_kernels.decoder.kv_cache import KVCache
 from teco_kernels.decoder.layers import Buffers, LayerStack, load_layer
 from teco_kernels.decoder.loader import Source
+from teco_kernels.decoder.shard import Shard
 from teco_kernels.decoder.weights import Quantization, WeightLoader
-from teco_kernels.ops import embedding
+from teco_kernels.ops import Sparse24Weight, embedding, lm_head_argmax
 from teco_kernels.ops.gptq import Activation
 from teco_kernels.ops.rope import cos_sin_cache
+from teco_kernels.parallel.collectives import all_gather, all_reduce
+from teco_kernels.parallel.communicator import Communicator
 
 
 class Transformer:
@@ -34,6 +39,19 @@ class Transformer:
         How quantised layers treat their input, see `gptq_matmul`.
     quantization : {"keep", "dequantize"}
         As in `WeightLoader`.
+    shard : Shard, optional
+        Only this part of the model is read.
+    comm : Communicator, optional
+        Of the ranks that have the other parts: all of them must run the same steps.
+
+    Attributes
+    ----------
+    config : ModelConfig
+        Of the whole model.
+    shape : ModelConfig
+        Of what this rank has of every layer.
+    logits_width : int
+        Columns that `forward` writes, of which the first `vocab_size` are the logits.
 
     Raises
     ------
@@ -49,17 +67,26 @@ class Transformer:
         max_model_len: int,
         activation: Activation,
         quantization: Quantization = "keep",
+        shard: Shard | None = None,
+        comm: Communicator | None = None,
     ) -> None:
         config = source.config
+        shard = shard or Shard.of(config)
         if source.has(surplus := f"model.layers.{config.num_layers}.input_layernorm.weight"):
             raise ValueError(
                 f"{source.path}: tensor {surplus!r}: the configuration has {config.num_layers} layers only"
             )
         load = WeightLoader(source, dtype, activation, quantization)
         self.config: ModelConfig = config
+        self.shape = shard.of_layer(config)
         self.dtype = dtype
         self.activation = activation
-        self.embedding = load.embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
+        self.comm = comm
+        self._shard = shard
+        self.logits_width = config.vocab_size if comm is None else shard.world_size * shard.vocabulary_stride
+        self.embedding = load.embedding(
+            "model.embed_tokens", config.vocab_size, config.hidden_size, tokens=shard.vocabulary
+        )
         layers = [
             load_layer(
                 load,
@@ -70,16 +97,19 @@ class Transformer:
                 mlp_bias=config.mlp_bias,
                 qk_norm=config.qk_norm,
                 sliding_window=sliding_window,
+                shard=shard,
             )
             for index, sliding_window in enumerate(config.sliding_windows)
         ]
         cos_sin = cos_sin_cache(config.head_dim, max_model_len, config.rope_theta, config.rope_scaling)
-        self.stack = LayerStack(layers, load.vector("model.norm.weight", config.hidden_size), config, cos_sin)
+        norm = load.vector("model.norm.weight", config.hidden_size)
+        self.stack = LayerStack(layers, norm, self.shape, cos_sin, comm)
         # A quantizer that rounds the head of a tied model unties it, whatever the configuration still says.
         if config.tie_word_embeddings and not source.has("lm_head.qweight"):
             self.lm_head = load.tied_head(self.embedding)
         else:
-            self.lm_head = load.linear(["lm_head"], config.hidden_size, [config.vocab_size], bias=False)
+            sizes, parts = [config.vocab_size], [shard.vocabulary]
+            self.lm_head = load.linear(["lm_head"], config.hidden_size, sizes, bias=False, outputs=parts)
 
     @property
     def nbytes(self) -> int:
@@ -98,13 +128,64 @@ class Transformer:
         buffers : Buffers
             Of at least the batch's tokens.
         out : Tensor, optional
-            ``[R, vocab_size]``, for the logits. With it, and logits of every token, all of the step's work is done by
+            ``[R, logits_width]``, for the logits. With it, and logits of every token, all of the step's work is done by
             this package's operators, so that it can be recorded as a plan.
         """
+        hidden = self._hidden(batch, cache, buffers)
+        if out is None:
+            out = hidden.new_empty(len(hidden), self.logits_width)
+        if self.comm is None:
+            return self.lm_head(hidden, out=out)
+        shard = self._shard
+        parts = out.unflatten(-1, (shard.world_size, -1))  # every rank writes its own
+        self.lm_head(hidden, out=parts[:, shard.rank, : len(shard.vocabulary)])
+        for row in parts:
+            all_gather(row[shard.rank], self.comm, out=row)
+        return out[:, : self.config.vocab_size]
+
+    def best(self, batch: Batch, cache: KVCache, buffers: Buffers, *, out: tuple[Tensor, Tensor]) -> None:
+        """Run a step of ranks; of each row, every rank's likeliest token and its logit, the logits themselves nowhere.
+
+        Parameters
+        ----------
+        batch, cache, buffers
+            As for `forward`.
+        out : tuple of Tensor
+            int64 and fp32 ``[world_size, R]``, written, to be given to `likeliest`: tokens counted from each rank's
+            first one, -1 for a row that has NaN.
+        """
+        assert self.comm is not None
+        hidden = self._hidden(batch, cache, buffers)
+        own = out[0][self._shard.rank], out[1][self._shard.rank]
+        (weight,) = self.lm_head.weights
+        assert not isinstance(weight, Sparse24Weight)  # which only layers are
+        try:
+            lm_head_argmax(hidden, weight, activation=self.activation, out=own)
+        except ValueError:
+            if -1 not in own[0].tolist():  # of which `likeliest` takes care, on all ranks alike
+                raise
+        for part, everyone in zip(own, out, strict=True):
+            all_gather(part, self.comm, out=everyone)
+
+    def likeliest(self, best: tuple[Tensor, Tensor]) -> list[int]:
+        """The likeliest token of each row, from what `best` gave: the lowest among equals, -1 without finite logits."""
+        token_ids, logits = best
+        found = []
+        # In Python: a few numbers, and torch's own operators take longer to begin with.
+        for ids, values in zip(token_ids.t().tolist(), logits.t().tolist(), strict=True):
+            rank = max(range(len(ids)), key=values.__getitem__)  # the first among equals
+            fine = min(ids) >= 0 and isfinite(values[rank])
+            found.append(ids[rank] + rank * self._shard.vocabulary_stride if fine else -1)
+        return found
+
+    def _hidden(self, batch: Batch, cache: KVCache, buffers: Buffers) -> Tensor:
+        """Input of the LM head, for the rows whose logits are wanted."""
         buffers = buffers.rows(len(batch.token_ids))
-        embedding(batch.token_ids, self.embedding, out=buffers.residual)
+        if self.comm is None:
+            embedding(batch.token_ids, self.embedding, out=buffers.residual)
+        else:
+            first = self._shard.vocabulary.start
+            embedding(batch.token_ids, self.embedding, first_token=first, out=buffers.residual)
+            all_reduce(buffers.residual, self.comm, out=buffers.residual)
         self.stack.forward(batch, cache.layers, buffers)
-        hidden = buffers.hidden
-        if batch.logit_rows is not None:
-            hidden = hidden[batch.logit_rows]
-        return self.lm_head(hidden, out=out)
+        return buffers.hidden if batch.logit_rows is None else buffers.hidden[batch.logit_rows]

@@ -12,8 +12,17 @@ import torch
 from torch import Tensor
 
 from teco_kernels.decoder.loader import Tensors
+from teco_kernels.decoder.parts import cover, select_groups
 from teco_kernels.ops import GPTQWeight
-from teco_kernels.ops.packing import BITS, ZeroPointFormat, codes_per_period, looks_like, unpack_awq
+from teco_kernels.ops.packing import (
+    BITS,
+    ZeroPointFormat,
+    codes_per_period,
+    looks_like,
+    unpack_awq,
+    unpack_rows,
+    unpack_zeros,
+)
 
 _METHODS = ("gptq", "awq")
 _ZERO_POINT_FORMATS: dict[str, ZeroPointFormat] = {"gptq": "v1", "gptq_v2": "v2"}
@@ -46,8 +55,20 @@ class QuantizedLayers:
             _check_awq(source.path, self._settings)
         self._warned = False
 
-    def read(self, name: str, in_features: int, out_features: int, *, bias: bool) -> GPTQWeight | None:
-        """The layer `name`; None when it is not quantised, or in a way that `GPTQWeight` cannot hold.
+    def read(
+        self, name: str, in_features: int, out_features: int, *, bias: bool, inputs: slice, outputs: slice
+    ) -> GPTQWeight | None:
+        """The layer `name`, or a part of it; None when it is not quantised, or in a way that `GPTQWeight` cannot hold.
+
+        Parameters
+        ----------
+        name : str
+        in_features, out_features : int
+            Of the whole layer.
+        bias : bool
+            Whether the model has one. (Some GPTQ quantizers write one of zeros where it has none.)
+        inputs, outputs : slice
+            What is read of them. The bias comes with the part that has the first input.
 
         Raises
         ------
@@ -56,25 +77,84 @@ class QuantizedLayers:
         """
         source = self._source
         make: Callable[..., GPTQWeight]
-        if (blocks := source.blocks(f"{name}.weight", (out_features, in_features))) is not None:
-            # A bias is read only where the model has one; some GPTQ quantizers write one of zeros where it has none.
-            tensors, file = dict(blocks), source.file_of(f"{name}.weight")
-            tensors["bias"] = source.tensor(f"{name}.bias", (out_features,)) if bias else None
+        is_whole = inputs == slice(0, in_features) and outputs == slice(0, out_features)
+        if (blocks := source.blocks(f"{name}.weight", (out_features, in_features), outputs, inputs)) is not None:
+            tensors, file = blocks, source.file_of(f"{name}.weight")
+            has_bias = bias
             make = GPTQWeight.from_codes
         elif source.has(f"{name}.qweight"):
-            read = self._awq if self._method == "awq" else self._gptq
-            tensors, file = read(name, in_features, out_features), source.file_of(f"{name}.qweight")
-            if bias or source.has(f"{name}.bias"):
-                tensors["bias"] = source.tensor(f"{name}.bias", (out_features,))
-            make = GPTQWeight.from_codes if self._method == "awq" else GPTQWeight.from_checkpoint
+            file = source.file_of(f"{name}.qweight")
+            has_bias = bias or source.has(f"{name}.bias")
+            make = GPTQWeight.from_codes
+            if self._method == "awq":
+                tensors = self._awq(name, in_features, out_features, inputs, outputs)
+            elif is_whole:
+                tensors = self._gptq(name, in_features, out_features)
+                make = GPTQWeight.from_checkpoint
+            else:
+                tensors = self._gptq_part(name, in_features, out_features, inputs, outputs)
         else:
             return None
+        if has_bias and inputs.start == 0:
+            tensors["bias"] = source.tensor(f"{name}.bias", (out_features,), (outputs,))
         try:
             return make(**tensors)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file}: layer {name!r}: {error}") from None
 
     def _gptq(self, name: str, in_features: int, out_features: int) -> dict[str, Any]:
+        """Arguments of `GPTQWeight.from_checkpoint`."""
+        bits, groups, label = self._gptq_format(name, in_features, out_features)
+        read = self._source.tensor
+        tensors = {
+            "qweight": read(f"{name}.qweight", (in_features * bits // 32, out_features)),
+            "qzeros": read(f"{name}.qzeros", (groups, out_features * bits // 32)),
+            "scales": read(f"{name}.scales", (groups, out_features)),
+        }
+        self._compare_with_label(name, tensors["qzeros"], bits, label)
+        g_idx = self._g_idx(name, in_features)
+        return {**tensors, "g_idx": g_idx, "bits": bits, "zero_point_format": _ZERO_POINT_FORMATS[label]}
+
+    def _gptq_part(
+        self, name: str, in_features: int, out_features: int, inputs: slice, outputs: slice
+    ) -> dict[str, Any]:
+        """Arguments of `GPTQWeight.from_codes`, of the words that a part lies in."""
+        bits, groups, label = self._gptq_format(name, in_features, out_features)
+        read, period = self._source.tensor, codes_per_period(bits)
+        words = period * bits // 32
+
+        def part(name: str, shape: tuple[int, int], rows: slice, columns: slice) -> Tensor:
+            tensor = read(name, shape, (rows, columns))
+            if tensor.dtype != torch.int32:
+                got = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(f"{self._source.file_of(name)}: tensor {name!r}: expected dtype int32, got {got}")
+            return tensor
+
+        g_idx = self._g_idx(name, in_features)
+        if g_idx is None:
+            g_idx = torch.arange(in_features) // -(-in_features // groups)
+        elif g_idx.is_floating_point() or g_idx.min() < 0 or g_idx.max() >= groups:
+            raise ValueError(
+                f"{self._source.file_of(f'{name}.g_idx')}: tensor '{name}.g_idx': expected integers 0 to {groups - 1}"
+            )
+        rows, order = select_groups(g_idx[inputs].long())
+        first, end = int(rows.min()), int(rows.max()) + 1
+        periods, rest = cover(inputs, period)
+        shape = (in_features * bits // 32, out_features)
+        qweight = part(f"{name}.qweight", shape, slice(periods.start * words, periods.stop * words), outputs)
+        codes = unpack_rows(qweight, bits)[rest]
+        periods, rest = cover(outputs, period)
+        shape = (groups, out_features * bits // 32)
+        columns = slice(periods.start * words, periods.stop * words)
+        qzeros = part(f"{name}.qzeros", shape, slice(first, end), columns)
+        self._compare_with_label(name, qzeros, bits, label)
+        zeros = unpack_zeros(qzeros, bits, _ZERO_POINT_FORMATS[label])[:, rest]
+        scales = read(f"{name}.scales", (groups, out_features), (slice(first, end), outputs))
+        rows = rows - first
+        return {"codes": codes, "zeros": zeros[rows], "scales": scales[rows], "g_idx": order, "bits": bits}
+
+    def _gptq_format(self, name: str, in_features: int, out_features: int) -> tuple[int, int, str]:
+        """Bits, number of groups, and the label of the format."""
         settings = self._settings_of(name)
         bits, group_size = settings["bits"], settings["group_size"]
         multiple = codes_per_period(bits)
@@ -84,27 +164,21 @@ class QuantizedLayers:
                 f"checkpoints pack them, got {in_features} to {out_features}"
             )
         groups = 1 if group_size == -1 else -(-in_features // group_size)
-        read, has = self._source.tensor, self._source.has
-        tensors = {
-            "qweight": read(f"{name}.qweight", (in_features * bits // 32, out_features)),
-            "qzeros": read(f"{name}.qzeros", (groups, out_features * bits // 32)),
-            "scales": read(f"{name}.scales", (groups, out_features)),
-        }
-        label = settings["checkpoint_format"]
-        if tensors["qzeros"].dtype == torch.int32:  # any other is refused soon
-            self._compare_with_label(name, tensors["qzeros"], bits, label)
-        g_idx = read(f"{name}.g_idx", (in_features,)) if has(f"{name}.g_idx") else None
-        if g_idx is None and settings.get("desc_act") and groups > 1:
+        if groups > 1 and settings.get("desc_act") and not self._source.has(f"{name}.g_idx"):
             raise ValueError(
                 f"{self._source.path}: layer {name!r}: expected a tensor '{name}.g_idx', as 'desc_act' is set in the "
                 f"quantization_config, found none"
             )
-        return {**tensors, "g_idx": g_idx, "bits": bits, "zero_point_format": _ZERO_POINT_FORMATS[label]}
+        return bits, groups, settings["checkpoint_format"]
+
+    def _g_idx(self, name: str, in_features: int) -> Tensor | None:
+        return self._source.tensor(f"{name}.g_idx", (in_features,)) if self._source.has(f"{name}.g_idx") else None
 
     def _compare_with_label(self, name: str, qzeros: Tensor, bits: int, label: str) -> None:
         """Warn once when a file's zero points speak for the other format than its label: such files exist."""
         other = "gptq_v2" if label == "gptq" else "gptq"
-        if self._warned or not looks_like(qzeros, bits, _ZERO_POINT_FORMATS[other]):
+        # Any other dtype than int32 is refused soon.
+        if self._warned or qzeros.dtype != torch.int32 or not looks_like(qzeros, bits, _ZERO_POINT_FORMATS[other]):
             return
         self._warned = True
         warnings.warn(
@@ -114,7 +188,8 @@ class QuantizedLayers:
             stacklevel=2,
         )
 
-    def _awq(self, name: str, in_features: int, out_features: int) -> dict[str, Any]:
+    def _awq(self, name: str, in_features: int, out_features: int, inputs: slice, outputs: slice) -> dict[str, Any]:
+        """Arguments of `GPTQWeight.from_codes`."""
         path, group_size = self._source.path, self._settings.get("group_size")
         if type(group_size) is not int or (group_size != -1 and group_size < 1):
             raise ValueError(
@@ -127,15 +202,19 @@ class QuantizedLayers:
                 f"AWQ packs them, got {in_features} to {out_features}"
             )
         read, groups = self._source.tensor, in_features // group_size
-        words = {
-            "qweight": read(f"{name}.qweight", (in_features, out_features // 8)),
-            "qzeros": read(f"{name}.qzeros", (groups, out_features // 8)),
+        in_groups, rest = cover(inputs, group_size)
+        words, columns = cover(outputs, 8)
+        parts = {
+            "qweight": read(f"{name}.qweight", (in_features, out_features // 8), (inputs, words)),
+            "qzeros": read(f"{name}.qzeros", (groups, out_features // 8), (in_groups, words)),
         }
         try:
-            codes, zeros = (unpack_awq(tensor) for tensor in words.values())
+            codes, zeros = (unpack_awq(tensor)[:, columns] for tensor in parts.values())
         except ValueError as error:
             raise ValueError(f"{self._source.file_of(f'{name}.qweight')}: layer {name!r}: {error}") from None
-        return {"codes": codes, "zeros": zeros, "scales": read(f"{name}.scales", (groups, out_features)), "bits": 4}
+        scales = read(f"{name}.scales", (groups, out_features), (in_groups, outputs))
+        rows, g_idx = select_groups(torch.arange(rest.start, rest.stop) // group_size)
+        return {"codes": codes, "zeros": zeros[rows], "scales": scales[rows], "g_idx": g_idx, "bits": 4}
 
     def _settings_of(self, name: str) -> dict[str, Any]:
         """The quantisation of one layer: the first `dynamic` rule whose pattern matches its name overrides the rest."""

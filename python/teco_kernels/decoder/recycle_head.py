@@ -171,6 +171,9 @@ class RecycleHeadTensors(Tensors):
         tensor: Tensor = self._handle.get_tensor(name)
         return tensor
 
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handle.get_slice(name).get_shape())
+
     def _draft_vocabulary(self) -> Tensor | None:
         size, name = self.config.draft_vocab_size, "draft_vocabulary"
         if size is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,6 +79,17 @@ def _merge_gptq(weights: Sequence[Weight]) -> list[Weight]:
     return merged
 
 
+class _Layer(NamedTuple):
+    """A projection, and what is read of it."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool
+    inputs: slice
+    outputs: slice
+
+
 class WeightLoader:
     """Reads the layers of a model from its source, each in the form that the checkpoint has it in.
 
@@ -103,15 +114,19 @@ class WeightLoader:
         sparsity = source.raw_config.get("sparsity_config")
         self._is_sparse24 = isinstance(sparsity, dict) and sparsity.get("sparsity_structure") == "2:4"
 
-    def matrix(self, name: str, shape: tuple[int, int]) -> Tensor:
+    def matrix(self, name: str, shape: tuple[int, int], part: tuple[slice, slice] | None = None) -> Tensor:
         """A floating-point weight in the dtype it is stored in, but no wider than the compute dtype."""
-        return self._no_wider(self._floating(name, shape))
+        return self._no_wider(self._floating(name, shape, part))
 
-    def embedding(self, name: str, vocab_size: int, hidden_size: int) -> Tensor | GPTQWeight:
-        """The embedding matrix ``[vocab_size, hidden_size]`` as `ops.embedding` takes it."""
-        weight = self._quantised(name, hidden_size, vocab_size, bias=False)
+    def embedding(
+        self, name: str, vocab_size: int, hidden_size: int, *, tokens: range | None = None
+    ) -> Tensor | GPTQWeight:
+        """The matrix ``[vocab_size, hidden_size]``, or the rows of some tokens, as `ops.embedding` takes it."""
+        tokens = range(vocab_size) if tokens is None else tokens
+        inputs, outputs = slice(0, hidden_size), slice(tokens.start, tokens.stop)
+        weight = self._quantised(name, hidden_size, vocab_size, False, inputs, outputs)
         if weight is None:
-            return self.matrix(f"{name}.weight", (vocab_size, hidden_size))
+            return self.matrix(f"{name}.weight", (vocab_size, hidden_size), (outputs, inputs))
         return self._no_wider(weight.dequantize().t()).contiguous() if self._dequantize else weight
 
     def tied_head(self, embedding: Tensor | GPTQWeight) -> Linear:
@@ -126,8 +141,8 @@ class WeightLoader:
         """A one-dimensional weight in the compute dtype."""
         return self._floating(name, (size,)).to(self._dtype)
 
-    def _floating(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        weight = self._source.tensor(name, shape)
+    def _floating(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> Tensor:
+        weight = self._source.tensor(name, shape, part)
         if weight.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(
                 f"{self._source.file_of(name)}: tensor {name!r}: expected a floating dtype of 16 to 64 bits, "
@@ -135,47 +150,71 @@ class WeightLoader:
             )
         return weight
 
-    def linear(self, names: Sequence[str], in_features: int, out_features: Sequence[int], *, bias: bool) -> Linear:
-        """The projections `names` of one input, with `out_features` each."""
-        sizes = list(zip(names, out_features, strict=True))
-        quantised = [self._quantised(name, in_features, size, bias) for name, size in sizes]
+    def linear(
+        self,
+        names: Sequence[str],
+        in_features: int,
+        out_features: Sequence[int],
+        *,
+        bias: bool,
+        inputs: range | None = None,
+        outputs: Sequence[range] | None = None,
+    ) -> Linear:
+        """The projections `names` of one input, with `out_features` each.
+
+        Parameters
+        ----------
+        names, in_features, out_features, bias
+            Of the whole layers.
+        inputs : range, optional
+            Multiply by these only: what comes is a part of a sum. The part with input 0 adds the bias.
+        outputs : sequence of range, optional
+            Give only these of each.
+        """
+        kept = slice(0, in_features) if inputs is None else slice(inputs.start, inputs.stop)
+        parts = [range(size) for size in out_features] if outputs is None else outputs
+        layers = [
+            _Layer(name, in_features, size, bias, kept, slice(part.start, part.stop))
+            for name, size, part in zip(names, out_features, parts, strict=True)
+        ]
+        quantised = [self._quantised(*layer) for layer in layers]
         if self._dequantize or all(weight is None for weight in quantised):
-            return Linear([self._dense(sizes, in_features, bias, quantised)], self._activation)
+            return Linear([self._dense(layers, quantised)], self._activation)
         weights: list[Weight] = [
-            self._dense([layer], in_features, bias, [None]) if weight is None else weight
-            for layer, weight in zip(sizes, quantised, strict=True)
+            self._dense([layer], [None]) if weight is None else weight
+            for layer, weight in zip(layers, quantised, strict=True)
         ]
         return Linear(weights, self._activation)
 
-    def _quantised(self, name: str, in_features: int, out_features: int, bias: bool) -> GPTQWeight | None:
+    def _quantised(
+        self, name: str, in_features: int, out_features: int, bias: bool, inputs: slice, outputs: slice
+    ) -> GPTQWeight | None:
         if self._dequantize and self._source.has(f"{name}.weight"):  # which the source dequantises when it is read
             return None
-        return self._layers.read(name, in_features, out_features, bias=bias)
+        return self._layers.read(name, in_features, out_features, bias=bias, inputs=inputs, outputs=outputs)
 
-    def _dense(
-        self,
-        layers: Sequence[tuple[str, int]],
-        in_features: int,
-        bias: bool,
-        quantised: Sequence[GPTQWeight | None],
-    ) -> Weight:
-        """Layers of names and out_features in one weight; those that were read in quantised form are dequantised."""
+    def _dense(self, layers: Sequence[_Layer], quantised: Sequence[GPTQWeight | None]) -> Weight:
+        """Layers in one weight; those that were read in quantised form are dequantised."""
         rows, biases = [], []
-        for (name, size), weight in zip(layers, quantised, strict=True):
+        for layer, weight in zip(layers, quantised, strict=True):
+            name = layer.name
             if weight is not None:
                 rows.append(self._no_wider(weight.dequantize().t()))
                 biases.append(weight.bias)
             else:
-                rows.append(self.matrix(f"{name}.weight", (size, in_features)))
-                biases.append(self.vector(f"{name}.bias", size) if bias else None)
+                shape = layer.out_features, layer.in_features
+                rows.append(self.matrix(f"{name}.weight", shape, (layer.outputs, layer.inputs)))
+                has_bias = layer.bias and layer.inputs.start == 0
+                bias = self._floating(f"{name}.bias", shape[:1], (layer.outputs,)) if has_bias else None
+                biases.append(None if bias is None else bias.to(self._dtype))
         joined = torch.cat(rows)
         parts = [torch.zeros(len(row)) if part is None else part for row, part in zip(rows, biases, strict=True)]
         joined_bias = None if all(part is None for part in biases) else torch.cat(parts)
-        if self._is_sparse24 and layers[0][0].startswith("model.layers."):
+        if self._is_sparse24 and layers[0].name.startswith("model.layers."):
             try:
                 return Sparse24Weight.from_dense(joined, joined_bias)
             except ValueError:
-                self._name_broken_pattern([name for name, _ in layers], rows)
+                self._name_broken_pattern([layer.name for layer in layers], rows)
                 raise
         return DenseWeight.from_tensor(joined, joined_bias)
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 _LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
-_EXCEPTIONS: dict[str, type[Exception]] = {
-    "ValueError": ValueError,
-    "TypeError": TypeError,
-    "MemoryError": MemoryError,
+# By the word that the text of an error from C++ begins with: makes the exception of the operator's name and the rest.
+_EXCEPTIONS: dict[str, Callable[[str, str], BaseException]] = {
+    "ValueError": lambda name, message: ValueError(f"{name}: {message}"),
+    "TypeError": lambda name, message: TypeError(f"{name}: {message}"),
+    "MemoryError": lambda name, message: MemoryError(f"{name}: {message}"),
 }
 
 if not _LIBRARY.exists():
@@ -22,15 +23,20 @@ if not _LIBRARY.exists():
 torch.ops.load_library(str(_LIBRARY))  # type: ignore[no-untyped-call]
 
 
-def _translate(error: RuntimeError, name: str) -> Exception:
+def register_exception(word: str, make: Callable[[str, str], BaseException]) -> None:
+    """Let errors from C++ whose text begins with ``word:`` be raised as what `make` makes of operator and message."""
+    _EXCEPTIONS[word] = make
+
+
+def _translate(error: RuntimeError, name: str) -> BaseException:
     """The exception that a failed check in C++ stands for (see csrc/ops/checks.h)."""
     if isinstance(error, NotImplementedError):
         return ValueError(
             f"{name}: the arguments are on devices for which there is no kernel, or not all on one device"
         )
     kind, _, message = str(error).partition(": ")
-    exception = _EXCEPTIONS.get(kind)
-    return exception(f"{name}: {message.splitlines()[0]}") if exception else error
+    make = _EXCEPTIONS.get(kind)
+    return make(name, message.splitlines()[0]) if make else error
 
 
 def operator(name: str, overload: str = "default") -> Callable[..., Any]:

@@ -14,7 +14,12 @@ register_fake_writing_only("embedding", "embedding.gptq")
 
 
 def embedding(
-    token_ids: Tensor, weight: Tensor | GPTQWeight, *, dtype: torch.dtype | None = None, out: Tensor | None = None
+    token_ids: Tensor,
+    weight: Tensor | GPTQWeight,
+    *,
+    first_token: int | None = None,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Gather the embeddings of tokens, converting them on the way.
 
@@ -25,6 +30,9 @@ def embedding(
     weight : Tensor or GPTQWeight
         ``[vocab_size, hidden_size]``, fp32, fp16 or bf16. Or packed, as the head of a tied model is: `out_features` are
         the vocabulary, `in_features` the hidden size, and a bias, which is the head's, is left out.
+    first_token : int, optional
+        `weight` has the rows of tokens `first_token` and on only, a part of the vocabulary; any other token gives
+        zeros. The sum over the parts, as ranks make it that hold one each, is what the whole weight gives.
     dtype : torch.dtype, optional
         Of the result, when there is no `out`; that of `weight` when not given, fp32 for a packed one.
     out : Tensor, optional
@@ -38,7 +46,7 @@ def embedding(
     Raises
     ------
     ValueError
-        For a token that is not of the vocabulary.
+        For a token that is not of the vocabulary, where the weight has all of it.
     """
     if isinstance(weight, GPTQWeight):
         if out is None:
@@ -52,15 +60,25 @@ def embedding(
             weight.in_features,
             weight.bits,
             weight.has_minimum,
+            first_token,
         )
         return out
     if out is None:
         out = weight.new_empty((len(token_ids), weight.shape[-1]), dtype=dtype)
-    _embedding(out, token_ids, weight)
+    _embedding(out, token_ids, weight, first_token)
     return out
 
 
-def embedding_reference(token_ids: Tensor, weight: Tensor | GPTQWeight, dtype: torch.dtype | None = None) -> Tensor:
+def embedding_reference(
+    token_ids: Tensor,
+    weight: Tensor | GPTQWeight,
+    first_token: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """float64 reference of `embedding`."""
     rows = weight.dequantize().t() if isinstance(weight, GPTQWeight) else weight
-    return rows[token_ids].double()
+    if first_token is None:
+        return rows[token_ids].double()
+    here = token_ids - first_token
+    present = (here >= 0) & (here < len(rows))
+    return torch.where(present[:, None], rows[here.where(present, 0)].double(), 0.0)

@@ -248,4 +248,9 @@ _OPERATORS: dict[str, _Problem] = {
     "verify_recycled_sampled": _sample,
     "copy_blocks": _any_dtype,
     "swap_blocks": _any_dtype,
+    "all_reduce": _dtype_problem,
+    "all_reduce_rms_norm": _dtype_problem,
+    "reduce_scatter": _dtype_problem,
+    "all_gather": _any_dtype,
+    "broadcast": _any_dtype,
 }

@@ -8,15 +8,20 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
+from teco_kernels._host import CommunicatorError
 from teco_kernels.parallel.process_group import ProcessGroupTransport
 from teco_kernels.parallel.shared_memory import SharedMemoryTransport, connect
+
+__all__ = ["DEFAULT_TIMEOUT", "Communicator", "CommunicatorError"]
 
 #: Seconds that ranks wait for one another when nothing else is said.
 DEFAULT_TIMEOUT = 300.0
 
 
 class Transport(Protocol):
-    """What the collectives call, their arguments checked; `out` is `x` itself or apart from it."""
+    """What the collectives call; checks its arguments. `out` is `x` itself or apart from it."""
+
+    registered: Tensor
 
     def all_reduce(self, out: Tensor, x: Tensor) -> None:
         """Write the sum over the ranks."""
@@ -69,9 +74,28 @@ class Communicator:
         """What carries the data."""
         return "shared_memory" if isinstance(self.transport, SharedMemoryTransport) else "process_group"
 
+    @property
+    def registered(self) -> Tensor:
+        """Memory of this rank that the others can read, uint8.
+
+        What `all_reduce` and `all_reduce_rms_norm` are given from there, at the same place on every rank, is not copied
+        (up to what is added up in one shot). Others may read it until this rank has come out of the next collective:
+        write it again after that, and never let `out` lie there.
+        """
+        return self.transport.registered
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether a `Plan` can hold the collectives, and `torch.compile` trace them."""
+        return isinstance(self.transport, SharedMemoryTransport)
+
     @classmethod
     def from_process_group(
-        cls, group: dist.ProcessGroup | None = None, *, timeout: float = DEFAULT_TIMEOUT
+        cls,
+        group: dist.ProcessGroup | None = None,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        registered_bytes: int = 0,
     ) -> Communicator:
         """Connect the ranks of a group; all of them must call it.
 
@@ -84,6 +108,8 @@ class Communicator:
             The default group when not given. Used here, and later only if it has to carry the data.
         timeout : float
             Seconds, also for connecting; ``math.inf`` waits for as long as all ranks live.
+        registered_bytes : int
+            Of `registered`; the same on all ranks.
 
         Raises
         ------
@@ -95,9 +121,24 @@ class Communicator:
         group = dist.group.WORLD if group is None else group
         if group is None:
             raise ValueError("group: expected a process group, or torch.distributed to be initialised")
-        native, reason = connect(group, timeout)
-        transport: Transport = SharedMemoryTransport(native) if native else ProcessGroupTransport(group, timeout)
+        native, reason = connect(group, timeout, registered_bytes)
+        transport: Transport
+        if native is not None:
+            transport = SharedMemoryTransport(native, registered_bytes)
+        else:
+            transport = ProcessGroupTransport(group, timeout, registered_bytes)
         return cls(transport, dist.get_rank(group), dist.get_world_size(group), timeout, reason)
+
+    @classmethod
+    def alone(cls) -> Communicator:
+        """A communicator of this process only, whose collectives copy.
+
+        Raises
+        ------
+        RuntimeError
+            The system lacks what ranks need to share memory.
+        """
+        return cls(SharedMemoryTransport.alone(), 0, 1, DEFAULT_TIMEOUT, "")
 
     def close(self) -> None:
         """Take part no more; what the other ranks call from now on raises `CommunicatorError` there."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from teco_kernels._host import CommunicatorError
 from teco_kernels.ops import fused_add_rms_norm
+from teco_kernels.parallel.arguments import check_copy, check_norm, check_sum
 
 #: Up to so many bytes every rank gets the data of all others and adds all of it up; beyond, each adds up a share.
 ONE_SHOT_BYTES = 64 * 1024
@@ -33,14 +34,16 @@ def wait(work: Any, timeout: float) -> None:
 class ProcessGroupTransport:
     """The same collectives, by `all_gather`, `all_to_all` and `broadcast` of the group."""
 
-    def __init__(self, group: dist.ProcessGroup, timeout: float) -> None:
+    def __init__(self, group: dist.ProcessGroup, timeout: float, registered_bytes: int = 0) -> None:
         self._group = group
         self._timeout = timeout
-        self._world_size = dist.get_world_size(group)
+        self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
         self._end = ""
+        self.registered = torch.empty(registered_bytes, dtype=torch.uint8)  # as good as any
 
     def all_reduce(self, out: Tensor, x: Tensor) -> None:
         """Write the sum over the ranks."""
+        check_sum(out, x, x.shape)
         if x.numel() * x.element_size() <= ONE_SHOT_BYTES:
             gathered = x.new_empty(self._world_size, *x.shape)
             self.all_gather(gathered, x)
@@ -58,21 +61,30 @@ class ProcessGroupTransport:
         self, normed: Tensor, new_residual: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> None:
         """Write the sum plus the residual, and its norm."""
+        check_norm(normed, new_residual, x, residual, weight)
         self.all_reduce(normed, x)
         fused_add_rms_norm(normed, residual, weight, eps, out=(normed, new_residual))
 
     def all_gather(self, out: Tensor, x: Tensor) -> None:
         """Write the tensors of all ranks."""
+        own_row = len(out) == self._world_size and out[self._rank].data_ptr() == x.data_ptr()
+        check_copy(out, x, torch.Size((self._world_size, *x.shape)), own_row=own_row)
         self._run(dist.all_gather, list(out), x)
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> None:
         """Write this rank's row of the sum."""
+        if x.dim() == 0 or x.shape[0] != self._world_size:
+            raise ValueError(f"input: expected shape [{self._world_size}, ...], a row per rank, got {list(x.shape)}")
+        check_sum(out, x, x.shape[1:])
         received = torch.empty_like(x)
         self._run(dist.all_to_all_single, received.view(-1), x.view(-1))
         out.copy_(_sum_rows(received))
 
     def broadcast(self, out: Tensor, x: Tensor, root: int) -> None:
         """Write the root's tensor."""
+        if not 0 <= root < self._world_size:
+            raise ValueError(f"root: expected a rank of 0 to {self._world_size - 1}, got {root}")
+        check_copy(out, x, x.shape)
         if out is not x:
             out.copy_(x)
         self._run(dist.broadcast, out, group_src=root)

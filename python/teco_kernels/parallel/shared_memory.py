@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from pathlib import Path
@@ -13,92 +14,79 @@ from torch import Tensor
 
 from teco_kernels import _host
 from teco_kernels._host import CommunicatorError
+from teco_kernels.ops import collectives
 from teco_kernels.parallel.process_group import wait
 
-# As csrc/params.h numbers them; those without a sum are only ever compared, between ranks.
-_SUMMED = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_DTYPES = _SUMMED | {
-    dtype: 16 + number
-    for number, dtype in enumerate(
-        (torch.int8, torch.uint8, torch.bool, torch.int16, torch.int32, torch.int64, torch.float64, torch.float8_e4m3fn)
-    )
-}
 _MESSAGE_BYTES = 1024
 
 
 class SharedMemoryTransport:
-    """Hands the addresses of tensors to the native communicator."""
+    """The operators over a native communicator: they may be recorded in a `Plan`, and compiled.
 
-    def __init__(self, native: _host.Communicator) -> None:
+    Attributes
+    ----------
+    number : int
+        By which the operators know the communicator.
+    registered : Tensor
+        uint8 ``[registered_bytes]``, see `Communicator.registered`.
+    """
+
+    def __init__(self, native: _host.Communicator, registered_bytes: int = 0) -> None:
         self._native = native
+        self.number = native.number
+        self.registered = _memory_at(native.registered, registered_bytes, native)
+
+    @classmethod
+    def alone(cls) -> SharedMemoryTransport:
+        """Of this process only. RuntimeError where the system lacks what ranks need to share memory."""
+        return cls(_host.Communicator(_host.Segment.create(1), 0, [os.getpid()], 1.0))
 
     def all_reduce(self, out: Tensor, x: Tensor) -> None:
         """Write the sum over the ranks."""
-        if not x.is_cpu:
-            _on_cpu(x)
-        self._native.all_reduce(out.data_ptr(), x.data_ptr(), x.numel(), _SUMMED[x.dtype])
+        collectives.all_reduce(out, x, self.number)
 
     def all_reduce_rms_norm(
         self, normed: Tensor, new_residual: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> None:
         """Write the sum plus the residual, and its norm."""
-        row_size = weight.numel()
-        self._native.all_reduce_rms_norm(
-            normed.data_ptr(),
-            new_residual.data_ptr(),
-            x.data_ptr(),
-            residual.data_ptr(),
-            weight.data_ptr(),
-            x.numel() // max(row_size, 1),
-            row_size,
-            eps,
-            _summed(x),
-        )
+        collectives.all_reduce_rms_norm(normed, new_residual, x, residual, weight, eps, self.number)
 
     def all_gather(self, out: Tensor, x: Tensor) -> None:
         """Write the tensors of all ranks."""
-        self._native.all_gather(out.data_ptr(), x.data_ptr(), x.numel(), x.element_size(), _number(x))
+        collectives.all_gather(out, x, self.number)
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> None:
         """Write this rank's row of the sum."""
-        self._native.reduce_scatter(out.data_ptr(), x.data_ptr(), out.numel(), _summed(x))
+        collectives.reduce_scatter(out, x, self.number)
 
     def broadcast(self, out: Tensor, x: Tensor, root: int) -> None:
         """Write the root's tensor."""
-        self._native.broadcast(out.data_ptr(), x.data_ptr(), x.numel(), x.element_size(), _number(x), root)
+        collectives.broadcast(out, x, root, self.number)
 
     def close(self) -> None:
         """Take part no more."""
         self._native.close()
 
 
-def _on_cpu(x: Tensor) -> None:
-    if not x.is_cpu:
-        raise ValueError(f"x: expected a tensor on the cpu, where the ranks share memory, got {x.device}")
-
-
-def _summed(x: Tensor) -> int:
-    _on_cpu(x)
-    return _SUMMED[x.dtype]
-
-
-def _number(x: Tensor) -> int:
-    _on_cpu(x)
-    if (number := _DTYPES.get(x.dtype)) is None:
-        raise TypeError(f"x: expected one of {', '.join(map(str, _DTYPES))}, got {x.dtype}")
-    return number
+def _memory_at(address: int, nbytes: int, owner: object) -> Tensor:
+    """A uint8 tensor over memory that is there for as long as `owner` is, which it keeps."""
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    memory = (ctypes.c_uint8 * nbytes).from_address(address)
+    memory._owner = owner  # type: ignore[attr-defined]
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def problem_here() -> str:
     """Why this process cannot share memory with others; empty when it can."""
     try:
-        _host.Communicator(_host.Segment.create(1), 0, [os.getpid()], 1.0)
+        SharedMemoryTransport.alone()
     except RuntimeError as error:
         return str(error)
     return ""
 
 
-def connect(group: dist.ProcessGroup, timeout: float) -> tuple[_host.Communicator | None, str]:
+def connect(group: dist.ProcessGroup, timeout: float, registered_bytes: int) -> tuple[_host.Communicator | None, str]:
     """The native communicator of this rank, or None and the reason, which all ranks share.
 
     Rank 0 makes the memory, without a name, so that nothing is left of it whoever dies when; the others open it by its
@@ -121,7 +109,7 @@ def connect(group: dist.ProcessGroup, timeout: float) -> tuple[_host.Communicato
     offer: dict[str, Any] = {"problem": ""}
     if rank == 0:
         try:
-            segment = _host.Segment.create(world_size)
+            segment = _host.Segment.create(world_size, registered_bytes)
             offer |= {"descriptor": segment.descriptor, "token": segment.token}
         except RuntimeError as error:
             offer["problem"] = str(error)
@@ -130,7 +118,9 @@ def connect(group: dist.ProcessGroup, timeout: float) -> tuple[_host.Communicato
     pids = [message["pid"] for message in everyone]
     if not offer["problem"]:
         try:
-            segment = segment or _host.Segment.open(pids[0], offer["descriptor"], offer["token"], world_size)
+            if segment is None:
+                found = offer["descriptor"], offer["token"]
+                segment = _host.Segment.open(pids[0], *found, world_size, registered_bytes)
             native = _host.Communicator(segment, rank, pids, timeout)
         except RuntimeError as error:
             outcome["problem"] = str(error)

@@ -9,6 +9,7 @@ from teco_kernels.testing.cases import (
     activation,
     attention,
     cache,
+    collectives,
     embedding,
     matmul,
     norm,
@@ -18,7 +19,7 @@ from teco_kernels.testing.cases import (
     verify,
 )
 
-FAMILIES = (embedding, norm, activation, matmul, rotary, cache, attention, sampling, recycle, verify)
+FAMILIES = (embedding, norm, activation, matmul, rotary, cache, attention, sampling, recycle, verify, collectives)
 
 
 def all_cases() -> Iterator[Case]:

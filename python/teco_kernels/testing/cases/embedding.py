@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,18 @@ def _inputs(
         "weight": torch.randn(vocab_size, hidden_size, generator=generator).to(weight_dtype),
         "dtype": dtype,
     }
+
+
+def _part_of(make_inputs: Callable[[torch.Generator], Inputs], vocab_size: int, generator: torch.Generator) -> Inputs:
+    """The weight as the middle third of a vocabulary: most tokens are of the others."""
+    inputs = make_inputs(generator)
+    token_ids = torch.randint(3 * vocab_size, inputs["token_ids"].shape, generator=generator)
+    return inputs | {"token_ids": token_ids, "first_token": vocab_size}
+
+
+def _part_case(case: Case) -> Case:
+    params = {**case.params, "part": True}
+    return replace(case, params=params, make_inputs=partial(_part_of, case.make_inputs, case.params["vocab_size"]))
 
 
 def _packed_inputs(
@@ -82,28 +95,33 @@ def _packed_case(
     )
 
 
+def _dense_case(tokens: int, vocab_size: int, hidden_size: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> Case:
+    return Case(
+        operator="embedding",
+        params={
+            "tokens": tokens,
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "weight_dtype": weight_dtype,
+        },
+        dtype=dtype,
+        make_inputs=partial(_inputs, tokens, vocab_size, hidden_size, dtype, weight_dtype),
+        function=embeddings.embedding,
+        reference=embeddings.embedding_reference,
+        max_error=TOLERANCE[dtype],
+        bytes_moved=tokens * hidden_size * (dtype.itemsize + weight_dtype.itemsize),
+        flops=0,
+        benchmark=tokens >= 512 and dtype == torch.float32 and weight_dtype == torch.float16,
+    )
+
+
 def cases() -> Iterator[Case]:
-    """All shapes, each dtype from each dtype of weight; then packed weights."""
+    """All shapes, each dtype from each dtype of weight; then packed weights; parts of a vocabulary."""
     for dtype in TOLERANCE:
         for weight_dtype in TOLERANCE:
-            for tokens, vocab_size, hidden_size in SHAPES:
-                yield Case(
-                    operator="embedding",
-                    params={
-                        "tokens": tokens,
-                        "vocab_size": vocab_size,
-                        "hidden_size": hidden_size,
-                        "weight_dtype": weight_dtype,
-                    },
-                    dtype=dtype,
-                    make_inputs=partial(_inputs, tokens, vocab_size, hidden_size, dtype, weight_dtype),
-                    function=embeddings.embedding,
-                    reference=embeddings.embedding_reference,
-                    max_error=TOLERANCE[dtype],
-                    bytes_moved=tokens * hidden_size * (dtype.itemsize + weight_dtype.itemsize),
-                    flops=0,
-                    benchmark=tokens >= 512 and dtype == torch.float32 and weight_dtype == torch.float16,
-                )
+            for sizes in SHAPES:
+                yield _dense_case(*sizes, dtype, weight_dtype)
+        yield _part_case(_dense_case(20, 7, 37, dtype, torch.float16))
     for bits in BITS:
         vocab_size = 200 if bits >= 4 else 224  # the last panel is filled up
         for dtype in TOLERANCE:
@@ -114,4 +132,6 @@ def cases() -> Iterator[Case]:
         yield _packed_case(5, vocab_size, 576, torch.float16, bits=bits, group_size=64, act_order=True)
         yield _packed_case(5, vocab_size, 576, torch.float32, minimum=True, bits=bits, group_size=32)
     yield _packed_case(0, 200, 576, torch.float32, bits=8, group_size=64)
+    for bits in BITS:
+        yield _part_case(_packed_case(20, 224, 576, torch.float16, bits=bits, group_size=64, act_order=True))
     yield _packed_case(2048, 32000, 1024, torch.float32, True, bits=8, group_size=64)

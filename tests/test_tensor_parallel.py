@@ -1,0 +1,506 @@
+"""Models that several ranks share: every part is of the whole, and answers are those of one rank."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_gptq_directory import VARIANTS, quantise, quantise_awq
+from tiny_models import logits_of, random_model, relative_error, save_gguf, save_model
+from torch import Tensor
+
+import teco_kernels
+from teco_kernels import LLM, CommunicatorError, SamplingParams
+from teco_kernels.decoder.loader import load_source
+from teco_kernels.decoder.model import Transformer
+from teco_kernels.decoder.parts import select_groups
+from teco_kernels.decoder.ranks import Ranks
+from teco_kernels.decoder.sampling_params import RequestError
+from teco_kernels.decoder.shard import Shard, split
+from teco_kernels.decoder.weights import Linear
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Nothing but the vocabulary can be shared out evenly among two, and that not among three.
+SIZES: dict[str, Any] = {
+    "hidden_size": 192,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 32,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+}
+PROMPTS = [[5, 6, 7, 8] * 4, [9, 10, 11], [200, 3, 77, 41, 60, 1, 2]]
+
+
+# ---- who has what
+
+
+def config_of(**changes: Any) -> Any:
+    path = Path("model")
+    raw = {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+    }
+    from teco_kernels.decoder.config import ModelConfig
+
+    return ModelConfig.from_dict(raw | changes, str(path))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_parts_are_the_whole(world_size: int) -> None:
+    for config in (config_of(), config_of(vocab_size=100, intermediate_size=100), config_of(vocab_size=5)):
+        shards = [Shard.of(config, rank, world_size) for rank in range(world_size)]
+        for name, size in (
+            ("kv_heads", config.num_kv_heads),
+            ("heads", config.num_heads),
+            ("intermediate", config.intermediate_size),
+            ("vocabulary", config.vocab_size),
+        ):
+            parts = [getattr(shard, name) for shard in shards]
+            assert [i for part in parts for i in part] == list(range(size))
+            assert all(parts), (name, parts)
+        assert all(shard.vocabulary.start == rank * shard.vocabulary_stride for rank, shard in enumerate(shards))
+
+
+def test_shares_are_even_but_for_the_rest() -> None:
+    assert split(3, 2) == [range(2), range(2, 3)]
+    assert split(1536, 3, 32) == [range(512), range(512, 1024), range(1024, 1536)]
+    assert [len(part) for part in split(160, 2, 32)] == [96, 64]
+    assert [len(part) for part in split(8, 5)] == [2, 2, 1, 2, 1]
+    with pytest.raises(ValueError, match=r"tensor_parallel_size: expected 1 to 3, the model's KV heads, got 4"):
+        Shard.of(config_of(), 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("groups", "rows", "g_idx"),
+    [
+        ([0] * 64 + [1] * 64, [0, 1], None),
+        ([1] * 32 + [2] * 64, [1, 2, 2], None),  # a border cuts the first: the other is taken in two
+        ([0] * 16 + [1] * 64, [0, 1], [0] * 16 + [1] * 64),  # less than a block
+        ([3, 1] * 32, [1, 3], [1, 0] * 32),
+    ],
+)
+def test_groups_of_a_part(groups: list[int], rows: list[int], g_idx: list[int] | None) -> None:
+    found, order = select_groups(torch.tensor(groups))
+    assert found.tolist() == rows
+    assert (None if order is None else order.tolist()) == g_idx
+    per_input = found[torch.arange(len(groups)) // (len(groups) // len(rows))] if order is None else found[order]
+    assert per_input.tolist() == groups
+
+
+# ---- parts of weights are those of the whole, to the bit
+
+
+def values(linear: Linear) -> Tensor:
+    """``[in_features, out_features]``"""
+    return torch.cat([weight.dequantize() for weight in linear.weights], dim=1)
+
+
+def biases(linear: Linear) -> Tensor:
+    parts = [torch.zeros(w.out_features) if w.bias is None else w.bias for w in linear.weights]
+    return torch.cat(parts)
+
+
+def check_parts(path: Path, **options: Any) -> None:
+    source = load_source(path)
+    config = source.config
+    options = {"dtype": torch.float32, "max_model_len": 64, "activation": "exact", **options}
+    whole = Transformer(source, **options)
+    for world_size in (2, 3):
+        shards = [Shard.of(config, rank, world_size) for rank in range(world_size)]
+        parts = [Transformer(source, shard=shard, **options) for shard in shards]
+        assert torch.equal(torch.cat([values(part.lm_head) for part in parts], 1), values(whole.lm_head))
+        embeddings = [part.embedding for part in parts]
+        rows = [e if isinstance(e, Tensor) else e.dequantize().t() for e in (*embeddings, whole.embedding)]
+        assert torch.equal(torch.cat(rows[:-1]), rows[-1])
+        for index, layer in enumerate(whole.stack.layers):
+            layers = [part.stack.layers[index] for part in parts]
+            heads = [[len(shard.heads), len(shard.kv_heads), len(shard.kv_heads)] for shard in shards]
+            sizes = [[n * config.head_dim for n in counts] for counts in heads]
+            for of, cut in ((values, 1), (biases, 0)):
+                qkv = [of(part.qkv).split(size, dim=cut) for part, size in zip(layers, sizes, strict=True)]
+                joined = torch.cat([part[i] for i in range(3) for part in qkv], cut)
+                assert torch.equal(joined, of(layer.qkv))
+                gate_up = [of(part.gate_up).chunk(2, dim=cut) for part in layers]
+                joined = torch.cat([part[i] for i in range(2) for part in gate_up], cut)
+                assert torch.equal(joined, of(layer.gate_up))
+            for name in ("output", "down"):
+                assert torch.equal(torch.cat([values(getattr(p, name)) for p in layers]), values(getattr(layer, name)))
+                assert torch.equal(sum(biases(getattr(part, name)) for part in layers), biases(getattr(layer, name)))
+
+
+# Of o_proj, 192 inputs are cut at multiples of 64; of down_proj, 160 at multiples of 32.
+CUT_GROUPS = {
+    "overrides": {"o_proj": {"group_size": 96}, "down_proj": {"group_size": 80}},
+    "settings": {"dynamic": {".*o_proj": {"group_size": 96}, ".*down_proj": {"group_size": 80}}},
+}
+QUANTISED = {
+    **VARIANTS,
+    "cut groups": CUT_GROUPS,
+    **{
+        f"act-order, {bits} bits": {"act_order": True, "settings": {"desc_act": True, "bits": bits}}
+        for bits in (2, 3, 8)
+    },
+    "cut groups in act-order": {
+        "act_order": True,
+        "overrides": CUT_GROUPS["overrides"],
+        "settings": {"desc_act": True, **CUT_GROUPS["settings"]},
+    },
+}
+
+
+@pytest.mark.parametrize("variant", QUANTISED)
+def test_parts_of_gptq_weights(variant: str, tmp_path: Path) -> None:
+    quantise(save_model(tmp_path / "plain", random_model(**SIZES)), tmp_path / "gptq", **QUANTISED[variant])
+    check_parts(tmp_path / "gptq")
+    check_parts(tmp_path / "gptq", quantization="dequantize")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_parts_of_dense_and_awq_weights_and_biases(family: str, tmp_path: Path) -> None:
+    sizes = SIZES | ({"attention_bias": True, "mlp_bias": True} if family == "llama" else {})
+    check_parts(directory := save_model(tmp_path / "plain", random_model(family, **sizes)))
+    check_parts(quantise_awq(directory, tmp_path / "awq"))
+
+
+@pytest.mark.parametrize("quantization", ["F32", "F16", "Q4_0", "Q4_1", "Q5_1", "Q8_0"])
+def test_parts_of_gguf_files(quantization: str, tmp_path: Path) -> None:
+    check_parts(save_gguf(tmp_path / "model.gguf", random_model(**SIZES), quantization))
+    check_parts(save_gguf(tmp_path / "tied.gguf", random_model(**SIZES, tie_word_embeddings=True), quantization))
+
+
+def test_only_a_ranks_own_part_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = load_source(save_model(tmp_path, random_model(**SIZES)))
+    read = 0
+
+    def counted(method: Any) -> Any:
+        def call(*args: Any) -> Tensor:
+            nonlocal read
+            tensor: Tensor = method(*args)
+            read += tensor.nbytes
+            return tensor
+
+        return call
+
+    monkeypatch.setattr(source, "_read", counted(source._read))
+    monkeypatch.setattr(source, "_read_part", counted(source._read_part))
+    amounts = []
+    for world_size in (1, 3):
+        read = 0
+        shard = Shard.of(source.config, 0, world_size)
+        Transformer(source, dtype=torch.float32, max_model_len=64, activation="exact", shard=shard)
+        amounts.append(read)
+    assert amounts[1] < 0.42 * amounts[0]
+
+
+# ---- running
+
+
+def start(path: Path, world_size: int, **options: Any) -> LLM:
+    options = {"max_model_len": 128, "block_size": 4, "num_threads": 1, "tensor_parallel_timeout": 30.0, **options}
+    return LLM(path, tensor_parallel_size=world_size, **options)
+
+
+def processes(llm: LLM) -> list[subprocess.Popen[bytes]]:
+    """Of the other ranks."""
+    assert llm._ranks is not None
+    return list(llm._ranks.processes)
+
+
+def tokens(llm: LLM, params: Any, prompts: Any = PROMPTS) -> list[list[list[int]]]:
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [[answer.token_ids for answer in output.outputs] for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def gptq_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tensor_parallel")
+    quantise(save_model(folder / "plain", random_model(**SIZES)), folder / "gptq", head=True)
+    return folder / "gptq"
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def shared(request: pytest.FixtureRequest, gptq_path: Path) -> Iterator[tuple[LLM, LLM]]:
+    """The model on one rank and on several."""
+    exact: dict[str, Any] = {"gptq_activation": "exact", "recycle_head": "lookup"}
+    with start(gptq_path, 1, **exact) as one, start(gptq_path, request.param, **exact) as several:
+        yield one, several
+
+
+def test_logits_are_close_and_do_not_depend_on_company(shared: tuple[LLM, LLM]) -> None:
+    one, several = shared
+    prompt = PROMPTS[0] * 3
+    logits = logits_of(several, prompt)
+    assert relative_error(logits, logits_of(one, prompt)) < 1e-5
+    for chunks in ([1] * len(prompt), [20, 1, 1, 1, 25]):
+        assert torch.equal(logits_of(several, prompt, chunks), logits)
+    assert one.score(prompt) == pytest.approx(several.score(prompt), abs=1e-4)
+
+
+SEVERAL_PARAMS = {
+    "greedy": SamplingParams(temperature=0, max_tokens=24),
+    "sampled": SamplingParams(temperature=0.9, top_k=50, seed=3, max_tokens=24),
+    "adjusted": SamplingParams(temperature=0, repetition_penalty=1.2, logit_bias={7: 2.0}, max_tokens=16),
+    "log-probabilities": SamplingParams(temperature=0, logprobs=2, max_tokens=8),
+    # Answers to one prompt share blocks, and copy them before they write.
+    "many answers": SamplingParams(n=3, temperature=0.9, seed=5, max_tokens=12),
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL_PARAMS)
+def test_tokens_are_those_of_one_rank(kind: str, shared: tuple[LLM, LLM]) -> None:
+    one, several = shared
+    assert tokens(several, SEVERAL_PARAMS[kind]) == tokens(one, SEVERAL_PARAMS[kind])
+
+
+def test_a_greedy_request_says_the_same_beside_one_that_needs_logits(shared: tuple[LLM, LLM]) -> None:
+    greedy = SEVERAL_PARAMS["greedy"]
+    alone = tokens(shared[1], greedy, PROMPTS[:2])
+    mixed = tokens(shared[1], [greedy, greedy, SEVERAL_PARAMS["sampled"]])
+    assert mixed[:2] == alone
+
+
+def test_a_full_cache_is_preempted_on_all_ranks(gptq_path: Path) -> None:
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    options: dict[str, Any] = {"gptq_activation": "exact", "kv_cache_memory": 1 << 17}
+    with start(gptq_path, 1, **options) as one, start(gptq_path, 2, **options) as two:
+        prompts = [PROMPTS[i % 3] + [i] for i in range(8)]
+        assert tokens(two, params, prompts) == tokens(one, params, prompts)
+        assert two.metrics()["preemptions"] == one.metrics()["preemptions"] > 0
+        assert two.metrics()["kv_cache_bytes"] == one.metrics()["kv_cache_bytes"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_other_models_and_dtypes(dtype: str, tmp_path: Path) -> None:
+    """A tied head, norms of heads, an 8-bit cache; half the numbers' bits."""
+    path = save_gguf(tmp_path / "model.gguf", random_model("qwen3", **SIZES, tie_word_embeddings=True), "Q8_0")
+    options: dict[str, Any] = {"dtype": dtype, "kv_cache_dtype": "int8", "gptq_activation": "exact"}
+    with start(path, 1, **options) as one, start(path, 2, **options) as two:
+        error = relative_error(logits_of(two, PROMPTS[2]), logits_of(one, PROMPTS[2]))
+        assert error < (2e-2 if dtype == "bfloat16" else 5e-3)  # a rounding of the cache may go the other way
+        assert tokens(two, SEVERAL_PARAMS["greedy"]) == tokens(two, SEVERAL_PARAMS["greedy"])
+
+
+def test_logits_that_are_no_numbers_fail_one_request(tmp_path: Path) -> None:
+    model = random_model(**SIZES)
+    model.model.embed_tokens.weight.data[33] = torch.nan
+    with start(save_model(tmp_path, model), 2) as llm:
+        greedy = SEVERAL_PARAMS["greedy"]
+        fine = tokens(llm, greedy, PROMPTS[1:2])
+        with pytest.raises(RequestError, match="expected finite logits") as error:
+            llm.generate([PROMPTS[1], [33, 4]], greedy, use_tqdm=False)
+        assert error.value.outputs[0].outputs[0].token_ids == fine[0][0]
+
+
+def test_wrong_arguments(gptq_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tensor_parallel_size: expected 1 to 3, the model's KV heads, got 4"):
+        start(gptq_path, 4)
+    for size in (0, True, "2"):
+        with pytest.raises(ValueError, match="tensor_parallel_size: expected a positive integer"):
+            start(gptq_path, size)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tensor_parallel_timeout: expected a positive number"):
+        start(gptq_path, 2, tensor_parallel_timeout=0)
+
+
+# ---- ranks that end
+
+
+@contextmanager
+def ends_within(seconds: float) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    assert time.monotonic() - started < seconds
+
+
+def is_gone(pid: int) -> bool:
+    """Not even a zombie is left."""
+    return not Path(f"/proc/{pid}").exists()
+
+
+def test_ranks_end_with_the_model(gptq_path: Path) -> None:
+    before = set(os.listdir("/dev/shm"))
+    llm = start(gptq_path, 3)
+    pids = [process.pid for process in processes(llm)]
+    assert len(pids) == 2
+    llm.close()
+    assert all(map(is_gone, pids))
+    with pytest.raises(CommunicatorError, match="closed"):
+        llm.generate(PROMPTS[0], use_tqdm=False)
+    llm.close()
+    llm = start(gptq_path, 2)
+    (pid,) = (process.pid for process in processes(llm))
+    del llm
+    gc.collect()
+    assert is_gone(pid)
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_fails_is_an_error(how: signal.Signals, gptq_path: Path) -> None:
+    llm = start(gptq_path, 3, tensor_parallel_timeout=3.0)
+    first, second = processes(llm)
+    stream = llm.stream(PROMPTS[0], SamplingParams(max_tokens=100, ignore_eos=True))
+    next(stream)
+    os.kill(first.pid, how)
+    said = "rank 1 has ended" if how == signal.SIGKILL else "rank 1 did not come within 3 s"
+    with ends_within(20), pytest.raises(CommunicatorError, match=said):
+        list(stream)
+    assert is_gone(first.pid)
+    assert is_gone(second.pid)
+
+
+PARENT = """
+import sys
+from teco_kernels import LLM, SamplingParams
+llm = LLM(sys.argv[1], tensor_parallel_size=3, max_model_len=128, num_threads=1)
+print(*(process.pid for process in llm._ranks.processes), flush=True)
+while True:
+    llm.generate([[5, 6, 7]], SamplingParams(max_tokens=100, ignore_eos=True), use_tqdm=False)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_ranks_end_with_the_process_that_started_them(how: signal.Signals, gptq_path: Path) -> None:
+    package = str(Path(teco_kernels.__file__).parent.parent)
+    command = [sys.executable, "-c", PARENT, str(gptq_path)]
+    environment = os.environ | {"PYTHONPATH": package}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as parent:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        time.sleep(0.2)
+        os.kill(parent.pid, how)
+        parent.wait(20)
+        deadline = time.monotonic() + 10
+        while not all(map(has_ended, pids)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert all(map(has_ended, pids))
+
+
+def has_ended(pid: int) -> bool:
+    """Whether it runs no more; who takes over the children of a dead process need not ask for their exit codes."""
+    status = Path(f"/proc/{pid}/status")
+    return not status.exists() or "State:\tZ" in status.read_text()
+
+
+def test_a_rank_that_fails_while_it_starts_is_an_error(gptq_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    popen = subprocess.Popen
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        process = popen(*args, **kwargs)
+        process.kill()
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", killed)
+    with ends_within(20), pytest.raises(CommunicatorError, match="rank 1 has ended"):
+        start(gptq_path, 2)
+
+
+def test_a_rank_that_cannot_load_is_an_error(
+    gptq_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 has the files open; the other one does not find them any more, and says so."""
+    file, elsewhere = gptq_path / "config.json", tmp_path / "config.json"
+
+    def start_without_file(*args: Any, **options: Any) -> Ranks:
+        file.rename(elsewhere)
+        return original(*args, **options)
+
+    original = Ranks.start
+    monkeypatch.setattr(Ranks, "start", start_without_file)
+    try:
+        with ends_within(30), pytest.raises(CommunicatorError, match="rank 1 has ended"):
+            start(gptq_path, 2)
+    finally:
+        elsewhere.rename(file)
+    assert "config.json: file is missing" in capfd.readouterr().err
+
+
+# ---- ranks that torchrun has started
+
+SCRIPT = """
+import json, sys
+from teco_kernels import LLM, SamplingParams, parallel
+from teco_kernels.parallel import shared_memory
+
+path, out, nodes = sys.argv[1:]
+if nodes == "apart":
+    import os
+    shared_memory._host_identity = lambda: os.environ["GROUP_RANK"]
+llm = LLM(path, tensor_parallel_size=2, max_model_len=128, block_size=4, num_threads=1, gptq_activation="exact",
+          recycle_head="lookup", tensor_parallel_timeout=60.0)
+assert llm.engine.model.comm.rank == 0  # the other one does not come here
+sampled = {"temperature": 0.9, "top_k": 50, "seed": 3}
+params = [SamplingParams(max_tokens=24, **options) for options in ({"temperature": 0}, sampled)]
+answers = [llm.generate(json.loads(sys.stdin.read() or "[[5, 6, 7]]"), p, use_tqdm=False) for p in params]
+found = [[output.outputs[0].token_ids for output in outputs] for outputs in answers]
+with open(out, "w") as file:
+    json.dump([llm.engine.model.comm.backend, llm.engine.runner.replayed, found], file)
+"""
+
+
+def torchrun(folder: Path, *arguments: str, nodes: int) -> list[subprocess.Popen[bytes]]:
+    """Two ranks: on one node, or on two that reach one another over the loopback interface."""
+    (folder / "script.py").write_text(SCRIPT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    package = Path(teco_kernels.__file__).parent.parent
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run"),
+                *("--nnodes", str(nodes), "--node-rank", str(node), "--nproc-per-node", str(2 // nodes)),
+                *("--master-addr", "127.0.0.1", "--master-port", str(port)),
+                *(str(folder / "script.py"), *arguments),
+            ],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+        )
+        for node in range(nodes)
+    ]
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_ranks_of_torchrun(nodes: int, gptq_path: Path, tmp_path: Path) -> None:
+    """On one node over shared memory; on two, as far as they can tell, over the process group."""
+    out = tmp_path / "out.json"
+    launchers = torchrun(tmp_path, str(gptq_path), str(out), "apart" if nodes == 2 else "here", nodes=nodes)
+    try:
+        codes = [launcher.wait(120) for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+    assert codes == [0] * nodes
+    backend, replayed, found = json.loads(out.read_text())
+    assert (backend, replayed) == (("shared_memory", True) if nodes == 1 else ("process_group", False))
+    with start(gptq_path, 1, gptq_activation="exact") as one:
+        expected = [tokens(one, SEVERAL_PARAMS[kind], [[5, 6, 7]]) for kind in ("greedy", "sampled")]
+    assert found == [[answer for (answer,) in outputs] for outputs in expected]
+
+
+def test_torchrun_with_another_number_of_ranks(monkeypatch: pytest.MonkeyPatch, gptq_path: Path) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    with pytest.raises(ValueError, match="tensor_parallel_size: expected 4, the ranks of the default process group"):
+        start(gptq_path, 2)
