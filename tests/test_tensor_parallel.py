@@ -451,7 +451,8 @@ llm = LLM(path, tensor_parallel_size=2, max_model_len=128, block_size=4, num_thr
 assert llm.engine.model.comm.rank == 0  # the other one does not come here
 sampled = {"temperature": 0.9, "top_k": 50, "seed": 3}
 params = [SamplingParams(max_tokens=24, **options) for options in ({"temperature": 0}, sampled)]
-answers = [llm.generate(json.loads(sys.stdin.read() or "[[5, 6, 7]]"), p, use_tqdm=False) for p in params]
+with llm:  # closes it before torch's own threads are torn down
+    answers = [llm.generate(json.loads(sys.stdin.read() or "[[5, 6, 7]]"), p, use_tqdm=False) for p in params]
 found = [[output.outputs[0].token_ids for output in outputs] for outputs in answers]
 with open(out, "w") as file:
     json.dump([llm.engine.model.comm.backend, llm.engine.runner.replayed, found], file)
