@@ -1,0 +1,127 @@
+// The functions that a kernel's source calls, for the launch that the host's thread is in.
+#include <cstring>
+#include <utility>
+
+#include "simt/machine.h"
+
+namespace simt {
+namespace {
+
+const Thread& self() {
+  return machine->current();
+}
+
+thread_local std::string finding;
+
+}  // namespace
+
+uint3 thread_index() {
+  return self().index;
+}
+uint3 block_index() {
+  return machine->block();
+}
+dim3 block_dim() {
+  return machine->launch().threads;
+}
+dim3 grid_dim() {
+  return machine->launch().blocks;
+}
+int lane() {
+  return self().lane();
+}
+
+void sync_threads(Site site) {
+  machine->sync_threads(site);
+}
+
+void gather(const char* name, unsigned mask, const void* mine, std::size_t bytes, void* all, bool order_memory,
+            Site site) {
+  machine->gather(name, mask, mine, bytes, all, order_memory, site);
+}
+
+std::uint64_t shuffle(const char* name, unsigned mask, std::uint64_t value, int source, Site site) {
+  std::uint64_t all[kWarpSize];
+  machine->gather(name, mask, &value, sizeof(value), all, false, site);
+  if (!(mask >> source & 1))
+    machine->fail(std::string(name) + " at " + site.file + ":" + std::to_string(site.line) + ": lane " +
+                  std::to_string(source) + ", whose value is asked for, is not in the mask");
+  return all[source];
+}
+
+unsigned ballot(const char* name, unsigned mask, bool predicate, Site site) {
+  bool all[kWarpSize];
+  machine->gather(name, mask, &predicate, sizeof(predicate), all, false, site);
+  unsigned votes = 0;
+  for (int i = 0; i < kWarpSize; ++i)
+    if (mask >> i & 1 && all[i]) votes |= 1u << i;
+  return votes;
+}
+
+void* shared_memory(const void* tag, std::size_t bytes, std::size_t alignment) {
+  return machine->shared_memory(tag, bytes, alignment);
+}
+
+void* dynamic_shared_memory() {
+  return machine->shared_memory(machine, 0, 128);
+}
+
+void check_access(const void* address, std::size_t bytes, Access access, const void* code) {
+  if (machine && machine->in_kernel())
+    machine->access(reinterpret_cast<std::uintptr_t>(address), bytes, access, false, code);
+}
+
+void check_aligned_access(const void* address, std::size_t bytes, Access access, const void* code) {
+  if (!machine || !machine->in_kernel()) return;
+  if (reinterpret_cast<std::uintptr_t>(address) % bytes)
+    machine->fail("misaligned: the thread accesses " + std::to_string(bytes) + " bytes at an address that is no multiple of " +
+                  std::to_string(bytes) + "\n  here: " + source_of(code));
+  machine->access(reinterpret_cast<std::uintptr_t>(address), bytes, access, false, code);
+}
+
+void copy_async(void* target, const void* source, std::size_t bytes, std::size_t source_bytes, const void* code) {
+  machine->copy_async({static_cast<char*>(target), static_cast<const char*>(source), bytes, source_bytes, code});
+}
+void commit_copies() {
+  machine->commit_copies();
+}
+void wait_for_copies(std::size_t pending_groups) {
+  machine->wait_for_copies(pending_groups);
+}
+
+const char* run(const Launch& launch, void (*body)(void*), void* arguments, std::size_t argument_bytes) {
+  finding = Machine(launch, body, arguments, argument_bytes).run();
+  return finding.empty() ? nullptr : finding.c_str();
+}
+
+void set_seed(std::uint64_t value) {
+  seed = value;
+}
+
+void allow(const void* begin, std::size_t bytes, std::size_t granule, bool writable, const char* name) {
+  const auto address = reinterpret_cast<std::uintptr_t>(begin);
+  if (bytes) allowed.add({.begin = address, .end = address + bytes, .granule = granule, .writable = writable, .name = name});
+}
+
+void allow_workspace(const void* begin, std::size_t bytes) {
+  if (!allowed.empty()) allow(begin, bytes, 4, true, "the workspace");
+}
+
+void forget_allowed() {
+  allowed.clear();
+}
+
+}  // namespace simt
+
+// For callers in other languages.
+#define SIMT_EXPORT extern "C" __attribute__((visibility("default")))
+SIMT_EXPORT void simt_seed(unsigned long value) {
+  simt::set_seed(value);
+}
+SIMT_EXPORT void simt_allow(const void* begin, std::size_t bytes, std::size_t granule, bool writable,
+                                 const char* name) {
+  simt::allow(begin, bytes, granule, writable, name);
+}
+SIMT_EXPORT void simt_forget() {
+  simt::forget_allowed();
+}

@@ -1,0 +1,73 @@
+#include "simt/ptx.h"
+
+#include <cstring>
+
+namespace teco::cuda::ptx {
+namespace {
+
+template <class T>
+T load(const void* address, const void* code) {
+  simt::check_aligned_access(address, sizeof(T), simt::Access::kRead, code);
+  T value;
+  std::memcpy(&value, address, sizeof(T));
+  return value;
+}
+
+template <class T>
+void store(void* address, const T& value, const void* code) {
+  simt::check_aligned_access(address, sizeof(T), simt::Access::kWrite, code);
+  std::memcpy(address, &value, sizeof(T));
+}
+
+}  // namespace
+
+Words<4> load_16(const void* address) {
+  return load<Words<4>>(address, __builtin_return_address(0));
+}
+Words<2> load_8(const void* address) {
+  return load<Words<2>>(address, __builtin_return_address(0));
+}
+void store_16(void* address, Words<4> words) {
+  store(address, words, __builtin_return_address(0));
+}
+void store_8(void* address, Words<2> words) {
+  store(address, words, __builtin_return_address(0));
+}
+
+int32_t dot_unsigned_signed(uint32_t a, uint32_t b, int32_t c) {
+  for (int i = 0; i < 4; ++i) c += static_cast<int32_t>(a >> 8 * i & 255u) * static_cast<int8_t>(b >> 8 * i & 255u);
+  return c;
+}
+
+float half_to_float(uint16_t bits) {
+  const uint32_t sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // Exact also where the half is subnormal: 2^112 brings the exponent from one bias to the other.
+  return as_float(sign | as_bits(as_float(magnitude << 13) * 0x1p112f));
+}
+
+uint16_t float_to_half(float x) {
+  const uint32_t sign = as_bits(x) >> 16 & 0x8000u;
+  const float magnitude = std::fabs(x);
+  if (magnitude != magnitude) return 0x7fffu;
+  if (magnitude >= 65520.f) return static_cast<uint16_t>(sign | 0x7c00u);
+  if (magnitude < 0x1p-14f)  // subnormal: adding 2^-1 rounds to multiples of 2^-24
+    return static_cast<uint16_t>(sign | (as_bits(magnitude + 0.5f) - as_bits(0.5f)));
+  const uint32_t bits = as_bits(magnitude) - (112u << 23);
+  return static_cast<uint16_t>(sign | (bits + 0xfffu + (bits >> 13 & 1u)) >> 13);
+}
+
+uint16_t float_to_bfloat16(float x) {
+  const uint32_t bits = as_bits(x);
+  if (x != x) return 0x7fffu;
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+int32_t float_to_int(float x) {
+  if (x != x) return 0;
+  if (x >= 0x1p31f) return INT32_MAX;
+  if (x <= -0x1p31f) return INT32_MIN;
+  return static_cast<int32_t>(std::nearbyintf(x));
+}
+
+}  // namespace teco::cuda::ptx

@@ -1,0 +1,163 @@
+// Runs CUDA kernels on a CPU: what a kernel's source sees in place of the CUDA headers, and how it is launched.
+//
+// Every CUDA thread is a fiber; the threads of a block take turns, the blocks come one after the other. Which thread
+// goes on is decided by a seed. Memory accesses are seen through the compiler's instrumentation (see README.md).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#define __global__ static
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+namespace simt {
+
+// Where in a kernel's source a call stands.
+struct Site {
+  const char* file = nullptr;
+  unsigned line = 0;
+
+  // As the default of a parameter: where the function is called.
+  static constexpr Site here(const char* file = __builtin_FILE(), unsigned line = __builtin_LINE()) {
+    return {file, line};
+  }
+};
+
+uint3 thread_index();
+uint3 block_index();
+dim3 block_dim();
+dim3 grid_dim();
+
+void sync_threads(Site site);
+// Also orders the memory accesses of the warp when `order_memory`. Every lane of `mask` hands in `bytes` bytes (64 at
+// the most) and gets those of all 32, one lane after the other; what lanes outside of the mask have is undefined.
+void gather(const char* name, unsigned mask, const void* mine, std::size_t bytes, void* all, bool order_memory,
+            Site site);
+// The one of the lanes that `source` names.
+std::uint64_t shuffle(const char* name, unsigned mask, std::uint64_t value, int source, Site site);
+unsigned ballot(const char* name, unsigned mask, bool predicate, Site site);
+
+// Memory of the block's own, the same for all of its threads; `tag` tells one request from another.
+void* shared_memory(const void* tag, std::size_t bytes, std::size_t alignment);
+void* dynamic_shared_memory();
+
+enum class Access : std::uint8_t { kRead, kWrite, kAtomic };
+// Checks an access as if the instrumentation had seen it.
+void check_access(const void* address, std::size_t bytes, Access access, const void* code);
+// The same for one that must be aligned to its size, as those of 16 bytes must.
+void check_aligned_access(const void* address, std::size_t bytes, Access access, const void* code);
+
+// cp.async: the data arrive when the thread waits for the group that the copy belongs to, and not before. Of the
+// `bytes` bytes at `target`, the first `source_bytes` come from `source`, the others are zeros.
+void copy_async(void* target, const void* source, std::size_t bytes, std::size_t source_bytes, const void* code);
+void commit_copies();
+void wait_for_copies(std::size_t pending_groups);
+
+int lane();
+
+struct Launch {
+  const char* kernel;
+  dim3 blocks, threads;
+  std::size_t dynamic_shared_bytes = 0;
+};
+
+// Runs the kernel; null, or a text that tells what was found (until the thread's next launch).
+const char* run(const Launch& launch, void (*body)(void*), void* arguments, std::size_t argument_bytes);
+
+template <class... Parameters>
+const char* launch(const Launch& launch, void (*kernel)(Parameters...), Parameters... arguments) {
+  auto body = [=] { kernel(arguments...); };
+  return run(launch, [](void* context) { (*static_cast<decltype(body)*>(context))(); }, &body, sizeof(body));
+}
+
+// 0: threads and blocks in order; 1: in reverse; others: at random, and interrupted anywhere.
+void set_seed(std::uint64_t seed);
+
+// Memory that kernels may use from now on; once there is any, all other is out of bounds. `granule`: the size of the
+// smallest element in it, for whose sake alone races are told apart. The name is that of an argument.
+void allow(const void* begin, std::size_t bytes, std::size_t granule, bool writable, const char* name);
+void forget_allowed();
+// More memory for the kernels, of 4-byte elements, where there is any that they may use.
+void allow_workspace(const void* begin, std::size_t bytes);
+
+template <class T>
+T shuffle_as(const char* name, unsigned mask, T value, int source, Site site) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  std::uint64_t bits = 0;
+  __builtin_memcpy(&bits, &value, sizeof(T));
+  bits = shuffle(name, mask, bits, source, site);
+  __builtin_memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+}  // namespace simt
+
+#define threadIdx (::simt::thread_index())
+#define blockIdx (::simt::block_index())
+#define blockDim (::simt::block_dim())
+#define gridDim (::simt::grid_dim())
+
+inline void __syncthreads(simt::Site site = simt::Site::here()) {
+  simt::sync_threads(site);
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu, simt::Site site = simt::Site::here()) {
+  char none = 0, all[32];
+  simt::gather("__syncwarp", mask, &none, 1, all, true, site);
+}
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, simt::Site site = simt::Site::here()) {
+  const int first = simt::lane() & ~(width - 1);
+  return simt::shuffle_as("__shfl_sync", mask, value, first | (source & (width - 1)), site);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, simt::Site site = simt::Site::here()) {
+  const int lane = simt::lane(), source = lane ^ lane_mask;
+  const bool inside = (source & ~(width - 1)) == (lane & ~(width - 1));
+  return simt::shuffle_as("__shfl_xor_sync", mask, value, inside ? source : lane, site);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, simt::Site site = simt::Site::here()) {
+  const int lane = simt::lane(), distance = static_cast<int>(delta);
+  return simt::shuffle_as("__shfl_down_sync", mask, value, lane % width + distance < width ? lane + distance : lane,
+                          site);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, simt::Site site = simt::Site::here()) {
+  const int lane = simt::lane(), distance = static_cast<int>(delta);
+  return simt::shuffle_as("__shfl_up_sync", mask, value, lane % width >= distance ? lane - distance : lane, site);
+}
+inline unsigned __ballot_sync(unsigned mask, bool predicate, simt::Site site = simt::Site::here()) {
+  return simt::ballot("__ballot_sync", mask, predicate, site);
+}
+inline bool __any_sync(unsigned mask, bool predicate, simt::Site site = simt::Site::here()) {
+  return simt::ballot("__any_sync", mask, predicate, site) != 0;
+}
+inline bool __all_sync(unsigned mask, bool predicate, simt::Site site = simt::Site::here()) {
+  return (simt::ballot("__all_sync", mask, !predicate, site)) == 0;
+}
+
+// Threads are interrupted between accesses and never within these.
+template <class T>
+__attribute__((noinline, no_sanitize("thread"))) T atomicAdd(T* address, T value) {
+  simt::check_aligned_access(address, sizeof(T), simt::Access::kAtomic, __builtin_return_address(0));
+  const T old = *address;
+  *address = old + value;
+  return old;
+}
+template <class T>
+__attribute__((noinline, no_sanitize("thread"))) T atomicMax(T* address, T value) {
+  simt::check_aligned_access(address, sizeof(T), simt::Access::kAtomic, __builtin_return_address(0));
+  const T old = *address;
+  *address = old < value ? value : old;
+  return old;
+}
