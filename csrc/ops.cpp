@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/isa.h"
+#include "ops/backend.h"
 #include "ops/checks.h"
 #include "ops/plan.h"
 
@@ -42,6 +43,7 @@ STABLE_TORCH_LIBRARY(teco_kernels, m) {
   m.def("cpu_isa_choices() -> str");
   m.def("cpu_isa_compiled() -> str");
   m.def("compiler() -> str");
+  m.def("cuda_operators() -> str");
 
   m.def("embedding(Tensor(a!) out, Tensor token_ids, Tensor weight, int? first_token) -> ()");
   m.def(
@@ -111,6 +113,8 @@ STABLE_TORCH_LIBRARY(teco_kernels, m) {
   m.def("_plan_run(int plan) -> ()");
   m.def("_plan_free(int plan) -> ()");
 
+  m.def("_emulate_cuda(str library) -> ()");
+
   m.def("_read_probe(Tensor data, int num_streams) -> ()");
   m.def("_fma_probe(int iterations) -> int");
   m.def("_int8_probe(int iterations) -> int");
@@ -121,6 +125,8 @@ STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa_choices", TORCH_BOX(&cpu_isa_choices));
   m.impl("cpu_isa_compiled", TORCH_BOX(&cpu_isa_compiled));
   m.impl("compiler", TORCH_BOX(&compiler));
+  m.impl("cuda_operators", TORCH_BOX(&cuda_operators));
+  m.impl("_emulate_cuda", TORCH_BOX(&emulate_cuda));
   m.impl("_plan_begin", TORCH_BOX(&plan_begin));
   m.impl("_plan_end", TORCH_BOX(&plan_end));
   m.impl("_plan_run", TORCH_BOX(&plan_run));
@@ -158,5 +164,22 @@ STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CPU, m) {
   m.impl("broadcast", TORCH_BOX(&broadcast));
   m.impl("_read_probe", TORCH_BOX(&read_probe));
 }
+
+#ifdef TECO_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CUDA, m) {
+  m.impl("embedding", TORCH_BOX(&embedding));
+  m.impl("embedding.gptq", TORCH_BOX(&gptq_embedding));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("fused_add_rms_norm", TORCH_BOX(&fused_add_rms_norm));
+  m.impl("silu_and_mul", TORCH_BOX(&silu_and_mul));
+  m.impl("rotary_embedding", TORCH_BOX(&rotary_embedding));
+  m.impl("gptq_matmul", TORCH_BOX(&gptq_matmul));
+  m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache));
+  m.impl("copy_blocks", TORCH_BOX(&copy_blocks));
+  m.impl("swap_blocks", TORCH_BOX(&swap_blocks));
+  m.impl("paged_attention", TORCH_BOX(&paged_attention));
+  m.impl("merge_attention_states", TORCH_BOX(&merge_attention_states));
+}
+#endif
 
 }  // namespace teco::ops

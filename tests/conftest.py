@@ -11,6 +11,7 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--stress", action="store_true", help="also run tests that take many minutes")
+    parser.addoption("--nvcc", action="store_true", help="also run tests that compile the CUDA kernels for GPUs")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -18,6 +19,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("stress"):
                 item.add_marker(pytest.mark.skip(reason="takes many minutes; asked for with --stress"))
+    if not config.getoption("--nvcc"):
+        for item in items:
+            if item.get_closest_marker("nvcc"):
+                item.add_marker(pytest.mark.skip(reason="compiles for GPUs; asked for with --nvcc"))
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ def test_the_compiler_keeps_its_arguments(monkeypatch: pytest.MonkeyPatch) -> No
     import native_build
 
     monkeypatch.setenv("CXX", f"{sys.executable} -m 'some compiler'")
-    assert native_build._compiler() == f"{sys.executable} -m 'some compiler'"
+    assert native_build.compiler() == f"{sys.executable} -m 'some compiler'"
 
 
 def test_without_a_compiler_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,12 +60,12 @@ def test_without_a_compiler_one_line_says_so(tmp_path: Path, monkeypatch: pytest
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SystemExit, match=r"^teco_kernels: no C\+\+20 compiler found [^\n]*$"):
-        native_build._compiler()
+        native_build.compiler()
 
 
 def test_paths_may_hold_spaces() -> None:
     import native_build
 
-    ninja = native_build._NinjaFile("c++")
+    ninja = native_build.NinjaFile("c++")
     ninja.compile(native_build.CSRC / "cpu" / "table.cpp", ["-I/a b/$c"])
     assert ninja.lines[-1] == "  flags = '-I/a b/$$c'"

@@ -43,3 +43,9 @@ def _is_usable(torch: Path) -> bool:
 def find_torch() -> Path | None:
     """Directory of the installed torch package to compile against, or None when there is none or it is too old."""
     return next((path for path in _candidates() if _is_usable(path)), None)
+
+
+def cuda_of(torch: Path) -> str | None:
+    """The CUDA version that a torch is built for, or None for one without."""
+    version = re.search(r"^cuda\b[^=]*= '([\d.]+)'", (torch / "version.py").read_text(), re.MULTILINE)
+    return version[1] if version else None

@@ -52,7 +52,7 @@ BASELINE_ONLY = {"dispatch.cpp", "thread_pool.cpp"}
 OPERATORS_SONAME = "libteco_kernels_operators.so"
 
 
-def _compiler() -> str:
+def compiler() -> str:
     """The compiler as a command line; $CXX may hold more than a name ("ccache g++")."""
     for command in (shlex.split(os.environ.get("CXX", "")), ["c++"], ["g++"], ["clang++"]):
         if command and (path := shutil.which(command[0])):
@@ -89,7 +89,9 @@ def _words(arguments: list[str]) -> str:
     return shlex.join(arguments).replace("$", "$$")
 
 
-class _NinjaFile:
+class NinjaFile:
+    """A ninja file in the making, over the sources of `CSRC`."""
+
     def __init__(self, compiler: str) -> None:
         self.lines = [
             "ninja_required_version = 1.5",
@@ -104,18 +106,20 @@ class _NinjaFile:
             "  description = link $out",
         ]
 
-    def compile(self, source: Path, flags: list[str], variant: str = "") -> str:
-        stem = source.relative_to(CSRC).with_suffix("")
+    def compile(self, source: Path, flags: list[str], variant: str = "", rule: str = "compile") -> str:
+        """Add an object; `variant` tells it from others of the same source."""
+        stem = source.relative_to(CSRC).with_suffix("") if source.is_relative_to(CSRC) else source.stem
         target = f"{stem}{'.' + variant if variant else ''}.o"
-        self.lines += [f"build {_escape(target)}: compile {_escape(source)}", f"  flags = {_words(flags)}"]
+        self.lines += [f"build {_escape(target)}: {rule} {_escape(source)}", f"  flags = {_words(flags)}"]
         return target
 
     def link(self, target: Path, objects: list[str], libs: list[str]) -> None:
+        """Add a shared library."""
         self.lines += [f"build {_escape(target)}: link {' '.join(map(_escape, objects))}", f"  libs = {_words(libs)}"]
 
 
-def _operator_objects(ninja: _NinjaFile, torch: Path) -> list[str]:
-    include = [f"-I{CSRC}"]
+def _operator_objects(ninja: NinjaFile, torch: Path, with_cuda: bool) -> list[str]:
+    include = [f"-I{CSRC}", *(["-DTECO_WITH_CUDA"] if with_cuda else [])]
     torch_flags = ["-isystem", str(torch / "include"), "-DTORCH_TARGET_VERSION=0x020d000000000000"]
     sources = [CSRC / "ops.cpp", *sorted((CSRC / "ops").glob("*.cpp"))]
     objects = [ninja.compile(source, COMMON_FLAGS + include + torch_flags) for source in sources]
@@ -134,7 +138,7 @@ def _operator_objects(ninja: _NinjaFile, torch: Path) -> list[str]:
     return objects
 
 
-def _host_objects(ninja: _NinjaFile) -> list[str]:
+def _host_objects(ninja: NinjaFile) -> list[str]:
     import pybind11
 
     flags = [
@@ -146,20 +150,30 @@ def _host_objects(ninja: _NinjaFile) -> list[str]:
     return [ninja.compile(source, flags) for source in sorted((CSRC / "host").glob("*.cpp"))]
 
 
-def build(outputs: dict[str, Path], verbose: bool = False) -> None:
-    """Compile and link the modules named in `outputs` ("_C", "_host") to the given paths."""
-    torch = _torch()
-    ninja = _NinjaFile(_compiler())
-    modules = {"_C": BUILD / "_C.so", "_host": BUILD / "_host.so"}
-    torch_libs = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", "-pthread"]
-    ninja.link(modules["_C"], _operator_objects(ninja, torch), [*torch_libs, f"-Wl,-soname,{OPERATORS_SONAME}"])
-    ninja.link(modules["_host"], [*_host_objects(ninja), str(modules["_C"])], [])
-    BUILD.mkdir(parents=True, exist_ok=True)
-    (BUILD / "build.ninja").write_text("\n".join(ninja.lines) + "\n")
+def run_ninja(ninja: NinjaFile, folder: Path, verbose: bool = False) -> None:
+    """Build all that the file describes, in this folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join(ninja.lines) + "\n")
     jobs = os.environ.get("MAX_JOBS")
-    command = [_ninja(), "-C", str(BUILD), *(["-j", jobs] if jobs else []), *(["-v"] if verbose else [])]
+    command = [_ninja(), "-C", str(folder), *(["-j", jobs] if jobs else []), *(["-v"] if verbose else [])]
     if subprocess.run(command).returncode != 0:
         raise SystemExit("teco_kernels: the native build failed; the compiler's message stands above")
+
+
+def build(outputs: dict[str, Path], verbose: bool = False) -> None:
+    """Compile and link the modules named in `outputs` ("_C", "_host") to the given paths."""
+    import cuda_build  # which builds on this module
+
+    torch = _torch()
+    nvcc = cuda_build.wanted_nvcc(torch)
+    ninja = NinjaFile(compiler())
+    modules = {"_C": BUILD / "_C.so", "_host": BUILD / "_host.so"}
+    torch_libs = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", "-ldl", "-pthread"]
+    objects, cuda_libs = cuda_build.add_kernels(ninja, nvcc) if nvcc else ([], [])
+    objects += _operator_objects(ninja, torch, with_cuda=nvcc is not None)
+    ninja.link(modules["_C"], objects, [*torch_libs, *cuda_libs, f"-Wl,-soname,{OPERATORS_SONAME}"])
+    ninja.link(modules["_host"], [*_host_objects(ninja), str(modules["_C"])], [])
+    run_ninja(ninja, BUILD, verbose)
     for name, output in outputs.items():
         output.parent.mkdir(parents=True, exist_ok=True)
         # A library that a running process has mapped must be replaced, never written into.

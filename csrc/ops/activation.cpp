@@ -1,5 +1,3 @@
-#include "cpu/isa.h"
-#include "cpu/kernels.h"
 #include "ops/checks.h"
 #include "ops/ops.h"
 #include "ops/plan.h"
@@ -7,8 +5,8 @@
 namespace teco::ops {
 
 void silu_and_mul(Tensor out, Tensor input) {
-  Argument(input, "input").on_cpu().floating();
-  Argument(out, "out").on_cpu().same_dtype(input, "input").written();
+  Argument(input, "input").floating();
+  Argument(out, "out").on_device_of(input, "input").same_dtype(input, "input").written();
   const Rows rows = rows_of(input, "input"), out_rows = rows_of(out, "out");
   require(rows.size % 2 == 0, "input: expected an even last dimension (gate, then up), got ", rows.size);
   require(out_rows.count == rows.count && out_rows.size == rows.size / 2, "out: expected ", rows.count, " x ",
@@ -23,7 +21,7 @@ void silu_and_mul(Tensor out, Tensor input) {
       .input_stride = rows.stride,
       .dtype = to_dtype(input.scalar_type(), "input"),
   };
-  launch(cpu::kernels()->silu_and_mul, params);
+  launch(input, [](const auto& kernels) { return kernels.silu_and_mul; }, params);
 }
 
 }  // namespace teco::ops

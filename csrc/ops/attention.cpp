@@ -2,8 +2,8 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/isa.h"
-#include "cpu/kernels.h"
+#include <torch/csrc/stable/ops.h>
+
 #include "ops/checks.h"
 #include "ops/kv_cache_view.h"
 #include "ops/ops.h"
@@ -14,15 +14,15 @@ namespace {
 
 constexpr int64_t kMaxHeadDim = 512;
 
-const int32_t* int32_data(const Tensor& tensor, const char* name, Size& size) {
-  Argument(tensor, name).on_cpu().dtype(ScalarType::Int).shape({&size}).contiguous();
+const int32_t* int32_data(const Tensor& tensor, const char* name, const Tensor& query, Size& size) {
+  Argument(tensor, name).on_device_of(query, "query").dtype(ScalarType::Int).shape({&size}).contiguous();
   return tensor.const_data_ptr<int32_t>();
 }
 
 // One fp32 number per query head, or none at all.
-const float* per_head(const std::optional<Tensor>& tensor, const char* name, Size& Hq) {
+const float* per_head(const std::optional<Tensor>& tensor, const char* name, const Tensor& query, Size& Hq) {
   if (!tensor) return nullptr;
-  Argument(*tensor, name).on_cpu().dtype(ScalarType::Float).shape({&Hq}).contiguous();
+  Argument(*tensor, name).on_device_of(query, "query").dtype(ScalarType::Float).shape({&Hq}).contiguous();
   return tensor->const_data_ptr<float>();
 }
 
@@ -54,6 +54,15 @@ void check_sequences(const PagedAttentionParams& p, int64_t max_blocks, int64_t 
   }
 }
 
+void launch_with_workspace(const cuda::KernelTable& table, const Tensor& query, const PagedAttentionParams& params,
+                           int64_t max_keys) {
+  const int64_t bytes = table.paged_attention_workspace(params, max_keys);
+  const Tensor workspace = torch::stable::new_empty(query, {bytes}, ScalarType::Byte);
+  run_on_stream(query, [kernel = table.paged_attention, params, max_keys, workspace](void* stream) {
+    return kernel(params, max_keys, workspace.mutable_data_ptr(), stream);
+  });
+}
+
 }  // namespace
 
 void paged_attention(Tensor out, std::optional<Tensor> lse, Tensor query, Tensor key_cache, Tensor value_cache,
@@ -62,32 +71,33 @@ void paged_attention(Tensor out, std::optional<Tensor> lse, Tensor query, Tensor
                      std::optional<Tensor> value_scale, double scale, double soft_cap, int64_t sliding_window,
                      bool causal) {
   Size T{"T"}, S{"S"}, Hq{"Hq"}, Hkv{"Hkv"}, D{"D"}, num_blocks{"num_blocks"}, B{"B"}, max_blocks{"max_blocks"};
-  Argument(query, "query").on_cpu().floating().shape({&T, &Hq, &D}).unit_last_stride();
+  Argument(query, "query").floating().shape({&T, &Hq, &D}).unit_last_stride();
   const KVCacheView keys = kv_cache_view(key_cache, "key_cache", key_scale, "key_scale", num_blocks, B, Hkv, D);
-  Argument(value_cache, "value_cache").same_dtype(key_cache, "key_cache");
+  Argument(key_cache, "key_cache").on_device_of(query, "query");
+  Argument(value_cache, "value_cache").on_device_of(query, "query").same_dtype(key_cache, "key_cache");
   const KVCacheView values =
       kv_cache_view(value_cache, "value_cache", value_scale, "value_scale", num_blocks, B, Hkv, D);
   require(D.value >= 1 && D.value <= kMaxHeadDim, "query: expected D from 1 to ", kMaxHeadDim, ", got ", D.value);
   require(B.value >= 1, "key_cache: expected B >= 1, got ", B.value);
   require(Hkv.value >= 1 && Hq.value % Hkv.value == 0, "query: expected Hq to be a multiple of Hkv = ", Hkv.value,
           " (from key_cache), got ", Hq.value);
-  Argument(out, "out").on_cpu().same_dtype(query, "query").shape({&T, &Hq, &D}).unit_last_stride().written();
+  Argument(out, "out").on_device_of(query, "query").same_dtype(query, "query").shape({&T, &Hq, &D}).unit_last_stride().written();
   require(std::isfinite(scale), "scale: expected a finite number, got ", scale);
   require(soft_cap >= 0 && soft_cap <= std::numeric_limits<float>::max(),
           "soft_cap: expected a finite number > 0, got ", soft_cap);
   require(sliding_window >= 0, "sliding_window: expected a number >= 1, got ", sliding_window);
-  const int32_t* lengths = int32_data(seq_lens, "seq_lens", S);
-  Argument(block_table, "block_table").on_cpu().dtype(ScalarType::Int).shape({&S, &max_blocks}).unit_last_stride();
+  const int32_t* lengths = int32_data(seq_lens, "seq_lens", query, S);
+  Argument(block_table, "block_table").on_device_of(query, "query").dtype(ScalarType::Int).shape({&S, &max_blocks}).unit_last_stride();
   const int32_t* start = nullptr;
   if (query_start_loc) {
     Size boundaries{"S + 1", S.value + 1, "seq_lens"};
-    start = int32_data(*query_start_loc, "query_start_loc", boundaries);
-    check_start_loc(start, S.value, T.value);
+    start = int32_data(*query_start_loc, "query_start_loc", query, boundaries);
+    if (is_readable(query)) check_start_loc(start, S.value, T.value);
   } else {
     require(S.value == T.value, "seq_lens: expected one sequence for each of T = ", T.value,
             " (from query) tokens, as query_start_loc is None, got ", S.value);
   }
-  if (lse) Argument(*lse, "lse").on_cpu().dtype(ScalarType::Float).shape({&T, &Hq}).contiguous();
+  if (lse) Argument(*lse, "lse").on_device_of(query, "query").dtype(ScalarType::Float).shape({&T, &Hq}).contiguous();
 
   const PagedAttentionParams params = {
       .out = out.mutable_data_ptr(),
@@ -98,8 +108,8 @@ void paged_attention(Tensor out, std::optional<Tensor> lse, Tensor query, Tensor
       .block_table = block_table.const_data_ptr<int32_t>(),
       .seq_lens = lengths,
       .query_start_loc = start,
-      .alibi_slopes = per_head(alibi_slopes, "alibi_slopes", Hq),
-      .sinks = per_head(sinks, "sinks", Hq),
+      .alibi_slopes = per_head(alibi_slopes, "alibi_slopes", query, Hq),
+      .sinks = per_head(sinks, "sinks", query, Hq),
       .num_tokens = T.value,
       .num_seqs = S.value,
       .num_heads = Hq.value,
@@ -119,19 +129,23 @@ void paged_attention(Tensor out, std::optional<Tensor> lse, Tensor query, Tensor
       .dtype = to_dtype(query.scalar_type(), "query"),
       .cache_dtype = to_dtype(key_cache.scalar_type(), "key_cache"),
   };
-  check_sequences(params, max_blocks.value, num_blocks.value);
+  if (is_readable(query)) check_sequences(params, max_blocks.value, num_blocks.value);
   if (T.value == 0 || Hq.value == 0) return;
-  launch(cpu::kernels()->paged_attention, params);
+  if (const cuda::KernelTable* table = cuda_kernels_for(query)) {
+    launch_with_workspace(*table, query, params, max_blocks.value * B.value);
+  } else {
+    launch(cpu::kernels()->paged_attention, params);
+  }
 }
 
 void merge_attention_states(Tensor out, Tensor lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
   Size T{"T"}, Hq{"Hq"}, D{"D"};
-  Argument(out_a, "out_a").on_cpu().floating().shape({&T, &Hq, &D}).unit_last_stride();
-  Argument(out_b, "out_b").on_cpu().same_dtype(out_a, "out_a").shape({&T, &Hq, &D}).unit_last_stride();
-  Argument(out, "out").on_cpu().same_dtype(out_a, "out_a").shape({&T, &Hq, &D}).unit_last_stride().written();
-  Argument(lse_a, "lse_a").on_cpu().dtype(ScalarType::Float).shape({&T, &Hq}).unit_last_stride();
-  Argument(lse_b, "lse_b").on_cpu().dtype(ScalarType::Float).shape({&T, &Hq}).unit_last_stride();
-  Argument(lse, "lse").on_cpu().dtype(ScalarType::Float).shape({&T, &Hq}).unit_last_stride().written();
+  Argument(out_a, "out_a").floating().shape({&T, &Hq, &D}).unit_last_stride();
+  Argument(out_b, "out_b").on_device_of(out_a, "out_a").same_dtype(out_a, "out_a").shape({&T, &Hq, &D}).unit_last_stride();
+  Argument(out, "out").on_device_of(out_a, "out_a").same_dtype(out_a, "out_a").shape({&T, &Hq, &D}).unit_last_stride().written();
+  Argument(lse_a, "lse_a").on_device_of(out_a, "out_a").dtype(ScalarType::Float).shape({&T, &Hq}).unit_last_stride();
+  Argument(lse_b, "lse_b").on_device_of(out_a, "out_a").dtype(ScalarType::Float).shape({&T, &Hq}).unit_last_stride();
+  Argument(lse, "lse").on_device_of(out_a, "out_a").dtype(ScalarType::Float).shape({&T, &Hq}).unit_last_stride().written();
   const MergeAttentionStatesParams params = {
       .out = out.mutable_data_ptr(),
       .lse = lse.mutable_data_ptr<float>(),
@@ -153,7 +167,7 @@ void merge_attention_states(Tensor out, Tensor lse, Tensor out_a, Tensor lse_a, 
       .lse_b_stride = lse_b.stride(0),
       .dtype = to_dtype(out_a.scalar_type(), "out_a"),
   };
-  launch(cpu::kernels()->merge_attention_states, params);
+  launch(out_a, [](const auto& kernels) { return kernels.merge_attention_states; }, params);
 }
 
 }  // namespace teco::ops

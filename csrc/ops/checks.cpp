@@ -53,6 +53,12 @@ const Argument& Argument::on_cpu() const {
   return *this;
 }
 
+const Argument& Argument::on_device_of(const Tensor& other, const char* other_name) const {
+  require(tensor_.is_cpu() == other.is_cpu() && tensor_.get_device_index() == other.get_device_index(), name_,
+          ": expected a tensor on the device of ", other_name);
+  return *this;
+}
+
 const Argument& Argument::floating() const {
   return one_of({ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
 }

@@ -50,6 +50,7 @@ class Argument {
   Argument(const Tensor& tensor, const char* name) : tensor_(tensor), name_(name) {}
 
   const Argument& on_cpu() const;
+  const Argument& on_device_of(const Tensor& other, const char* other_name) const;
   const Argument& floating() const;  // fp32, fp16 or bf16
   const Argument& dtype(ScalarType expected) const;
   const Argument& same_dtype(const Tensor& other, const char* other_name) const;

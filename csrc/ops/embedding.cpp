@@ -1,5 +1,3 @@
-#include "cpu/isa.h"
-#include "cpu/kernels.h"
 #include "ops/checks.h"
 #include "ops/gptq_weight.h"
 #include "ops/ops.h"
@@ -9,10 +7,11 @@ namespace teco::ops {
 namespace {
 
 // Tokens must have a row, unless the weight is said to be a part of the vocabulary only.
-const int64_t* check_token_ids(const Tensor& token_ids, Size& T, int64_t vocab_size, std::optional<int64_t> first) {
-  Argument(token_ids, "token_ids").on_cpu().dtype(ScalarType::Long).shape({&T}).contiguous();
+const int64_t* check_token_ids(const Tensor& token_ids, const Tensor& weight, Size& T, int64_t vocab_size,
+                               std::optional<int64_t> first) {
+  Argument(token_ids, "token_ids").on_device_of(weight, "weight").dtype(ScalarType::Long).shape({&T}).contiguous();
   const auto* ids = token_ids.const_data_ptr<int64_t>();
-  for (int64_t t = 0; t < T.value && !first; ++t)
+  for (int64_t t = 0; is_readable(token_ids) && t < T.value && !first; ++t)
     require(ids[t] >= 0 && ids[t] < vocab_size, "token_ids: expected 0 to ", vocab_size - 1,
             " (the rows of weight), got ", ids[t], " at index ", t);
   return ids;
@@ -22,9 +21,9 @@ const int64_t* check_token_ids(const Tensor& token_ids, Size& T, int64_t vocab_s
 
 void embedding(Tensor out, Tensor token_ids, Tensor weight, std::optional<int64_t> first_token) {
   Size T{"T"}, vocab_size{"vocab_size"}, hidden_size{"hidden_size"};
-  Argument(weight, "weight").on_cpu().floating().shape({&vocab_size, &hidden_size}).unit_last_stride();
-  const int64_t* ids = check_token_ids(token_ids, T, vocab_size.value, first_token);
-  Argument(out, "out").on_cpu().floating().shape({&T, &hidden_size}).unit_last_stride().written();
+  Argument(weight, "weight").floating().shape({&vocab_size, &hidden_size}).unit_last_stride();
+  const int64_t* ids = check_token_ids(token_ids, weight, T, vocab_size.value, first_token);
+  Argument(out, "out").on_device_of(weight, "weight").floating().shape({&T, &hidden_size}).unit_last_stride().written();
   check_apart(out, "out", rows_of(out, "out"), weight, "weight", rows_of(weight, "weight"), InPlace::kNo);
   const EmbeddingParams params = {
       .out = out.mutable_data_ptr(),
@@ -38,7 +37,7 @@ void embedding(Tensor out, Tensor token_ids, Tensor weight, std::optional<int64_
       .dtype = to_dtype(out.scalar_type(), "out"),
       .weight_dtype = to_dtype(weight.scalar_type(), "weight"),
   };
-  launch(cpu::kernels()->embedding, params);
+  launch(weight, [](const auto& kernels) { return kernels.embedding; }, params);
 }
 
 void gptq_embedding(Tensor out, Tensor token_ids, Tensor weight, std::optional<Tensor> input_order, int64_t vocab_size,
@@ -46,8 +45,8 @@ void gptq_embedding(Tensor out, Tensor token_ids, Tensor weight, std::optional<T
   Size T{"T"}, columns{"hidden_size", hidden_size, "weight"};
   const PackedGptq packed =
       packed_gptq(weight, input_order, hidden_size, "elements in a row", vocab_size, "vocab_size", bits);
-  const int64_t* ids = check_token_ids(token_ids, T, vocab_size, first_token);
-  Argument(out, "out").on_cpu().floating().shape({&T, &columns}).unit_last_stride().written();
+  const int64_t* ids = check_token_ids(token_ids, weight, T, vocab_size, first_token);
+  Argument(out, "out").on_device_of(weight, "weight").floating().shape({&T, &columns}).unit_last_stride().written();
   check_apart(out, "out", rows_of(out, "out"), weight, "weight", rows_of(weight, "weight"), InPlace::kNo);
   const GptqEmbeddingParams params = {
       .out = out.mutable_data_ptr(),
@@ -64,7 +63,7 @@ void gptq_embedding(Tensor out, Tensor token_ids, Tensor weight, std::optional<T
       .has_minimum = has_minimum,
       .dtype = to_dtype(out.scalar_type(), "out"),
   };
-  launch(cpu::kernels()->gptq_embedding, params);
+  launch(weight, [](const auto& kernels) { return kernels.gptq_embedding; }, params);
 }
 
 }  // namespace teco::ops

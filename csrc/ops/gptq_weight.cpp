@@ -1,5 +1,7 @@
 #include "ops/gptq_weight.h"
 
+#include "ops/backend.h"
+
 namespace teco::ops {
 
 PackedGptq packed_gptq(const Tensor& weight, const std::optional<Tensor>& input_order, int64_t in_features,
@@ -7,7 +9,7 @@ PackedGptq packed_gptq(const Tensor& weight, const std::optional<Tensor>& input_
   constexpr int64_t kPanel = 16, kBlock = 32, kHeaderBytes = 64;
   require(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits: expected 2, 3, 4 or 8, got ", bits);
   Size panels{"num_panels", (out_features + kPanel - 1) / kPanel, out_name}, groups{"num_groups"}, bytes{"group_bytes"};
-  Argument(weight, "weight").on_cpu().dtype(ScalarType::Byte).shape({&panels, &groups, &bytes}).contiguous();
+  Argument(weight, "weight").dtype(ScalarType::Byte).shape({&panels, &groups, &bytes}).contiguous();
   const int64_t block_bytes = bits * 64;
   require(bytes.value > kHeaderBytes && (bytes.value - kHeaderBytes) % block_bytes == 0,
           "weight: expected groups of 64 + n * ", block_bytes, " bytes, got ", bytes.value);
@@ -15,9 +17,9 @@ PackedGptq packed_gptq(const Tensor& weight, const std::optional<Tensor>& input_
   Size packed_size{"packed_size", groups.value * blocks_per_group * kBlock, "weight"};
   const int32_t* order = nullptr;
   if (input_order) {
-    Argument(*input_order, "input_order").on_cpu().dtype(ScalarType::Int).shape({&packed_size}).contiguous();
+    Argument(*input_order, "input_order").on_device_of(weight, "weight").dtype(ScalarType::Int).shape({&packed_size}).contiguous();
     order = input_order->const_data_ptr<int32_t>();
-    for (int64_t i = 0; i < packed_size.value; ++i)
+    for (int64_t i = 0; is_readable(*input_order) && i < packed_size.value; ++i)
       require(order[i] >= -1 && order[i] < in_features, "input_order: expected -1 to ", in_features - 1, ", got ",
               order[i], " at ", i);
   } else {

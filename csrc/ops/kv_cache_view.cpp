@@ -1,11 +1,12 @@
 #include "ops/kv_cache_view.h"
 
+#include "ops/backend.h"
+
 namespace teco::ops {
 
 KVCacheView kv_cache_view(const Tensor& cache, const char* name, const std::optional<Tensor>& scale,
                           const char* scale_name, Size& num_blocks, Size& B, Size& Hkv, Size& D) {
   Argument(cache, name)
-      .on_cpu()
       .one_of({ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Char, ScalarType::Float8_e4m3fn})
       .shape({&num_blocks, &B, &Hkv, &D})
       .unit_last_stride();
@@ -23,7 +24,7 @@ KVCacheView kv_cache_view(const Tensor& cache, const char* name, const std::opti
   require(scaled == scale.has_value(), scale_name, ": expected ", scaled ? "a scale" : "None", ", as ", name, " is ",
           dtype_name(cache.scalar_type()));
   if (!scaled) return view;
-  Argument(*scale, scale_name).on_cpu().dtype(ScalarType::Float);
+  Argument(*scale, scale_name).on_device_of(cache, name).dtype(ScalarType::Float);
   view.scale = static_cast<float*>(scale->mutable_data_ptr());
   if (is_per_slot(scale)) {
     Argument(*scale, scale_name).shape({&num_blocks, &B, &Hkv});
@@ -33,7 +34,8 @@ KVCacheView kv_cache_view(const Tensor& cache, const char* name, const std::opti
   } else {
     require(scale->numel() == 1, scale_name, ": expected one number or shape [num_blocks, B, Hkv], got ",
             scale->numel(), " numbers in ", scale->dim(), " dimensions");
-    require(*view.scale > 0, scale_name, ": expected a positive number, got ", *view.scale);
+    if (is_readable(*scale))
+      require(*view.scale > 0, scale_name, ": expected a positive number, got ", *view.scale);
   }
   return view;
 }

@@ -1,7 +1,5 @@
 #include "ops/matmul_weight.h"
 
-#include "cpu/isa.h"
-#include "cpu/kernels.h"
 #include "ops/ops.h"
 #include "ops/plan.h"
 
@@ -10,9 +8,9 @@ namespace {
 
 // Checks and enters what all matmuls share: input [..., in_features], out [..., out_features].
 template <class Params>
-void set_operands(Params& params, const Tensor& out, const Tensor& input) {
-  Argument(input, "x").on_cpu().floating();
-  Argument(out, "out").on_cpu().same_dtype(input, "x").written();
+void set_operands(Params& params, const Tensor& out, const Tensor& input, const Tensor& weight) {
+  Argument(input, "x").on_device_of(weight, "weight").floating();
+  Argument(out, "out").on_device_of(weight, "weight").same_dtype(input, "x").written();
   const Rows rows = rows_of(input, "x"), out_rows = rows_of(out, "out");
   require(rows.size == params.in_features, "x: expected ", params.in_features,
           " input features in the last dimension, got ", rows.size);
@@ -31,7 +29,7 @@ void set_operands(Params& params, const Tensor& out, const Tensor& input) {
 
 void dense_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t out_features) {
   DenseMatmulParams params = dense_weight(weight, "weight", bias, out_features);
-  set_operands(params, out, input);
+  set_operands(params, out, input, weight);
   if (out_features > 0) launch(cpu::kernels()->dense_matmul, params);
 }
 
@@ -46,11 +44,11 @@ void sparse24_matmul(Tensor out, Tensor input, Tensor values, Tensor indices, st
   Sparse24MatmulParams params = {};
   params.values = values.const_data_ptr();
   params.indices = reinterpret_cast<const uint32_t*>(indices.const_data_ptr<int32_t>());
-  params.bias = check_bias(bias, out_features);
+  params.bias = check_bias(bias, values, out_features);
   params.in_features = in_features;
   params.out_features = out_features;
   params.value_dtype = to_dtype(values.scalar_type(), "values");
-  set_operands(params, out, input);
+  set_operands(params, out, input, values);
   if (out_features > 0) launch(cpu::kernels()->sparse24_matmul, params);
 }
 
@@ -58,8 +56,8 @@ void gptq_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> 
                  int64_t in_features, int64_t out_features, int64_t bits, bool has_minimum, bool int8_activation) {
   GptqMatmulParams params =
       gptq_weight(weight, input_order, bias, in_features, out_features, bits, has_minimum, int8_activation);
-  set_operands(params, out, input);
-  launch(cpu::kernels()->gptq_matmul, params);
+  set_operands(params, out, input, weight);
+  launch(input, [](const auto& kernels) { return kernels.gptq_matmul; }, params);
 }
 
 }  // namespace teco::ops

@@ -4,10 +4,10 @@
 
 namespace teco::ops {
 
-const float* check_bias(const std::optional<Tensor>& bias, int64_t out_features) {
+const float* check_bias(const std::optional<Tensor>& bias, const Tensor& weight, int64_t out_features) {
   if (!bias) return nullptr;
   Size features{"out_features", out_features, "weight"};
-  Argument(*bias, "bias").on_cpu().dtype(ScalarType::Float).shape({&features}).contiguous();
+  Argument(*bias, "bias").on_device_of(weight, "weight").dtype(ScalarType::Float).shape({&features}).contiguous();
   return bias->const_data_ptr<float>();
 }
 
@@ -27,7 +27,7 @@ DenseMatmulParams dense_weight(const Tensor& weight, const char* name, const std
   }
   DenseMatmulParams params = {};
   params.weight = weight.const_data_ptr();
-  params.bias = check_bias(bias, out_features);
+  params.bias = check_bias(bias, weight, out_features);
   params.in_features = in_features.value;
   params.out_features = out_features;
   // 0 says that it is packed; the stride of a single row is as good as any.
@@ -43,7 +43,7 @@ GptqMatmulParams gptq_weight(const Tensor& weight, const std::optional<Tensor>& 
   GptqMatmulParams params = {};
   params.weight = packed.data;
   params.input_order = packed.input_order;
-  params.bias = check_bias(bias, out_features);
+  params.bias = check_bias(bias, weight, out_features);
   params.in_features = in_features;
   params.out_features = out_features;
   params.num_groups = packed.num_groups;

@@ -14,7 +14,7 @@ inline int64_t num_panels(int64_t out_features) {
 }
 
 // fp32 [out_features], or null without a bias.
-const float* check_bias(const std::optional<Tensor>& bias, int64_t out_features);
+const float* check_bias(const std::optional<Tensor>& bias, const Tensor& weight, int64_t out_features);
 
 // All but input, out and num_rows, after checks. A dense weight is packed, [ceil(out_features / 16), in_features, 16],
 // or as it is, [out_features, in_features]; `name` is the operator's name for it.

@@ -1,5 +1,3 @@
-#include "cpu/isa.h"
-#include "cpu/kernels.h"
 #include "ops/checks.h"
 #include "ops/ops.h"
 #include "ops/plan.h"
@@ -48,11 +46,11 @@ void check_same_or_apart(const Tensor& out, const NestedRows& out_rows, const Te
 
 // Everything but the residual.
 RmsNormParams norm_params(const Tensor& out, const Tensor& input, const Tensor& weight, double eps) {
-  Argument(input, "input").on_cpu().floating();
+  Argument(input, "input").floating();
   const NestedRows rows = nested_rows_of(input, "input");
   Size hidden_size{"hidden_size", rows.inner.size, "input"};
-  Argument(weight, "weight").on_cpu().same_dtype(input, "input").shape({&hidden_size}).contiguous();
-  Argument(out, "out").on_cpu().same_dtype(input, "input").written();
+  Argument(weight, "weight").on_device_of(input, "input").same_dtype(input, "input").shape({&hidden_size}).contiguous();
+  Argument(out, "out").on_device_of(input, "input").same_dtype(input, "input").written();
   const NestedRows out_rows = nested_rows_of(out, "out");
   const bool one_nesting =
       rows.outer_count == 1 || out_rows.outer_count == 1 || rows.outer_count == out_rows.outer_count;
@@ -86,17 +84,19 @@ RmsNormParams norm_params(const Tensor& out, const Tensor& input, const Tensor& 
   };
 }
 
+constexpr auto rms_norm_kernel = [](const auto& kernels) { return kernels.rms_norm; };
+
 }  // namespace
 
 void rms_norm(Tensor out, Tensor input, Tensor weight, double eps) {
-  launch(cpu::kernels()->rms_norm, norm_params(out, input, weight, eps));
+  launch(input, rms_norm_kernel, norm_params(out, input, weight, eps));
 }
 
 void fused_add_rms_norm(Tensor out, Tensor residual_out, Tensor input, Tensor residual, Tensor weight, double eps) {
   RmsNormParams params = norm_params(out, input, weight, eps);
   const Rows input_rows = rows_of(input, "input");
-  Argument(residual, "residual").on_cpu().same_dtype(input, "input");
-  Argument(residual_out, "residual_out").on_cpu().same_dtype(input, "input").written();
+  Argument(residual, "residual").on_device_of(input, "input").same_dtype(input, "input");
+  Argument(residual_out, "residual_out").on_device_of(input, "input").same_dtype(input, "input").written();
   const Rows residual_rows = rows_of(residual, "residual"), residual_out_rows = rows_of(residual_out, "residual_out");
   check_rows_match(residual_rows, "residual", input_rows);
   check_rows_match(residual_out_rows, "residual_out", input_rows);
@@ -109,7 +109,7 @@ void fused_add_rms_norm(Tensor out, Tensor residual_out, Tensor input, Tensor re
   params.residual_stride = residual_rows.stride;
   params.residual_out = residual_out.mutable_data_ptr();
   params.residual_out_stride = residual_out_rows.stride;
-  launch(cpu::kernels()->rms_norm, params);
+  launch(input, rms_norm_kernel, params);
 }
 
 }  // namespace teco::ops

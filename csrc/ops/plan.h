@@ -5,6 +5,9 @@
 #include <functional>
 #include <type_traits>
 
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
+#include "ops/backend.h"
 #include "ops/checks.h"
 
 namespace teco::ops {
@@ -15,11 +18,22 @@ using KernelCall = std::function<void(int num_threads)>;
 bool recording();
 void record(KernelCall call);
 
-// The end of every operator: runs the kernel, and makes it part of the plan that is being recorded.
+// The end of every operator: runs the kernel, and makes it part of the plan that is being recorded. This is for those
+// that only the CPU backend has.
 template <class Params>
 void launch(void (*kernel)(const Params&, int), const std::type_identity_t<Params>& params) {
+  if (emulates_cuda()) fail("ValueError", "there is no CUDA kernel of this operator");
   if (recording()) record([kernel, params](int num_threads) { kernel(params, num_threads); });
   kernel(params, num_threads());
+}
+
+// This is for those that several backends have: `select` takes the operator's kernel out of a backend's table,
+// `tensor` is one of the arguments.
+template <class Select, class Params>
+void launch(const Tensor& tensor, Select select, const Params& params) {
+  const cuda::KernelTable* table = cuda_kernels_for(tensor);
+  if (!table) return launch(select(*cpu::kernels()), params);
+  run_on_stream(tensor, [kernel = select(*table), params](void* stream) { return kernel(params, stream); });
 }
 
 // From plan_begin to plan_end the thread's operators are recorded (and run); plan_end names the plan. plan_run replays

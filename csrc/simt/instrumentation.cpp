@@ -81,6 +81,9 @@ void __ubsan_handle_sub_overflow(void* data, void*, void*) {
 void __ubsan_handle_mul_overflow(void* data, void*, void*) {
   simt::undefined("integer overflow in a multiplication", data);
 }
+void __ubsan_handle_divrem_overflow(void* data, void*, void*) {
+  simt::undefined("integer overflow or zero in a division", data);
+}
 void __ubsan_handle_negate_overflow(void* data, void*) {
   simt::undefined("integer overflow in a negation", data);
 }

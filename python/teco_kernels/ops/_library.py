@@ -91,7 +91,9 @@ def record_calls(recorder: Callable[[Any, tuple[Any, ...]], None] | None) -> Non
 
 
 def has_kernel(name: str, backend: str) -> bool:
-    """Whether a kernel of `name` for this dispatch key ("cpu", "cuda") is compiled into the library."""
+    """Whether there is a kernel of `name` for this backend ("cpu", "cuda"), compiled into the library or emulated."""
+    if backend == "cuda":
+        return name in str(_cuda_operators()).split()
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"teco_kernels::{name}", backend.upper())
 
 
@@ -99,6 +101,9 @@ _cpu_isa = operator("cpu_isa")
 _cpu_isa_choices = operator("cpu_isa_choices")
 _cpu_isa_compiled = operator("cpu_isa_compiled")
 _compiler = operator("compiler")
+_cuda_operators = operator("cuda_operators")
+_emulate_cuda = operator("_emulate_cuda")
+_emulation: Path | None = None
 
 
 def cpu_isa() -> str:
@@ -119,6 +124,18 @@ def cpu_isa_compiled() -> list[str]:
 def compiler() -> str:
     """Name and version of the compiler that built the library."""
     return str(_compiler())
+
+
+def emulate_cuda(library: Path | None) -> None:
+    """Send tensors of the CPU to the emulated CUDA kernels of `library` (see docs/gpu.md), for tests; None ends it."""
+    global _emulation
+    _emulate_cuda("" if library is None else str(library))
+    _emulation = library
+
+
+def emulates_cuda() -> bool:
+    """Whether tensors of the CPU go to emulated CUDA kernels."""
+    return _emulation is not None
 
 
 cpu_isa()

@@ -99,7 +99,8 @@ def _backend_problem(op: str, backend: str) -> str:
 
 
 def _device_problem(backend: str, device: torch.device) -> str:
-    expected = "cpu" if backend == "cpu" else "cuda"
+    on_cpu = backend == "cpu" or (backend == "cuda" and _library.emulates_cuda())
+    expected = "cpu" if on_cpu else "cuda"
     if device.type != expected:
         return f"device: backend {backend} works on {expected} tensors, got {device}"
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -1,0 +1,163 @@
+// Matmul with a GPTQ weight for few rows: bound by reading the weight, once per tile of 8 rows.
+//
+// A block makes one panel of 16 columns for a tile of rows. Its warps deal out the blocks of 32 inputs among them; in a
+// warp, lanes are columns, twice: one half takes the even quads of a block, the other the odd ones. A weight is read in
+// words of four bytes, 64 bytes of neighbouring columns at a time, and unpacked in registers; inputs lie in shared
+// memory, a slice per warp. The sum of an output element: over a lane's inputs in order, then the halves, then the warps
+// one after the other. It is the same for any number of rows.
+//
+// Exact mode: fp32 arithmetic on scale * (code - zero). Int8 mode: inputs are quantised per row and block, products and
+// their sums are integers.
+#include "cuda/gptq_layout.h"
+
+namespace teco::cuda {
+namespace {
+
+constexpr int kWarps = 8;  // part of the order of the sum
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kQuads = kBlock / 4;
+constexpr float kTiny = 1e-30f;  // a block whose inputs are all below this counts as zero
+
+template <int kRows>
+struct Rows {};
+
+template <int kRows>
+struct Shared {
+  struct alignas(16) Slice {
+    float input[kRows][kBlock];     // exact mode
+    uint32_t codes[kRows][kQuads];  // int8 mode: four inputs to a word
+    float scale[kRows];
+  } slice[kWarps];
+  float sum[kWarps][kRows][kPanel];
+};
+
+// This lane's input of a block, for one row.
+__device__ __forceinline__ float load_input(const GptqMatmulParams& p, int64_t row, int64_t input) {
+  return input < 0 ? 0.f : load_as_float(p.input, row * p.input_stride + input, p.dtype);
+}
+
+// The block's inputs of all rows into the warp's slice, as codes with a scale: x = scale * code.
+template <int kRows>
+__device__ void quantise_inputs(const GptqMatmulParams& p, int64_t first_row, int rows, int64_t input,
+                                typename Shared<kRows>::Slice& slice) {
+  for (int r = 0; r < rows; ++r) {
+    const float x = load_input(p, first_row + r, input), largest = warp_max(fabsf(x));
+    const float inverse = largest > kTiny ? 127.f / largest : 0.f;
+    // NaN and infinities make the row's outputs NaN: fmaxf passes over NaN, the sum of all does not.
+    const bool bad = __any_sync(kAllLanes, !(fabsf(x) <= 3.402823466e38f));
+    const uint32_t code = static_cast<uint32_t>(ptx::float_to_int(x * inverse)) & 255u;
+    uint32_t word = code << (lane_id() % 4 * 8);
+    word |= __shfl_xor_sync(kAllLanes, word, 1);
+    word |= __shfl_xor_sync(kAllLanes, word, 2);
+    if (lane_id() % 4 == 0) slice.codes[r][lane_id() / 4] = word;
+    if (lane_id() == 0) slice.scale[r] = bad ? ptx::as_float(0x7fc00000u) : largest / 127.f;
+  }
+}
+
+// One quad of weights against the rows' inputs, in fp32. The bits of a code, as the lowest of the mantissa of 2^23, make
+// a float of it without a conversion.
+template <int kRows, bool kMinimum>
+__device__ __forceinline__ void multiply_exact(uint32_t codes, int q, const Header& header, int rows,
+                                               const typename Shared<kRows>::Slice& slice, float (&sums)[kRows]) {
+  Pack<float, 4> weight;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float code = ptx::as_float(ptx::and_or(codes >> (8 * i), 255u, 0x4b000000u)) - 8388608.f;
+    weight.at[i] = kMinimum ? header.scale * code + header.offset : code - header.offset;
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (r >= rows) break;
+    const Pack<float, 4> x = load<4>(&slice.input[r][4 * q]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[r] = fmaf(weight.at[i], x.at[i], sums[r]);
+  }
+}
+
+template <int kBits, bool kMinimum, bool kInt8, int kRows>
+__global__ void __launch_bounds__(kThreads) gptq_matmul_kernel(GptqMatmulParams p) {
+  Shared<kRows>& memory = shared<Shared<kRows>>();
+  const GptqLayout layout(p);
+  const int64_t panel = blockIdx.x, first_row = static_cast<int64_t>(blockIdx.y) * kRows;
+  const auto rows = static_cast<int>(smaller<int64_t>(p.num_rows - first_row, kRows));
+  const int column = lane_id() % kPanel, half = lane_id() / kPanel;
+  typename Shared<kRows>::Slice& slice = memory.slice[warp_id()];
+
+  float sums[kRows] = {};
+  for (int64_t b = warp_id(); b < layout.num_blocks(); b += kWarps) {
+    const int64_t place = b * kBlock + lane_id();
+    const int64_t input = p.input_order ? p.input_order[place] : place;
+    const uint8_t* group = layout.group(panel, b / layout.blocks_per_group);
+    const uint8_t* block = layout.block(group, b);
+    uint32_t codes[kQuads / 2];
+#pragma unroll
+    for (int i = 0; i < kQuads / 2; ++i) codes[i] = quad_codes<kBits>(block, 2 * i + half, column);
+    const Header header = load_header(group, column);
+    __syncwarp();  // the inputs of the last block are done with
+    if constexpr (kInt8) {
+      quantise_inputs<kRows>(p, first_row, rows, input, slice);
+    } else {
+      for (int r = 0; r < rows; ++r) slice.input[r][lane_id()] = load_input(p, first_row + r, input);
+    }
+    __syncwarp();
+    if constexpr (kInt8) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (r >= rows) break;
+        int32_t products = 0, inputs = 0;
+#pragma unroll
+        for (int i = 0; i < kQuads / 2; ++i) {
+          const uint32_t x = slice.codes[r][2 * i + half];
+          products = ptx::dot_unsigned_signed(codes[i], x, products);
+          inputs = ptx::dot_unsigned_signed(0x01010101u, x, inputs);
+        }
+        const auto dot = static_cast<float>(products), total = static_cast<float>(inputs);
+        const float value = kMinimum ? header.scale * dot + header.offset * total
+                                     : header.scale * (dot - header.offset * total);
+        sums[r] = fmaf(slice.scale[r], value, sums[r]);
+      }
+    } else {
+      float of_block[kRows] = {};
+#pragma unroll
+      for (int i = 0; i < kQuads / 2; ++i)
+        multiply_exact<kRows, kMinimum>(codes[i], 2 * i + half, header, rows, slice, of_block);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) sums[r] = kMinimum ? sums[r] + of_block[r] : fmaf(header.scale, of_block[r], sums[r]);
+    }
+  }
+
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const float sum = sums[r] + __shfl_xor_sync(kAllLanes, sums[r], kPanel);
+    if (half == 0) memory.sum[warp_id()][r][column] = sum;
+  }
+  __syncthreads();
+  for (int i = thread_id(); i < rows * kPanel; i += kThreads) {
+    const int64_t out_column = panel * kPanel + i % kPanel;
+    if (out_column >= p.out_features) continue;
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += memory.sum[w][i / kPanel][i % kPanel];
+    if (p.bias) sum += p.bias[out_column];
+    store_float(p.out, (first_row + i / kPanel) * p.out_stride + out_column, sum, p.dtype);
+  }
+}
+
+}  // namespace
+
+Status gptq_matmul(const GptqMatmulParams& p, void* stream) {
+  const auto panels = static_cast<unsigned>(ceil_div<int64_t>(p.out_features, kPanel));
+  if (p.num_rows == 0 || panels == 0) return nullptr;
+  return with_format(p, [&]<int kBits, bool kMinimum>(Format<kBits, kMinimum>) {
+    const auto run = [&]<int kRows>(Rows<kRows>) {
+      const dim3 grid = {panels, static_cast<unsigned>(ceil_div<int64_t>(p.num_rows, kRows))};
+      return launch("gptq_matmul", grid, dim3{kThreads}, {}, stream,
+                    p.int8_activation ? gptq_matmul_kernel<kBits, kMinimum, true, kRows>
+                                      : gptq_matmul_kernel<kBits, kMinimum, false, kRows>,
+                    p);
+    };
+    return p.num_rows == 1 ? run(Rows<1>{}) : run(Rows<8>{});
+  });
+}
+
+}  // namespace teco::cuda

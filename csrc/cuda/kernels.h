@@ -1,0 +1,27 @@
+// The CUDA backend as the operator layer sees it: one function per operator. They put kernels on the stream and come
+// back; what they return is null, or a text that tells what went wrong. The emulated backend has the same table.
+#pragma once
+
+#include "params.h"
+
+namespace teco::cuda {
+
+using Status = const char*;
+
+struct KernelTable {
+  const char* operators;  // that have a kernel here; separated by spaces
+  Status (*embedding)(const EmbeddingParams&, void* stream);
+  Status (*gptq_embedding)(const GptqEmbeddingParams&, void* stream);
+  Status (*rms_norm)(const RmsNormParams&, void* stream);
+  Status (*silu_and_mul)(const SiluAndMulParams&, void* stream);
+  Status (*rotary_embedding)(const RotaryEmbeddingParams&, void* stream);
+  Status (*gptq_matmul)(const GptqMatmulParams&, void* stream);
+  Status (*reshape_and_cache)(const ReshapeAndCacheParams&, void* stream);
+  Status (*copy_blocks)(const CopyBlocksParams&, void* stream);
+  // No sequence has more than `max_keys` keys; the workspace is of as many bytes as the function before it asks for.
+  int64_t (*paged_attention_workspace)(const PagedAttentionParams&, int64_t max_keys);
+  Status (*paged_attention)(const PagedAttentionParams&, int64_t max_keys, void* workspace, void* stream);
+  Status (*merge_attention_states)(const MergeAttentionStatesParams&, void* stream);
+};
+
+}  // namespace teco::cuda

@@ -1,0 +1,39 @@
+// The kernel table. Each kernel file adds its operators here and in kernels.h.
+#include "cuda/kernels.h"
+
+namespace teco::cuda {
+
+Status embedding(const EmbeddingParams& p, void* stream);
+Status gptq_embedding(const GptqEmbeddingParams& p, void* stream);
+Status rms_norm(const RmsNormParams& p, void* stream);
+Status silu_and_mul(const SiluAndMulParams& p, void* stream);
+Status rotary_embedding(const RotaryEmbeddingParams& p, void* stream);
+Status gptq_matmul(const GptqMatmulParams& p, void* stream);
+Status reshape_and_cache(const ReshapeAndCacheParams& p, void* stream);
+Status copy_blocks(const CopyBlocksParams& p, void* stream);
+int64_t paged_attention_workspace(const PagedAttentionParams& p, int64_t max_keys);
+Status paged_attention(const PagedAttentionParams& p, int64_t max_keys, void* workspace, void* stream);
+Status merge_attention_states(const MergeAttentionStatesParams& p, void* stream);
+
+extern const KernelTable table;
+const KernelTable table = {
+    .operators = "embedding rms_norm fused_add_rms_norm silu_and_mul rotary_embedding gptq_matmul reshape_and_cache "
+                 "copy_blocks swap_blocks paged_attention merge_attention_states",
+    .embedding = embedding,
+    .gptq_embedding = gptq_embedding,
+    .rms_norm = rms_norm,
+    .silu_and_mul = silu_and_mul,
+    .rotary_embedding = rotary_embedding,
+    .gptq_matmul = gptq_matmul,
+    .reshape_and_cache = reshape_and_cache,
+    .copy_blocks = copy_blocks,
+    .paged_attention_workspace = paged_attention_workspace,
+    .paged_attention = paged_attention,
+    .merge_attention_states = merge_attention_states,
+};
+
+}  // namespace teco::cuda
+
+extern "C" __attribute__((visibility("default"))) const void* teco_cuda_kernels() {
+  return &teco::cuda::table;
+}

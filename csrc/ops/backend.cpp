@@ -1,0 +1,72 @@
+#include "ops/backend.h"
+
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <utility>
+
+#include "ops/plan.h"
+
+#ifdef TECO_WITH_CUDA
+extern "C" const void* teco_cuda_kernels();
+#endif
+
+namespace teco::ops {
+namespace {
+
+using cuda::KernelTable;
+
+const KernelTable* compiled_kernels() {
+#ifdef TECO_WITH_CUDA
+  return static_cast<const KernelTable*>(teco_cuda_kernels());
+#else
+  return nullptr;
+#endif
+}
+
+const KernelTable* emulated_kernels = nullptr;
+
+void check(cuda::Status status) {
+  if (status) throw std::runtime_error(status);
+}
+
+void* current_stream(int32_t device_index) {
+  return torch::stable::accelerator::getCurrentStream(device_index).nativeHandle();
+}
+
+}  // namespace
+
+bool emulates_cuda() {
+  return emulated_kernels != nullptr;
+}
+
+const KernelTable* cuda_kernels_for(const Tensor& tensor) {
+  return tensor.is_cpu() ? emulated_kernels : compiled_kernels();
+}
+
+void run_on_stream(const Tensor& tensor, std::function<cuda::Status(void* stream)> kernel) {
+  const auto run = [kernel = std::move(kernel), on_cpu = tensor.is_cpu(), index = tensor.get_device_index()] {
+    if (on_cpu) return check(kernel(nullptr));
+    const torch::stable::accelerator::DeviceGuard guard(index);
+    check(kernel(current_stream(index)));
+  };
+  if (recording()) record([run](int) { run(); });
+  run();
+}
+
+void emulate_cuda(std::string library) {
+  emulated_kernels = nullptr;
+  if (library.empty()) return;
+  void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
+  require(handle != nullptr, "library: ", handle ? "" : dlerror());
+  auto* kernels = reinterpret_cast<const void* (*)()>(dlsym(handle, "teco_cuda_kernels"));
+  require(kernels != nullptr, "library: expected emulated CUDA kernels, got no teco_cuda_kernels in ", library);
+  emulated_kernels = static_cast<const KernelTable*>(kernels());
+}
+
+std::string cuda_operators() {
+  const KernelTable* table = emulated_kernels ? emulated_kernels : compiled_kernels();
+  return table ? table->operators : "";
+}
+
+}  // namespace teco::ops
