@@ -76,11 +76,12 @@ __device__ void load_tile(const AttentionProblem& problem, const Sequence& seq, 
 
 // The products of this lane's key and the warp's rows: one chain over the elements for each.
 template <int kDim>
-__device__ void dot_products(const Shared<kDim>& shared, int64_t head_dim, float (&dots)[kWarpRows]) {
+__device__ void dot_products(const Shared<kDim>& shared, int rows, int64_t head_dim, float (&dots)[kWarpRows]) {
   for (int d = 0; d < head_dim; d += 4) {
     const Pack<float, 4> key = load<4>(&shared.tile[lane_id()][d]);
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i) {
+      if (warp_id() + i * kWarps >= rows) break;
       const Pack<float, 4> query = load<4>(&shared.query[warp_id() + i * kWarps][d]);
 #pragma unroll
       for (int j = 0; j < 4; ++j) dots[i] = fmaf(query.at[j], key.at[j], dots[i]);
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) paged_attention_kernel(AttentionProb
     const int64_t position = first + lane_id();
     const bool is_used = position >= used.begin && position < used.end;
     float weights[kWarpRows] = {};
-    if (is_used && warp_id() < rows) dot_products(shared, p.head_dim, weights);
+    if (is_used) dot_products(shared, rows, p.head_dim, weights);
     const float key_scale = kElementMax<E> != 0 && is_used ? shared.key_scale[lane_id()] : 1.f;
     __syncthreads();  // the keys are done with
     load_tile<kDim, E>(problem, seq, p.value_cache, kv_head, first, used, shared, shared.value_scale);

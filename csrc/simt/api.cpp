@@ -72,10 +72,10 @@ void check_access(const void* address, std::size_t bytes, Access access, const v
 }
 
 void check_aligned_access(const void* address, std::size_t bytes, Access access, const void* code) {
-  if (!machine || !machine->in_kernel()) return;
+  if (!machine || !machine->in_kernel() || machine->is_own_stack(address)) return;
   if (reinterpret_cast<std::uintptr_t>(address) % bytes)
-    machine->fail("misaligned: the thread accesses " + std::to_string(bytes) + " bytes at an address that is no multiple of " +
-                  std::to_string(bytes) + "\n  here: " + source_of(code));
+    machine->fail("misaligned: the thread accesses " + std::to_string(bytes) +
+                  " bytes at an address that is no multiple of it\n  here: " + source_of(code));
   machine->access(reinterpret_cast<std::uintptr_t>(address), bytes, access, false, code);
 }
 

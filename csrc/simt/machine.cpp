@@ -260,9 +260,7 @@ Moment Machine::now() const {
 }
 
 void Machine::access(std::uintptr_t address, std::size_t bytes, Access kind, bool pending, const void* code) {
-  Thread& thread = current();
-  const auto stack = reinterpret_cast<std::uintptr_t>(thread.stack->begin());
-  if (address - stack < Stack::kBytes) return;
+  if (is_own_stack(reinterpret_cast<const void*>(address))) return;
   if (address - reinterpret_cast<std::uintptr_t>(arguments_) < argument_bytes_ && kind == Access::kRead) return;
   const char* verb = kind == Access::kRead ? "reads " : kind == Access::kWrite ? "writes " : "updates ";
   const auto describe = [&] {

@@ -61,6 +61,10 @@ class Machine {
   Thread& current() { return *current_; }
   bool in_kernel() const { return current_ != nullptr; }
 
+  bool is_own_stack(const void* address) const {
+    return static_cast<std::size_t>(static_cast<const char*>(address) - current_->stack->begin()) < Stack::kBytes;
+  }
+
   void sync_threads(Site site);
   void gather(const char* name, unsigned mask, const void* mine, std::size_t bytes, void* all, bool order_memory,
               Site site);
