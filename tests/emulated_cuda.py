@@ -29,7 +29,7 @@ def library() -> Path:
 
 
 @contextmanager
-def emulation(path: Path | None = None, seed: int = 0) -> Iterator[None]:
+def emulation(path: Path | None = None, seed: int = 0) -> Iterator[ctypes.CDLL]:
     """Within it, operators on CPU tensors run the emulated CUDA kernels, threads in the order of the seed.
 
     A kernel may touch the storage of its operator's tensors, and write only those that the schema says it writes; any
@@ -45,7 +45,10 @@ def emulation(path: Path | None = None, seed: int = 0) -> Iterator[None]:
         for argument, tensor in zip(operator._schema.arguments, args, strict=True):
             if not isinstance(tensor, torch.Tensor) or tensor.numel() == 0:
                 continue
-            storage, written = tensor.untyped_storage(), argument.alias_info is not None and argument.alias_info.is_write
+            storage, written = (
+                tensor.untyped_storage(),
+                argument.alias_info is not None and argument.alias_info.is_write,
+            )
             _, granule, was_written, names = storages.get(storage.data_ptr(), (0, 8, False, ""))
             storages[storage.data_ptr()] = (
                 storage.nbytes(),
@@ -60,7 +63,7 @@ def emulation(path: Path | None = None, seed: int = 0) -> Iterator[None]:
     _library.emulate_cuda(path)
     _library.record_calls(allow)
     try:
-        yield
+        yield simt
     finally:
         _library.record_calls(None)
         _library.emulate_cuda(None)

@@ -9,8 +9,10 @@ import torch
 
 import teco_kernels as tk
 from emulated_cuda import SEEDS, emulation
+from teco_kernels.ops import _library, gptq
 from teco_kernels.ops.support import operators
 from teco_kernels.testing import TOLERANCE, Case, all_cases, run_case
+from teco_kernels.testing.cases.matmul import random_checkpoint
 
 OPERATORS = (
     "embedding",
@@ -32,9 +34,7 @@ CASES = [case for case in all_cases() if case.operator in OPERATORS and case.byt
 def test_supported_operators() -> None:
     assert not tk.supports("rms_norm", backend="cuda", device="cpu", dtype=torch.float32)
     with emulation():
-        supported = [
-            op for op in operators() if tk.supports(op, backend="cuda", device="cpu", dtype=torch.float32)
-        ]
+        supported = [op for op in operators() if tk.supports(op, backend="cuda", device="cpu", dtype=torch.float32)]
     assert sorted(supported) == sorted(OPERATORS)
 
 
@@ -56,3 +56,60 @@ def test_order_of_threads_changes_no_bit(case: Case, seed: int) -> None:
         outputs = case.outputs(case.function, inputs)
     for name, tensor in expected.items():
         assert torch.equal(outputs[name].nan_to_num(7), tensor.nan_to_num(7)), name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_rows_stand_alone(dtype: torch.dtype) -> None:
+    """A row's bits do not depend on the other rows, nor on where they lie in memory."""
+    x, weight = torch.randn(9, 1100).to(dtype), torch.randn(1100).to(dtype)
+    shifted = torch.empty(9, 1101, dtype=dtype)[:, 1:]
+    with emulation():
+        normed, gated = tk.rms_norm(x, weight, 1e-6), tk.silu_and_mul(x)
+        assert torch.equal(tk.rms_norm(shifted.copy_(x), weight, 1e-6), normed)
+        assert torch.equal(tk.silu_and_mul(shifted), gated)
+        for row in (0, 8):
+            assert torch.equal(tk.rms_norm(x[row : row + 1], weight, 1e-6)[0], normed[row])
+            assert torch.equal(tk.silu_and_mul(x[row : row + 1])[0], gated[row])
+
+
+@pytest.mark.parametrize("activation", ["exact", "int8"])
+def test_gptq_rows_stand_alone(activation: gptq.Activation) -> None:
+    checkpoint = random_checkpoint(160, 40, 32, 4, torch.Generator().manual_seed(0))
+    weight, x = tk.GPTQWeight.from_checkpoint(**checkpoint), torch.randn(11, 160)
+    with emulation():
+        out = tk.gptq_matmul(x, weight, activation=activation)
+        for row in (0, 10):
+            assert torch.equal(tk.gptq_matmul(x[row : row + 1], weight, activation=activation)[0], out[row])
+
+
+def test_sequences_stand_alone() -> None:
+    """Attention of a sequence: the same bits in any company, whatever its blocks are."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = [700, 3, 40, 257]
+    table = torch.randperm(80, generator=generator).view(4, 20).int()[:, : -(-700 // 48)]
+    keys, values, query = (torch.randn(shape, generator=generator) for shape in [(80, 48, 2, 64)] * 2 + [(4, 6, 64)])
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    with emulation():
+        out = tk.paged_attention(query, keys, values, table, seq_lens)
+        for s in range(4):
+            row = slice(s, s + 1)
+            alone = tk.paged_attention(query[row], keys, values, table[row], seq_lens[row])
+            assert torch.equal(alone[0], out[s])
+
+
+def test_operators_without_a_kernel_say_so() -> None:
+    weight = tk.DenseWeight.from_tensor(torch.ones(16, 32))
+    with emulation(), pytest.raises(ValueError, match="there is no CUDA kernel of this operator"):
+        tk.dense_matmul(torch.ones(1, 32), weight)
+
+
+def test_findings_are_errors() -> None:
+    x, other = torch.randn(4, 64), torch.randn(8)
+    with emulation() as simt:
+        _library.record_calls(lambda *call: simt.simt_forget())
+        tk.silu_and_mul(x)
+        _library.record_calls(lambda *call: simt.simt_allow(other.data_ptr(), 32, 4, True, b"other"))
+        with pytest.raises(
+            RuntimeError, match=r"simt: kernel silu_and_mul, .*out of bounds(.|\n)*silu_and_mul\.cu:\d+"
+        ):
+            tk.silu_and_mul(x)

@@ -90,14 +90,14 @@ def add_kernels(ninja: NinjaFile, nvcc: Path) -> tuple[list[str], list[str]]:
     return objects, [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt"]
 
 
-def build_emulation(folder: Path) -> Path:
+def build_emulation(folder: Path, csrc: Path = CSRC) -> Path:
     """Compile csrc/cuda/*.cu with the host's compiler, and csrc/simt; the library that `_emulate_cuda` takes."""
     ninja = NinjaFile(compiler())
     library = folder / "libteco_cuda_emulated.so"
     objects = _simt_objects(ninja, [])
-    objects.append(ninja.compile(CSRC / "cuda" / "table.cpp", [*EMULATION_FLAGS, "-O2", f"-I{CSRC}"]))
-    for source in sorted((CSRC / "cuda").glob("*.cu")):
-        objects.append(ninja.compile(source, [*EMULATION_FLAGS, f"-I{CSRC}", *KERNEL_FLAGS]))
+    objects.append(ninja.compile(csrc / "cuda" / "table.cpp", [*EMULATION_FLAGS, "-O2", f"-I{csrc}"]))
+    for source in sorted((csrc / "cuda").glob("*.cu")):
+        objects.append(ninja.compile(source, [*EMULATION_FLAGS, f"-I{csrc}", *KERNEL_FLAGS]))
     ninja.link(library, objects, ["-Wl,--no-undefined", "-ldl"])
     run_ninja(ninja, folder)
     return library
@@ -120,7 +120,16 @@ def _simt_objects(ninja: NinjaFile, flags: list[str]) -> list[str]:
 
 def compile_for(nvcc: Path, source: Path, architecture: str, output: Path) -> str:
     """Compile one file to machine code of one architecture ("90a"); what ptxas has to say about it."""
-    command = [str(nvcc), *NVCC_FLAGS, f"-arch=sm_{architecture}", "-cubin", "-Xptxas=-v", "-o", str(output), str(source)]
+    command = [
+        str(nvcc),
+        *NVCC_FLAGS,
+        f"-arch=sm_{architecture}",
+        "-cubin",
+        "-Xptxas=-v",
+        "-o",
+        str(output),
+        str(source),
+    ]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode != 0:
         raise RuntimeError(f"{source.name} for sm_{architecture}: {run.stderr}")

@@ -5,9 +5,9 @@
 
 namespace teco::cuda {
 
-constexpr int kPanel = 16;                // columns
-constexpr int kBlock = 32;                // inputs
-constexpr int64_t kHeaderBytes = 64;      // fp16 scale[16], fp16 offset[16]: zero points, or minima
+constexpr int kPanel = 16;            // columns
+constexpr int kBlock = 32;            // inputs
+constexpr int64_t kHeaderBytes = 64;  // fp16 scale[16], fp16 offset[16]: zero points, or minima
 
 template <int kBits, bool kMinimum>
 struct Format {};
@@ -64,8 +64,7 @@ __device__ __forceinline__ uint32_t quad_codes(const uint8_t* block, int q, int 
   constexpr uint32_t kMask = 0x01010101u * ((1 << kBits) - 1);
   const uint32_t* words = reinterpret_cast<const uint32_t*>(block) + column;
   if constexpr (kBits == 3) {
-    if (q >= 6)
-      return ((words[(q - 6) * kPanel] >> 6) & 0x03030303u) | ((words[2 * kPanel] >> (q - 2)) & 0x04040404u);
+    if (q >= 6) return ((words[(q - 6) * kPanel] >> 6) & 0x03030303u) | ((words[2 * kPanel] >> (q - 2)) & 0x04040404u);
   }
   return (words[q / kQuads * kPanel] >> (q % kQuads * kBits)) & kMask;
 }

@@ -3,8 +3,8 @@
 // A block makes one panel of 16 columns for a tile of rows. Its warps deal out the blocks of 32 inputs among them; in a
 // warp, lanes are columns, twice: one half takes the even quads of a block, the other the odd ones. A weight is read in
 // words of four bytes, 64 bytes of neighbouring columns at a time, and unpacked in registers; inputs lie in shared
-// memory, a slice per warp. The sum of an output element: over a lane's inputs in order, then the halves, then the warps
-// one after the other. It is the same for any number of rows.
+// memory, a slice per warp. The sum of an output element: over a lane's inputs in order, then the halves, then the
+// warps one after the other. It is the same for any number of rows.
 //
 // Exact mode: fp32 arithmetic on scale * (code - zero). Int8 mode: inputs are quantised per row and block, products and
 // their sums are integers.
@@ -54,8 +54,8 @@ __device__ void quantise_inputs(const GptqMatmulParams& p, int64_t first_row, in
   }
 }
 
-// One quad of weights against the rows' inputs, in fp32. The bits of a code, as the lowest of the mantissa of 2^23, make
-// a float of it without a conversion.
+// One quad of weights against the rows' inputs, in fp32. The bits of a code, as the lowest of the mantissa of 2^23,
+// make a float of it without a conversion.
 template <int kRows, bool kMinimum>
 __device__ __forceinline__ void multiply_exact(uint32_t codes, int q, const Header& header, int rows,
                                                const typename Shared<kRows>::Slice& slice, float (&sums)[kRows]) {
@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(kThreads) gptq_matmul_kernel(GptqMatmulParams 
           inputs = ptx::dot_unsigned_signed(0x01010101u, x, inputs);
         }
         const auto dot = static_cast<float>(products), total = static_cast<float>(inputs);
-        const float value = kMinimum ? header.scale * dot + header.offset * total
-                                     : header.scale * (dot - header.offset * total);
+        const float value =
+            kMinimum ? header.scale * dot + header.offset * total : header.scale * (dot - header.offset * total);
         sums[r] = fmaf(slice.scale[r], value, sums[r]);
       }
     } else {
@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(kThreads) gptq_matmul_kernel(GptqMatmulParams 
       for (int i = 0; i < kQuads / 2; ++i)
         multiply_exact<kRows, kMinimum>(codes[i], 2 * i + half, header, rows, slice, of_block);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) sums[r] = kMinimum ? sums[r] + of_block[r] : fmaf(header.scale, of_block[r], sums[r]);
+      for (int r = 0; r < kRows; ++r)
+        sums[r] = kMinimum ? sums[r] + of_block[r] : fmaf(header.scale, of_block[r], sums[r]);
     }
   }
 

@@ -41,7 +41,9 @@ __global__ void __launch_bounds__(kThreads) merge_attention_states_kernel(MergeA
 
 template <class T>
 bool all_aligned(const MergeAttentionStatesParams& p) {
-  const auto rows = [](const void* data, int64_t stride) { return is_aligned(static_cast<const T*>(data), stride, 16); };
+  const auto rows = [](const void* data, int64_t stride) {
+    return is_aligned(static_cast<const T*>(data), stride, 16);
+  };
   return rows(p.out, p.out_stride) && rows(p.out, p.out_head_stride) && rows(p.out_a, p.out_a_stride) &&
          rows(p.out_a, p.out_a_head_stride) && rows(p.out_b, p.out_b_stride) && rows(p.out_b, p.out_b_head_stride);
 }
@@ -53,8 +55,8 @@ Status merge_attention_states(const MergeAttentionStatesParams& p, void* stream)
   if (rows == 0) return nullptr;
   const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(rows, kThreads / kWarpSize));
   return with_float_type(p.dtype, [&]<class T>(Type<T>) {
-    return launch("merge_attention_states", dim3{blocks}, dim3{kThreads}, {}, stream, merge_attention_states_kernel<T>, p,
-                  all_aligned<T>(p));
+    return launch("merge_attention_states", dim3{blocks}, dim3{kThreads}, {}, stream, merge_attention_states_kernel<T>,
+                  p, all_aligned<T>(p));
   });
 }
 

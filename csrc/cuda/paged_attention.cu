@@ -1,14 +1,14 @@
 // Attention over a paged KV cache, for prefill, chunks of it, verification and decode alike.
 //
 // A block takes 16 query rows of one kv head (tokens times the heads of a group, so that a key is loaded once for the
-// group), and walks over the keys that they see, 32 at a time: keys to shared memory as fp32, scores, softmax, values to
-// the same memory, weighted sums in registers. A row belongs to one warp; a lane is a key for the scores, and every
+// group), and walks over the keys that they see, 32 at a time: keys to shared memory as fp32, scores, softmax, values
+// to the same memory, weighted sums in registers. A row belongs to one warp; a lane is a key for the scores, and every
 // 32nd element of the head for the sums. Sequences with few query rows have their keys split among up to 32 blocks, and
 // a second kernel merges what these leave in the workspace, split after split.
 //
-// Decode: bound by reading keys and values, each once from memory in accesses of 16 bytes. Prefill: bound by fp32
-// arithmetic and by shared memory, as no tensor cores are used. What a row must not see is skipped, not multiplied by
-// zero: a masked or unwritten slot may hold NaN.
+// Decode: bound by reading keys and values, each once from memory in accesses of 16 bytes (8 of an 8-bit cache).
+// Prefill: bound by fp32 arithmetic and by shared memory, as no tensor cores are used. What a row must not see is
+// skipped, not multiplied by zero: a masked or unwritten slot may hold NaN.
 #include "cuda/kv_element.h"
 #include "cuda/paged_attention.h"
 
@@ -18,6 +18,10 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kWarpRows = kTileRows / kWarps;  // rows w, w + 4, ...: with few rows, all warps have some
+
+// Elements of a cache that a lane loads at a time: 16 bytes, or 8 of small elements, whose conversion takes registers.
+template <class E>
+constexpr int kLoad = smaller(kVector<E>, 8);
 
 // Keys are read by 32 lanes at the same element, 16 bytes each: padding by 16 bytes keeps them in different banks.
 template <int kDim>
@@ -36,36 +40,35 @@ struct Row {
 
 // Padded with zeros to a multiple of 4, in which they are used.
 template <int kDim>
-__device__ void load_query(const AttentionProblem& problem, const Tile& tile, int64_t rows, int64_t kv_head,
+__device__ void load_query(const AttentionProblem& problem, const Tile& tile, int rows, int kv_head,
                            Shared<kDim>& shared) {
   const PagedAttentionParams& p = problem.p;
-  const int size = static_cast<int>(ceil_div<int64_t>(p.head_dim, 4)) * 4;
+  const int size = ceil_div(problem.head_dim, 4) * 4;
   for (int i = thread_id(); i < rows * size; i += kThreads) {
     const int r = i / size, d = i % size;
-    const int64_t row = tile.first_row + r, token = tile.seq.first_token + row / problem.group;
-    const int64_t head = kv_head * problem.group + row % problem.group;
+    const int row = tile.first_row + r;
+    const int64_t token = tile.seq.first_token + row / problem.group,
+                  head = kv_head * problem.group + row % problem.group;
     const int64_t index = token * p.query_stride + head * p.query_head_stride + d;
-    shared.query[r][d] = d < p.head_dim ? load_as_float(p.query, index, p.dtype) : 0.f;
+    shared.query[r][d] = d < problem.head_dim ? load_as_float(p.query, index, p.dtype) : 0.f;
   }
 }
 
 // Keys or values at the positions [first, first + 32), as far as they lie in `used`, with their scales.
 template <int kDim, class E>
-__device__ void load_tile(const AttentionProblem& problem, const Sequence& seq, const KVCacheView& cache,
-                          int64_t kv_head, int64_t first, const Positions& used, Shared<kDim>& shared,
-                          float (&scales)[kTileKeys]) {
-  constexpr int N = kVector<E>;
+__device__ void load_tile(const AttentionProblem& problem, const Sequence& seq, const KVCacheView& cache, int kv_head,
+                          int first, const Positions& used, Shared<kDim>& shared, float (&scales)[kTileKeys]) {
+  constexpr int N = kLoad<E>;
   const PagedAttentionParams& p = problem.p;
   const int32_t* table = p.block_table + seq.index * p.block_table_stride;
-  const int packs = static_cast<int>(ceil_div<int64_t>(p.head_dim, N));
+  const int packs = ceil_div(problem.head_dim, N);
   for (int i = thread_id(); i < kTileKeys * packs; i += kThreads) {
-    const int key = i / packs, d = i % packs * N;
-    const int64_t position = first + key;
+    const int key = i / packs, d = i % packs * N, position = first + key;
     if (position < used.begin || position >= used.end) continue;
-    const int64_t block = table[position / p.block_size], slot = position % p.block_size;
+    const int64_t block = table[position / problem.block_size], slot = position % problem.block_size;
     const E* elements = static_cast<const E*>(cache.data) + block * cache.block_stride + slot * cache.slot_stride +
                         kv_head * cache.head_stride;
-    const Pack<E, N> x = load_up_to<N>(elements + d, p.head_dim - d, problem.vectors);
+    const Pack<E, N> x = load_up_to<N>(elements + d, problem.head_dim - d, problem.vectors);
 #pragma unroll
     for (int j = 0; j < N; ++j) shared.tile[key][d + j] = to_float(x.at[j]);
     if (kElementMax<E> != 0 && d == 0)
@@ -76,7 +79,7 @@ __device__ void load_tile(const AttentionProblem& problem, const Sequence& seq, 
 
 // The products of this lane's key and the warp's rows: one chain over the elements for each.
 template <int kDim>
-__device__ void dot_products(const Shared<kDim>& shared, int rows, int64_t head_dim, float (&dots)[kWarpRows]) {
+__device__ void dot_products(const Shared<kDim>& shared, int rows, int head_dim, float (&dots)[kWarpRows]) {
   for (int d = 0; d < head_dim; d += 4) {
     const Pack<float, 4> key = load<4>(&shared.tile[lane_id()][d]);
 #pragma unroll
@@ -90,7 +93,7 @@ __device__ void dot_products(const Shared<kDim>& shared, int rows, int64_t head_
 }
 
 // From a dot product to a score.
-__device__ __forceinline__ float score_of(const AttentionProblem& problem, float dot, int64_t head, float distance) {
+__device__ __forceinline__ float score_of(const AttentionProblem& problem, float dot, int head, float distance) {
   const PagedAttentionParams& p = problem.p;
   float score = dot * p.scale;
   if (p.soft_cap != 0.f) score = p.soft_cap * tanhf(score / p.soft_cap);
@@ -123,26 +126,27 @@ template <int kDim, class E>
 __global__ void __launch_bounds__(kThreads) paged_attention_kernel(AttentionProblem problem) {
   const PagedAttentionParams& p = problem.p;
   Shared<kDim>& shared = dynamic_shared<Shared<kDim>>();
-  const Tile tile = find_tile(problem, blockIdx.x);
+  const Tile tile = find_tile(problem, static_cast<int>(blockIdx.x));
   if (!tile.found) return;
   const Sequence& seq = tile.seq;
-  const int64_t kv_head = blockIdx.y, split = blockIdx.z, split_keys = problem.split_keys(seq);
+  const int kv_head = static_cast<int>(blockIdx.y), split = static_cast<int>(blockIdx.z);
+  const int split_keys = problem.split_keys(seq);
   const bool is_split = problem.num_splits(seq) > 1;
   if (split >= problem.num_splits(seq)) return;
-  const auto rows = static_cast<int>(smaller<int64_t>(problem.num_rows(seq) - tile.first_row, kTileRows));
+  const int rows = smaller(problem.num_rows(seq) - tile.first_row, kTileRows);
   Positions used = problem.visible(seq, tile.first_row, rows);
-  used = {larger(used.begin, split * split_keys), smaller(used.end, (split + 1) * split_keys)};
+  used = {larger(used.begin, split * split_keys), smaller(used.end, split * split_keys + split_keys)};
 
   load_query(problem, tile, rows, kv_head, shared);
   Row<kDim> row[kWarpRows];
-  for (int64_t first = used.begin / kTileKeys * kTileKeys; first < used.end; first += kTileKeys) {
+  for (int first = used.begin / kTileKeys * kTileKeys; first < used.end; first += kTileKeys) {
     __syncthreads();  // the queries are there; the values of the last tile are done with
     load_tile<kDim, E>(problem, seq, p.key_cache, kv_head, first, used, shared, shared.key_scale);
     __syncthreads();
-    const int64_t position = first + lane_id();
+    const int position = first + lane_id();
     const bool is_used = position >= used.begin && position < used.end;
     float weights[kWarpRows] = {};
-    if (is_used) dot_products(shared, rows, p.head_dim, weights);
+    if (is_used) dot_products(shared, rows, problem.head_dim, weights);
     const float key_scale = kElementMax<E> != 0 && is_used ? shared.key_scale[lane_id()] : 1.f;
     __syncthreads();  // the keys are done with
     load_tile<kDim, E>(problem, seq, p.value_cache, kv_head, first, used, shared, shared.value_scale);
@@ -153,7 +157,7 @@ __global__ void __launch_bounds__(kThreads) paged_attention_kernel(AttentionProb
     for (int i = 0; i < kWarpRows; ++i) {
       const int r = warp_id() + i * kWarps;
       if (r >= rows) break;
-      const int64_t index = tile.first_row + r, head = kv_head * problem.group + index % problem.group;
+      const int index = tile.first_row + r, head = kv_head * problem.group + index % problem.group;
       const Positions seen = problem.visible(seq, index);
       const bool is_seen = is_used && position >= seen.begin && position < seen.end;
       const auto distance = static_cast<float>(position - problem.position(seq, index));
@@ -165,14 +169,14 @@ __global__ void __launch_bounds__(kThreads) paged_attention_kernel(AttentionProb
 #pragma unroll
       for (int e = 0; e < kDim / kWarpSize; ++e) row[i].acc[e] *= correction;
       weights[i] = weight * value_scale;
-      const auto begin = static_cast<int>(larger(larger(seen.begin, used.begin) - first, int64_t{0}));
-      const auto end = static_cast<int>(smaller<int64_t>(smaller(seen.end, used.end) - first, kTileKeys));
+      const int begin = larger(larger(seen.begin, used.begin) - first, 0);
+      const int end = smaller(smaller(seen.end, used.end) - first, kTileKeys);
       for (int key = begin; key < end; ++key) {
         const float w = __shfl_sync(kAllLanes, weights[i], key);
 #pragma unroll
         for (int e = 0; e < kDim / kWarpSize; ++e) {
           const int d = lane_id() + e * kWarpSize;
-          if (d < p.head_dim) row[i].acc[e] = fmaf(w, shared.tile[key][d], row[i].acc[e]);
+          if (d < problem.head_dim) row[i].acc[e] = fmaf(w, shared.tile[key][d], row[i].acc[e]);
         }
       }
     }
@@ -182,7 +186,7 @@ __global__ void __launch_bounds__(kThreads) paged_attention_kernel(AttentionProb
   for (int i = 0; i < kWarpRows; ++i) {
     const int r = warp_id() + i * kWarps;
     if (r >= rows) break;
-    const int64_t index = tile.first_row + r, token = seq.first_token + index / problem.group;
+    const int index = tile.first_row + r, token = seq.first_token + index / problem.group;
     const float sum = warp_sum(row[i].sum);
     if (!is_split) {
       write_row<kDim>(p, token, kv_head * problem.group + index % problem.group, row[i].max, sum, row[i].acc);
@@ -196,7 +200,7 @@ __global__ void __launch_bounds__(kThreads) paged_attention_kernel(AttentionProb
 #pragma unroll
     for (int e = 0; e < kDim / kWarpSize; ++e) {
       const int d = lane_id() + e * kWarpSize;
-      if (d < p.head_dim) state[2 + d] = row[i].acc[e];
+      if (d < problem.head_dim) state[2 + d] = row[i].acc[e];
     }
   }
 }
@@ -205,15 +209,16 @@ __global__ void __launch_bounds__(kThreads) paged_attention_kernel(AttentionProb
 template <int kDim>
 __global__ void __launch_bounds__(kThreads) merge_splits_kernel(AttentionProblem problem) {
   const PagedAttentionParams& p = problem.p;
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id();
-  const int64_t index = warp % problem.split_rows, kv_head = warp / problem.split_rows % p.num_kv_heads;
-  const int64_t s = warp / problem.split_rows / p.num_kv_heads;
+  const int num_kv_heads = static_cast<int>(p.num_kv_heads);
+  const int warp = static_cast<int>(blockIdx.x) * kWarps + warp_id();
+  const int index = warp % problem.split_rows, kv_head = warp / problem.split_rows % num_kv_heads;
+  const int s = warp / problem.split_rows / num_kv_heads;
   if (s >= p.num_seqs) return;
   const Sequence seq = problem.sequence(s);
-  const int64_t num_splits = problem.num_splits(seq);
+  const int num_splits = problem.num_splits(seq);
   if (index >= problem.num_rows(seq) || num_splits == 1) return;
   Row<kDim> total;
-  for (int64_t split = 0; split < num_splits; ++split) {
+  for (int split = 0; split < num_splits; ++split) {
     const float* state = problem.partial_state(seq, kv_head, index, split);
     const float max = fmaxf(total.max, state[0]), shift = finite_or_zero(max);
     const float a = expf(total.max - shift), b = expf(state[0] - shift);
@@ -222,16 +227,18 @@ __global__ void __launch_bounds__(kThreads) merge_splits_kernel(AttentionProblem
 #pragma unroll
     for (int e = 0; e < kDim / kWarpSize; ++e) {
       const int d = lane_id() + e * kWarpSize;
-      if (d < p.head_dim) total.acc[e] = fmaf(state[2 + d], b, total.acc[e] * a);
+      if (d < problem.head_dim) total.acc[e] = fmaf(state[2 + d], b, total.acc[e] * a);
     }
   }
   write_row<kDim>(p, seq.first_token + index / problem.group, kv_head * problem.group + index % problem.group,
-                     total.max, total.sum, total.acc);
+                  total.max, total.sum, total.acc);
 }
 
 template <class E>
 bool cache_aligned(const KVCacheView& cache) {
-  const auto aligned = [&](int64_t stride) { return is_aligned(static_cast<const E*>(cache.data), stride, 16); };
+  const auto aligned = [&](int64_t stride) {
+    return is_aligned(static_cast<const E*>(cache.data), stride, kLoad<E> * sizeof(E));
+  };
   return aligned(cache.block_stride) && aligned(cache.slot_stride) && aligned(cache.head_stride);
 }
 
@@ -274,13 +281,18 @@ int64_t paged_attention_workspace(const PagedAttentionParams& p, int64_t max_key
 
 Status paged_attention(const PagedAttentionParams& p, int64_t max_keys, void* workspace, void* stream) {
   if (p.num_tokens == 0 || p.num_seqs == 0) return nullptr;
+  constexpr int64_t kMaxRows = int64_t{1} << 30;
+  if (p.num_tokens * p.num_heads > kMaxRows || p.num_seqs * p.num_kv_heads * split_rows(p) > kMaxRows)
+    return "query: expected 2^30 rows (tokens times heads) at the most";
   use_workspace(workspace, paged_attention_workspace(p, max_keys));
   const AttentionProblem problem = {
       .p = p,
       .workspace = static_cast<float*>(workspace),
-      .group = p.num_heads / p.num_kv_heads,
+      .group = static_cast<int>(p.num_heads / p.num_kv_heads),
       .split_rows = split_rows(p),
       .max_splits = max_splits(max_keys),
+      .block_size = static_cast<int>(p.block_size),
+      .head_dim = static_cast<int>(p.head_dim),
       .vectors = false,
   };
   return with_dim(p.head_dim, [&]<int kDim>(Dim<kDim>) {

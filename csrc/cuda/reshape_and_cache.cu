@@ -35,13 +35,14 @@ __device__ void store_head(const KVCacheView& cache, const ReshapeAndCacheParams
   const int64_t block = slot / p.block_size, offset = slot % p.block_size;
   float factor = 1.f;
   if constexpr (kElementMax<E> != 0) {
-    float* place = cache.scale + block * cache.scale_block_stride + offset * cache.scale_slot_stride +
-                   h * cache.scale_head_stride;
+    float* place =
+        cache.scale + block * cache.scale_block_stride + offset * cache.scale_slot_stride + h * cache.scale_head_stride;
     const float scale = p.writes_scales ? scale_of<N>(head, p.head_dim, kElementMax<E>, vectors) : *place;
     if (p.writes_scales && lane_id() == 0) *place = scale;
     factor = scale > 0 ? 1.f / scale : 0.f;
   }
-  E* out = static_cast<E*>(cache.data) + block * cache.block_stride + offset * cache.slot_stride + h * cache.head_stride;
+  E* out =
+      static_cast<E*>(cache.data) + block * cache.block_stride + offset * cache.slot_stride + h * cache.head_stride;
   for (int64_t i = lane_id() * N; i < p.head_dim; i += kWarpSize * N) {
     const Pack<T, N> x = load_up_to<N>(head + i, p.head_dim - i, vectors);
     Pack<E, N> elements;

@@ -47,7 +47,9 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p, boo
 
 template <class T>
 bool all_aligned(const RmsNormParams& p) {
-  const auto rows = [](const void* data, int64_t stride) { return is_aligned(static_cast<const T*>(data), stride, 16); };
+  const auto rows = [](const void* data, int64_t stride) {
+    return is_aligned(static_cast<const T*>(data), stride, 16);
+  };
   return rows(p.input, p.input_stride) && rows(p.input, p.input_outer_stride) && rows(p.out, p.out_stride) &&
          rows(p.out, p.out_outer_stride) && rows(p.residual, p.residual_stride) &&
          rows(p.residual_out, p.residual_out_stride) && rows(p.weight, 0);
@@ -58,8 +60,8 @@ bool all_aligned(const RmsNormParams& p) {
 Status rms_norm(const RmsNormParams& p, void* stream) {
   if (p.num_rows == 0) return nullptr;
   return with_float_type(p.dtype, [&]<class T>(Type<T>) {
-    return launch("rms_norm", dim3{static_cast<unsigned>(p.num_rows)}, dim3{kThreads}, {}, stream, rms_norm_kernel<T>, p,
-                  all_aligned<T>(p));
+    return launch("rms_norm", dim3{static_cast<unsigned>(p.num_rows)}, dim3{kThreads}, {}, stream, rms_norm_kernel<T>,
+                  p, all_aligned<T>(p));
   });
 }
 

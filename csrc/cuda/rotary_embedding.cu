@@ -52,9 +52,9 @@ __global__ void __launch_bounds__(kThreads) rotary_embedding_kernel(RotaryEmbedd
   const float* cos = p.cos_sin_cache + p.positions[token] * p.cos_sin_stride;
   for (int64_t work = thread_id(); work < num_heads * steps; work += kThreads) {
     const int64_t h = work / steps, i = work % steps * pairs;
-    T* head = h < p.num_query_heads ? static_cast<T*>(p.query) + token * p.query_stride + h * p.query_head_stride
-                                    : static_cast<T*>(p.key) + token * p.key_stride +
-                                          (h - p.num_query_heads) * p.key_head_stride;
+    T* head = h < p.num_query_heads
+                  ? static_cast<T*>(p.query) + token * p.query_stride + h * p.query_head_stride
+                  : static_cast<T*>(p.key) + token * p.key_stride + (h - p.num_query_heads) * p.key_head_stride;
     if (p.interleaved) {
       rotate_interleaved<N>(head, cos, cos + half, half, i, vectors);
     } else {
@@ -65,7 +65,9 @@ __global__ void __launch_bounds__(kThreads) rotary_embedding_kernel(RotaryEmbedd
 
 template <class T>
 bool all_aligned(const RotaryEmbeddingParams& p) {
-  const auto heads = [](const void* data, int64_t stride) { return is_aligned(static_cast<const T*>(data), stride, 16); };
+  const auto heads = [](const void* data, int64_t stride) {
+    return is_aligned(static_cast<const T*>(data), stride, 16);
+  };
   const int64_t half = p.rotary_dim / 2;
   return heads(p.query, p.query_stride) && heads(p.query, p.query_head_stride) && heads(p.key, p.key_stride) &&
          heads(p.key, p.key_head_stride) && is_aligned(p.cos_sin_cache, p.cos_sin_stride, 16) && half % 4 == 0 &&

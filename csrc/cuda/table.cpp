@@ -17,8 +17,9 @@ Status merge_attention_states(const MergeAttentionStatesParams& p, void* stream)
 
 extern const KernelTable table;
 const KernelTable table = {
-    .operators = "embedding rms_norm fused_add_rms_norm silu_and_mul rotary_embedding gptq_matmul reshape_and_cache "
-                 "copy_blocks swap_blocks paged_attention merge_attention_states",
+    .operators =
+        "embedding rms_norm fused_add_rms_norm silu_and_mul rotary_embedding gptq_matmul reshape_and_cache "
+        "copy_blocks swap_blocks paged_attention merge_attention_states",
     .embedding = embedding,
     .gptq_embedding = gptq_embedding,
     .rms_norm = rms_norm,

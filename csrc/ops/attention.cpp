@@ -81,13 +81,22 @@ void paged_attention(Tensor out, std::optional<Tensor> lse, Tensor query, Tensor
   require(B.value >= 1, "key_cache: expected B >= 1, got ", B.value);
   require(Hkv.value >= 1 && Hq.value % Hkv.value == 0, "query: expected Hq to be a multiple of Hkv = ", Hkv.value,
           " (from key_cache), got ", Hq.value);
-  Argument(out, "out").on_device_of(query, "query").same_dtype(query, "query").shape({&T, &Hq, &D}).unit_last_stride().written();
+  Argument(out, "out")
+      .on_device_of(query, "query")
+      .same_dtype(query, "query")
+      .shape({&T, &Hq, &D})
+      .unit_last_stride()
+      .written();
   require(std::isfinite(scale), "scale: expected a finite number, got ", scale);
   require(soft_cap >= 0 && soft_cap <= std::numeric_limits<float>::max(),
           "soft_cap: expected a finite number > 0, got ", soft_cap);
   require(sliding_window >= 0, "sliding_window: expected a number >= 1, got ", sliding_window);
   const int32_t* lengths = int32_data(seq_lens, "seq_lens", query, S);
-  Argument(block_table, "block_table").on_device_of(query, "query").dtype(ScalarType::Int).shape({&S, &max_blocks}).unit_last_stride();
+  Argument(block_table, "block_table")
+      .on_device_of(query, "query")
+      .dtype(ScalarType::Int)
+      .shape({&S, &max_blocks})
+      .unit_last_stride();
   const int32_t* start = nullptr;
   if (query_start_loc) {
     Size boundaries{"S + 1", S.value + 1, "seq_lens"};
@@ -141,11 +150,25 @@ void paged_attention(Tensor out, std::optional<Tensor> lse, Tensor query, Tensor
 void merge_attention_states(Tensor out, Tensor lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
   Size T{"T"}, Hq{"Hq"}, D{"D"};
   Argument(out_a, "out_a").floating().shape({&T, &Hq, &D}).unit_last_stride();
-  Argument(out_b, "out_b").on_device_of(out_a, "out_a").same_dtype(out_a, "out_a").shape({&T, &Hq, &D}).unit_last_stride();
-  Argument(out, "out").on_device_of(out_a, "out_a").same_dtype(out_a, "out_a").shape({&T, &Hq, &D}).unit_last_stride().written();
+  Argument(out_b, "out_b")
+      .on_device_of(out_a, "out_a")
+      .same_dtype(out_a, "out_a")
+      .shape({&T, &Hq, &D})
+      .unit_last_stride();
+  Argument(out, "out")
+      .on_device_of(out_a, "out_a")
+      .same_dtype(out_a, "out_a")
+      .shape({&T, &Hq, &D})
+      .unit_last_stride()
+      .written();
   Argument(lse_a, "lse_a").on_device_of(out_a, "out_a").dtype(ScalarType::Float).shape({&T, &Hq}).unit_last_stride();
   Argument(lse_b, "lse_b").on_device_of(out_a, "out_a").dtype(ScalarType::Float).shape({&T, &Hq}).unit_last_stride();
-  Argument(lse, "lse").on_device_of(out_a, "out_a").dtype(ScalarType::Float).shape({&T, &Hq}).unit_last_stride().written();
+  Argument(lse, "lse")
+      .on_device_of(out_a, "out_a")
+      .dtype(ScalarType::Float)
+      .shape({&T, &Hq})
+      .unit_last_stride()
+      .written();
   const MergeAttentionStatesParams params = {
       .out = out.mutable_data_ptr(),
       .lse = lse.mutable_data_ptr<float>(),

@@ -10,7 +10,11 @@ namespace {
 const int64_t* check_mapping(const Tensor& block_mapping, const Tensor& cache, const char* cache_name,
                              int64_t source_blocks, int64_t target_blocks) {
   Size n{"n"}, pair{"2", 2};
-  Argument(block_mapping, "block_mapping").on_device_of(cache, cache_name).dtype(ScalarType::Long).shape({&n, &pair}).contiguous();
+  Argument(block_mapping, "block_mapping")
+      .on_device_of(cache, cache_name)
+      .dtype(ScalarType::Long)
+      .shape({&n, &pair})
+      .contiguous();
   const auto* mapping = static_cast<const int64_t*>(block_mapping.const_data_ptr());
   for (int64_t i = 0; is_readable(block_mapping) && i < 2 * n.value; ++i) {
     const int64_t num_blocks = i % 2 ? target_blocks : source_blocks;
@@ -120,7 +124,8 @@ void copy_blocks(Tensor key_cache, Tensor value_cache, Tensor block_mapping) {
 void swap_blocks(Tensor source_cache, Tensor target_cache, Tensor block_mapping) {
   check_blocks(source_cache, "source_cache", target_cache, "target_cache");
   Argument(target_cache, "target_cache").written();
-  const int64_t* mapping = check_mapping(block_mapping, source_cache, "source_cache", source_cache.size(0), target_cache.size(0));
+  const int64_t* mapping =
+      check_mapping(block_mapping, source_cache, "source_cache", source_cache.size(0), target_cache.size(0));
   copy(source_cache, target_cache, mapping, block_mapping.size(0));
 }
 

@@ -17,7 +17,11 @@ PackedGptq packed_gptq(const Tensor& weight, const std::optional<Tensor>& input_
   Size packed_size{"packed_size", groups.value * blocks_per_group * kBlock, "weight"};
   const int32_t* order = nullptr;
   if (input_order) {
-    Argument(*input_order, "input_order").on_device_of(weight, "weight").dtype(ScalarType::Int).shape({&packed_size}).contiguous();
+    Argument(*input_order, "input_order")
+        .on_device_of(weight, "weight")
+        .dtype(ScalarType::Int)
+        .shape({&packed_size})
+        .contiguous();
     order = input_order->const_data_ptr<int32_t>();
     for (int64_t i = 0; is_readable(*input_order) && i < packed_size.value; ++i)
       require(order[i] >= -1 && order[i] < in_features, "input_order: expected -1 to ", in_features - 1, ", got ",

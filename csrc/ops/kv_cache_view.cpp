@@ -34,8 +34,7 @@ KVCacheView kv_cache_view(const Tensor& cache, const char* name, const std::opti
   } else {
     require(scale->numel() == 1, scale_name, ": expected one number or shape [num_blocks, B, Hkv], got ",
             scale->numel(), " numbers in ", scale->dim(), " dimensions");
-    if (is_readable(*scale))
-      require(*view.scale > 0, scale_name, ": expected a positive number, got ", *view.scale);
+    if (is_readable(*scale)) require(*view.scale > 0, scale_name, ": expected a positive number, got ", *view.scale);
   }
   return view;
 }

@@ -7,7 +7,12 @@ namespace teco::ops {
 void rotary_embedding(Tensor positions, Tensor query, Tensor key, Tensor cos_sin_cache, bool interleaved) {
   Size T{"T"}, Hq{"Hq"}, Hkv{"Hkv"}, D{"D"}, max_position{"max_position"}, rotary_dim{"rotary_dim"};
   Argument(query, "query").floating().shape({&T, &Hq, &D}).unit_last_stride().written();
-  Argument(key, "key").on_device_of(query, "query").same_dtype(query, "query").shape({&T, &Hkv, &D}).unit_last_stride().written();
+  Argument(key, "key")
+      .on_device_of(query, "query")
+      .same_dtype(query, "query")
+      .shape({&T, &Hkv, &D})
+      .unit_last_stride()
+      .written();
   Argument(positions, "positions").on_device_of(query, "query").dtype(ScalarType::Long).shape({&T}).contiguous();
   Argument(cos_sin_cache, "cos_sin_cache")
       .on_device_of(query, "query")

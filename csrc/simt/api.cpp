@@ -100,7 +100,8 @@ void set_seed(std::uint64_t value) {
 
 void allow(const void* begin, std::size_t bytes, std::size_t granule, bool writable, const char* name) {
   const auto address = reinterpret_cast<std::uintptr_t>(begin);
-  if (bytes) allowed.add({.begin = address, .end = address + bytes, .granule = granule, .writable = writable, .name = name});
+  if (bytes)
+    allowed.add({.begin = address, .end = address + bytes, .granule = granule, .writable = writable, .name = name});
 }
 
 void allow_workspace(const void* begin, std::size_t bytes) {
@@ -119,7 +120,7 @@ SIMT_EXPORT void simt_seed(unsigned long value) {
   simt::set_seed(value);
 }
 SIMT_EXPORT void simt_allow(const void* begin, std::size_t bytes, std::size_t granule, bool writable,
-                                 const char* name) {
+                            const char* name) {
   simt::allow(begin, bytes, granule, writable, name);
 }
 SIMT_EXPORT void simt_forget() {

@@ -36,18 +36,18 @@ using simt::Access;
 
 extern "C" {
 
-#define SEE(SIZE)                                                              \
-  void __tsan_read##SIZE(void* p) {                                            \
-    simt::see(p, SIZE, Access::kRead, true, __builtin_return_address(0));      \
-  }                                                                            \
-  void __tsan_write##SIZE(void* p) {                                           \
-    simt::see(p, SIZE, Access::kWrite, true, __builtin_return_address(0));     \
-  }                                                                            \
-  void __tsan_unaligned_read##SIZE(void* p) {                                  \
-    simt::see(p, SIZE, Access::kRead, false, __builtin_return_address(0));     \
-  }                                                                            \
-  void __tsan_unaligned_write##SIZE(void* p) {                                 \
-    simt::see(p, SIZE, Access::kWrite, false, __builtin_return_address(0));    \
+#define SEE(SIZE)                                                           \
+  void __tsan_read##SIZE(void* p) {                                         \
+    simt::see(p, SIZE, Access::kRead, true, __builtin_return_address(0));   \
+  }                                                                         \
+  void __tsan_write##SIZE(void* p) {                                        \
+    simt::see(p, SIZE, Access::kWrite, true, __builtin_return_address(0));  \
+  }                                                                         \
+  void __tsan_unaligned_read##SIZE(void* p) {                               \
+    simt::see(p, SIZE, Access::kRead, false, __builtin_return_address(0));  \
+  }                                                                         \
+  void __tsan_unaligned_write##SIZE(void* p) {                              \
+    simt::see(p, SIZE, Access::kWrite, false, __builtin_return_address(0)); \
   }
 SEE(1)
 SEE(2)

@@ -16,7 +16,7 @@ namespace {
 constexpr std::size_t kMaxSharedBytes = 227 * 1024;  // what a block can have on sm_90 and sm_100
 constexpr std::size_t kSharedGap = 128;              // between two pieces of shared memory
 constexpr unsigned kMaxThreads = 1024;
-constexpr std::uint32_t kInterruptEvery = 64;        // accesses, on average
+constexpr std::uint32_t kInterruptEvery = 64;  // accesses, on average
 
 thread_local std::uint64_t random_state = 1;
 thread_local std::uint32_t last_block = 0;
@@ -179,12 +179,14 @@ void Machine::pass_barrier() {
     if (thread.state == Thread::State::kAtBarrier) thread.state = Thread::State::kReady;
 }
 
-void Machine::gather(const char* name, unsigned mask, const void* mine, std::size_t bytes, void* all,
-                     bool order_memory, Site site) {
+void Machine::gather(const char* name, unsigned mask, const void* mine, std::size_t bytes, void* all, bool order_memory,
+                     Site site) {
   Thread& thread = current();
   Warp& warp = *thread.warp;
   const unsigned self = 1u << thread.lane();
-  const auto reject = [&](const std::string& what) { fail(std::string(name) + " at " + to_string(site) + ": " + what); };
+  const auto reject = [&](const std::string& what) {
+    fail(std::string(name) + " at " + to_string(site) + ": " + what);
+  };
   if (!(mask & self)) reject("the thread is not in its own mask");
   if (mask & ~warp.live) reject("the mask names lanes that do not exist or have ended");
   Meeting* meeting = nullptr;
@@ -210,8 +212,7 @@ void Machine::gather(const char* name, unsigned mask, const void* mine, std::siz
   for (int lane = 0; lane < kWarpSize; ++lane)
     std::memcpy(static_cast<std::byte*>(all) + lane * bytes, meeting->payloads[lane], bytes);
   meeting->taken |= self;
-  if (meeting->taken == mask)
-    warp.meetings.remove_if([meeting](const Meeting& other) { return &other == meeting; });
+  if (meeting->taken == mask) warp.meetings.remove_if([meeting](const Meeting& other) { return &other == meeting; });
 }
 
 std::string Machine::stuck_threads() const {
@@ -264,8 +265,8 @@ void Machine::access(std::uintptr_t address, std::size_t bytes, Access kind, boo
   if (address - reinterpret_cast<std::uintptr_t>(arguments_) < argument_bytes_ && kind == Access::kRead) return;
   const char* verb = kind == Access::kRead ? "reads " : kind == Access::kWrite ? "writes " : "updates ";
   const auto describe = [&] {
-    return std::string(verb) + std::to_string(bytes) + " bytes at " + place_of(address) + "\n  here: " +
-           source_of(code);
+    return std::string(verb) + std::to_string(bytes) + " bytes at " + place_of(address) +
+           "\n  here: " + source_of(code);
   };
   const bool in_shared = address - reinterpret_cast<std::uintptr_t>(shared_bytes) < sizeof(SharedMemory);
   Region* region = in_shared ? shared_region(address) : allowed.find(address);
@@ -283,15 +284,16 @@ void Machine::access(std::uintptr_t address, std::size_t bytes, Access kind, boo
     case Conflict::Kind::kReadOnly:
       return fail("read-only memory: the thread " + describe());
     case Conflict::Kind::kPending:
-      return fail("missing wait: the thread " + describe() + "\n  a cp.async to this place was not waited for: " +
-                  source_of(conflict.other.code));
+      return fail("missing wait: the thread " + describe() +
+                  "\n  a cp.async to this place was not waited for: " + source_of(conflict.other.code));
     case Conflict::Kind::kRace: {
       const Moment& then = conflict.other.moment;
       const std::string who = then.block == block_number_
                                   ? "thread " + to_string(unflatten(then.thread, launch_.threads))
                                   : "another block";
       const std::string order = then.block == block_number_ ? "without a barrier between them" : "in the same launch";
-      return fail("race: the thread " + describe() + "\n  " + who + " " + conflict.other_does + " it " + order + ": " + source_of(conflict.other.code));
+      return fail("race: the thread " + describe() + "\n  " + who + " " + conflict.other_does + " it " + order + ": " +
+                  source_of(conflict.other.code));
     }
   }
   if (seed > 1 && random_below(kInterruptEvery) == 0) suspend();

@@ -19,7 +19,7 @@ struct Search {
 int find_read_only(dl_phdr_info* info, std::size_t, void* context) {
   auto& search = *static_cast<Search*>(context);
   for (int i = 0; i < info->dlpi_phnum; ++i) {
-    const ElfW(Phdr)& segment = info->dlpi_phdr[i];
+    const ElfW(Phdr) & segment = info->dlpi_phdr[i];
     if (segment.p_type == PT_LOAD && !(segment.p_flags & PF_W) &&
         search.address - (info->dlpi_addr + segment.p_vaddr) < segment.p_memsz)
       search.found = true;

@@ -114,7 +114,7 @@ __global__ void before_global(Data data) {
 
 __global__ void beyond_shared(Data data) {
   int* values = reinterpret_cast<int*>(shared().bytes) + 20 - kThreads;  // the last one fits
-  values[thread_id() + 1] = data.input[thread_id()];  // bug: beyond_shared
+  values[thread_id() + 1] = data.input[thread_id()];                     // bug: beyond_shared
 }
 
 __global__ void beyond_array(Data data) {

@@ -1,0 +1,146 @@
+"""Plants small mistakes in the CUDA kernels, one at a time, and tells which of them the emulated case table catches.
+
+    python tests/cuda_mutations.py [--file rms_norm.cu] [--json report.json]
+
+A mistake is a line of a kernel without its barrier, without its early return, with `<=` for `<` in a condition, or with
+another index of a lane or row. It is caught when a case of the file's operators is wrong or has a finding, in one of two
+orders of threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from emulated_cuda import ROOT, emulation
+from teco_kernels.testing import Case, all_cases, run_case
+
+sys.path.insert(0, str(ROOT / "tools"))
+import cuda_build
+
+OPERATORS = {
+    "copy_blocks.cu": ("copy_blocks", "swap_blocks"),
+    "embedding.cu": ("embedding",),
+    "gptq_layout.h": ("gptq_matmul", "embedding"),
+    "gptq_matmul.cu": ("gptq_matmul",),
+    "kv_element.h": ("reshape_and_cache", "paged_attention"),
+    "merge_attention_states.cu": ("merge_attention_states",),
+    "paged_attention.cu": ("paged_attention",),
+    "paged_attention.h": ("paged_attention",),
+    "reshape_and_cache.cu": ("reshape_and_cache",),
+    "rms_norm.cu": ("rms_norm", "fused_add_rms_norm"),
+    "rotary_embedding.cu": ("rotary_embedding",),
+    "silu_and_mul.cu": ("silu_and_mul",),
+}
+
+# What is replaced, by what; each occurrence in the kernels' code is a mutation of its own.
+RULES = [
+    ("drop a barrier", re.compile(r"__sync(threads|warp)\(\);"), ";"),
+    ("drop a return", re.compile(r"^  if \(.*\) return;"), ""),
+    ("one too far", re.compile(r"(?<=[\w)\]]) < (?=[\w(])"), " <= "),
+    ("one too few", re.compile(r"(?<=[\w)\]]) >= (?=[\w(])"), " > "),
+    ("first lane for all", re.compile(r"\blane_id\(\)(?= \*| %| /|\])"), "0"),
+    ("wrong distance", re.compile(r"(?<=, )(kPanel|distance)(?=\);)"), r"(\1 / 2)"),
+    ("smaller for larger", re.compile(r"\blarger\b(?=[<(])"), "smaller"),
+    ("maximum for minimum", re.compile(r"\bfminf\b"), "fmaxf"),
+    ("other sign", re.compile(r"(?<=\w) \+ (?=\w+ \* \w)"), " - "),
+]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One mistake: in which file, on which line, and what the line then is."""
+
+    file: str
+    line: int
+    rule: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        """Such as "rms_norm.cu:31 drop a barrier"."""
+        return f"{self.file}:{self.line} {self.rule}: {self.text.strip()}"
+
+
+def mutations(file: str) -> Iterator[Mutation]:
+    """Every mutation of a file, outside of comments and of what only the host runs."""
+    on_host = False
+    for number, text in enumerate((ROOT / "csrc" / "cuda" / file).read_text().splitlines(), 1):
+        on_host = on_host and text != "}" or text.startswith(("Status ", "inline ", "int64_t ", "bool "))
+        code = text.split("//")[0]
+        if on_host or not code.strip() or code.startswith(("template", "#")) or "pragma" in code:
+            continue
+        for rule, pattern, replacement in RULES:
+            for match in pattern.finditer(code):
+                changed = code[: match.start()] + match.expand(replacement) + code[match.end() :]
+                yield Mutation(file, number, rule, changed)
+
+
+def is_caught(library: Path, cases: list[Case]) -> bool:
+    """Whether a case fails with this library; told by a child, which may crash or hang."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(120)
+        torch.set_num_threads(1)
+        for seed in (0, 3):
+            with emulation(library, seed):
+                for case in cases:
+                    try:
+                        ok = run_case(case).ok
+                    except Exception:
+                        ok = False
+                    if not ok:
+                        os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--file", action="append", choices=OPERATORS)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    survivors: list[str] = []
+    caught = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        sources = folder / "csrc"
+        shutil.copytree(ROOT / "csrc", sources)
+        for file in arguments.file or OPERATORS:
+            cases = [c for c in all_cases() if c.operator in OPERATORS[file] and c.flops < 3e6 and c.bytes_moved < 5e5]
+            original = (ROOT / "csrc" / "cuda" / file).read_text()
+            for number, mutation in enumerate(mutations(file)):
+                lines = original.splitlines()
+                lines[mutation.line - 1] = mutation.text
+                (sources / "cuda" / file).write_text("\n".join(lines) + "\n")
+                try:
+                    built = cuda_build.build_emulation(folder / "build", sources)
+                except SystemExit:  # it does not compile: no mistake that could be made
+                    continue
+                library = built.with_name(f"{file}-{number}.so")  # a name of its own: loaded libraries are kept
+                built.rename(library)
+                if is_caught(library, cases):
+                    caught += 1
+                else:
+                    survivors.append(mutation.name)
+                    print("survived:", mutation.name, flush=True)
+                library.unlink()
+            (sources / "cuda" / file).write_text(original)
+            print(f"{file}: {caught} caught so far, {len(survivors)} survived", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"caught": caught, "survivors": survivors}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
