@@ -2,9 +2,9 @@
 
     python tests/cuda_mutations.py [--file rms_norm.cu] [--json report.json]
 
-A mistake is a line of a kernel without its barrier, without its early return, with `<=` for `<` in a condition, or with
-another index of a lane or row. It is caught when a case of the file's operators is wrong or has a finding, in one of two
-orders of threads.
+A mistake is a line of a kernel without its barrier, without its early return, with `<=` for `<` in a condition, with
+another lane, and the like (RULES). It is caught when a case of the file's operators is wrong or has a finding, in one
+of two orders of threads.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
 from emulated_cuda import ROOT, emulation
+
 from teco_kernels.testing import Case, all_cases, run_case
 
 sys.path.insert(0, str(ROOT / "tools"))
 import cuda_build
 
 OPERATORS = {
+    "device.h": ("rms_norm", "fused_add_rms_norm", "rotary_embedding", "reshape_and_cache", "embedding"),
     "copy_blocks.cu": ("copy_blocks", "swap_blocks"),
     "embedding.cu": ("embedding",),
     "gptq_layout.h": ("gptq_matmul", "embedding"),
@@ -77,7 +78,7 @@ def mutations(file: str) -> Iterator[Mutation]:
     """Every mutation of a file, outside of comments and of what only the host runs."""
     on_host = False
     for number, text in enumerate((ROOT / "csrc" / "cuda" / file).read_text().splitlines(), 1):
-        on_host = on_host and text != "}" or text.startswith(("Status ", "inline ", "int64_t ", "bool "))
+        on_host = (on_host and text != "}") or text.startswith(("Status ", "inline ", "int64_t ", "bool "))
         code = text.split("//")[0]
         if on_host or not code.strip() or code.startswith(("template", "#")) or "pragma" in code:
             continue

@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the CPU (csrc/simt): the library, and operator calls whose every memory access is checked."""
+"""The CUDA kernels, run on the CPU by csrc/simt: the library, and operator calls whose memory accesses are checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels: how nvcc compiles them for a GPU, and the host's compiler as an emulation on the CPU (csrc/simt)."""
+"""The CUDA kernels: how nvcc compiles them for a GPU, and the host's compiler as an emulation (csrc/simt)."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def find_nvcc() -> Path | None:
 def wanted_nvcc(torch: Path) -> Path | None:
     """The nvcc to compile the kernels with, or None to leave them out.
 
-    TECO_CUDA=1 asks for them and fails without nvcc, TECO_CUDA=0 leaves them out; otherwise they are built when there is
-    an nvcc and `torch` is a build for CUDA.
+    TECO_CUDA=1 asks for them and fails without nvcc, TECO_CUDA=0 leaves them out; otherwise they are built when there
+    is an nvcc and `torch` is a build for CUDA.
     """
     choice = os.environ.get("TECO_CUDA", "")
     if choice not in ("", "0", "1"):
