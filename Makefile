@@ -38,16 +38,23 @@ bench-peers: $(VENV)/.test-tools ## time the kernels beside those of others (doc
 quality: $(VENV)/.test-tools ## quantise the small model in many ways and measure what each costs (docs/quality.md)
 	$(BIN)/python bench/quality.py
 
+cuda-check: $(VENV)/.test-tools ## compile the CUDA kernels for every architecture, and emulate them in every order of threads (docs/gpu.md)
+	$(BIN)/python -m pytest -q --nvcc tests/test_cuda_compile.py
+	$(BIN)/python -m pytest -q --stress tests/test_simt.py tests/test_cuda_emulation.py
+
+cuda-mutations: $(VENV)/.test-tools ## plant mistakes in the CUDA kernels and tell which are caught (docs/gpu.md)
+	$(BIN)/python tests/cuda_mutations.py
+
 lint: $(VENV)/.lint-tools ## ruff, mypy, clang-format: report only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
 
 format: $(VENV)/.lint-tools ## ruff and clang-format: rewrite
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu')
 
 clean: ## remove what was built here (the cache of models stays)
 	rm -rf build $(VENV) $(PEERS_VENV) $(VLLM_VENV) python/teco_kernels/*.so python/*.egg-info
@@ -88,4 +95,4 @@ $(VLLM_VENV)/.vllm: bench/peers/requirements/vllm.txt | $(VLLM_VENV)/.venv
 	$(@D)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
-.PHONY: help demo test verify bench bench-peers quality lint format clean
+.PHONY: help demo test verify bench bench-peers quality cuda-check cuda-mutations lint format clean

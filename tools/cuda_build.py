@@ -83,7 +83,10 @@ def add_kernels(ninja: NinjaFile, nvcc: Path) -> tuple[list[str], list[str]]:
     flags = [*NVCC_FLAGS, *architecture_flags(os.environ.get("TECO_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES)]
     objects = [ninja.compile(source, flags, "nvcc", rule="cuda") for source in sorted((CSRC / "cuda").glob("*.cu"))]
     objects.append(ninja.compile(CSRC / "cuda" / "table.cpp", [*COMMON_FLAGS, f"-I{CSRC}"]))
-    root = nvcc.resolve().parent.parent
+    # nvcc may be a link or a script: it tells itself where it belongs.
+    says = subprocess.run([str(nvcc), "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.*)$", says, re.MULTILINE)
+    root = Path(top[1]) if top else nvcc.resolve().parent.parent
     libraries = next((path for path in (root / "lib64", root / "lib") if (path / "libcudart_static.a").exists()), None)
     if libraries is None:
         raise SystemExit(f"teco_kernels: no libcudart_static.a beside {nvcc}")

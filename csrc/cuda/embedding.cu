@@ -28,16 +28,16 @@ __global__ void __launch_bounds__(kThreads) gptq_embedding_kernel(GptqEmbeddingP
   constexpr int kQuads = kBlock / 4;
   const GptqLayout layout(p);
   const int64_t token = blockIdx.x, id = p.token_ids[token];
-  const int64_t quad = static_cast<int64_t>(blockIdx.y) * kThreads + thread_id(), block = quad / kQuads;
+  const int quad = static_cast<int>(blockIdx.y) * kThreads + thread_id(), block = quad / kQuads;
   if (block >= layout.num_blocks()) return;
   const int column = static_cast<int>(id % kPanel);
   const uint8_t* group = layout.group(id / kPanel, block / layout.blocks_per_group);
   const Header header = load_header(group, column);
-  const uint32_t codes = quad_codes<kBits>(layout.block(group, block), static_cast<int>(quad % kQuads), column);
+  const uint32_t codes = quad_codes<kBits>(layout.block(group, block), quad % kQuads, column);
   T* out = static_cast<T*>(p.out) + token * p.out_stride;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int64_t place = quad * 4 + i, input = p.input_order ? p.input_order[place] : place;
+    const int64_t place = static_cast<int64_t>(quad) * 4 + i, input = p.input_order ? p.input_order[place] : place;
     if (input >= 0) set(out[input], dequantize<kMinimum>(codes >> (8 * i) & 255, header));
   }
 }
@@ -59,9 +59,9 @@ Status embedding(const EmbeddingParams& p, void* stream) {
 }
 
 Status gptq_embedding(const GptqEmbeddingParams& p, void* stream) {
-  const int64_t quads = GptqLayout(p).num_blocks() * (kBlock / 4);
+  const int quads = GptqLayout(p).num_blocks() * (kBlock / 4);
   if (p.num_tokens == 0 || quads == 0) return nullptr;
-  const auto parts = static_cast<unsigned>(ceil_div<int64_t>(quads, kThreads));
+  const auto parts = static_cast<unsigned>(ceil_div(quads, kThreads));
   return with_format(p, [&]<int kBits, bool kMinimum>(Format<kBits, kMinimum>) {
     return with_float_type(p.dtype, [&]<class T>(Type<T>) {
       return launch("gptq_embedding", dim3{static_cast<unsigned>(p.num_tokens), parts}, dim3{kThreads}, {}, stream,

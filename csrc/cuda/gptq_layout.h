@@ -30,22 +30,25 @@ inline Status with_format(const Params& p, Body body) {
 struct GptqLayout {
   template <class Params>
   __host__ __device__ explicit GptqLayout(const Params& p)
-      : weight(p.weight), num_groups(p.num_groups), blocks_per_group(p.blocks_per_group), bits(p.bits) {}
+      : weight(p.weight),
+        num_groups(static_cast<int>(p.num_groups)),
+        blocks_per_group(static_cast<int>(p.blocks_per_group)),
+        bits(p.bits) {}
 
   __host__ __device__ int64_t block_bytes() const { return bits * 64; }  // 32 inputs x 16 columns
   __host__ __device__ int64_t group_bytes() const { return kHeaderBytes + blocks_per_group * block_bytes(); }
-  __host__ __device__ int64_t num_blocks() const { return num_groups * blocks_per_group; }
-  __device__ const uint8_t* group(int64_t panel, int64_t index) const {
+  __host__ __device__ int num_blocks() const { return num_groups * blocks_per_group; }
+  __device__ const uint8_t* group(int64_t panel, int index) const {
     return weight + (panel * num_groups + index) * group_bytes();
   }
   // Block `index` of the panel, which lies in this group.
-  __device__ const uint8_t* block(const uint8_t* group, int64_t index) const {
+  __device__ const uint8_t* block(const uint8_t* group, int index) const {
     return group + kHeaderBytes + index % blocks_per_group * block_bytes();
   }
 
   const uint8_t* weight;
-  int64_t num_groups, blocks_per_group;
-  int32_t bits;
+  int num_groups, blocks_per_group;  // of a column; there are fewer than 2^31 inputs
+  int bits;
 };
 
 // Scale and offset of a column in a group.

@@ -75,7 +75,7 @@ __device__ __forceinline__ void multiply_exact(uint32_t codes, int q, const Head
 }
 
 template <int kBits, bool kMinimum, bool kInt8, int kRows>
-__global__ void __launch_bounds__(kThreads) gptq_matmul_kernel(GptqMatmulParams p) {
+__global__ void __launch_bounds__(kThreads, 3) gptq_matmul_kernel(GptqMatmulParams p) {
   Shared<kRows>& memory = shared<Shared<kRows>>();
   const GptqLayout layout(p);
   const int64_t panel = blockIdx.x, first_row = static_cast<int64_t>(blockIdx.y) * kRows;
@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(kThreads) gptq_matmul_kernel(GptqMatmulParams 
   typename Shared<kRows>::Slice& slice = memory.slice[warp_id()];
 
   float sums[kRows] = {};
-  for (int64_t b = warp_id(); b < layout.num_blocks(); b += kWarps) {
-    const int64_t place = b * kBlock + lane_id();
+  for (int b = warp_id(); b < layout.num_blocks(); b += kWarps) {
+    const int64_t place = static_cast<int64_t>(b) * kBlock + lane_id();
     const int64_t input = p.input_order ? p.input_order[place] : place;
     const uint8_t* group = layout.group(panel, b / layout.blocks_per_group);
     const uint8_t* block = layout.block(group, b);

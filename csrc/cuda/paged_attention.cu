@@ -62,6 +62,7 @@ __device__ void load_tile(const AttentionProblem& problem, const Sequence& seq, 
   const PagedAttentionParams& p = problem.p;
   const int32_t* table = p.block_table + seq.index * p.block_table_stride;
   const int packs = ceil_div(problem.head_dim, N);
+#pragma unroll 1  // more would take more registers than the loads in flight are worth
   for (int i = thread_id(); i < kTileKeys * packs; i += kThreads) {
     const int key = i / packs, d = i % packs * N, position = first + key;
     if (position < used.begin || position >= used.end) continue;
@@ -123,7 +124,7 @@ __device__ void write_row(const PagedAttentionParams& p, int64_t token, int64_t 
 }
 
 template <int kDim, class E>
-__global__ void __launch_bounds__(kThreads) paged_attention_kernel(AttentionProblem problem) {
+__global__ void __launch_bounds__(kThreads, 3) paged_attention_kernel(AttentionProblem problem) {
   const PagedAttentionParams& p = problem.p;
   Shared<kDim>& shared = dynamic_shared<Shared<kDim>>();
   const Tile tile = find_tile(problem, static_cast<int>(blockIdx.x));
