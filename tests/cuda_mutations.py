@@ -35,6 +35,7 @@ OPERATORS = {
     "embedding.cu": ("embedding",),
     "gptq_layout.h": ("gptq_matmul", "embedding"),
     "gptq_matmul.cu": ("gptq_matmul",),
+    "gptq_matmul_tensor_cores.cu": ("gptq_matmul",),
     "kv_element.h": ("reshape_and_cache", "paged_attention"),
     "merge_attention_states.cu": ("merge_attention_states",),
     "paged_attention.cu": ("paged_attention",),

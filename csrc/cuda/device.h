@@ -27,8 +27,8 @@ struct DynamicShared {
 
 #ifdef __CUDACC__
 
-// Memory that the threads of a block share: one object per type and kernel.
-template <class T>
+// Memory that the threads of a block share: one object per type and kernel. kElement: bytes of its smallest elements.
+template <class T, int kElement = 4>
 __device__ __forceinline__ T& shared() {
   __shared__ T memory;
   return memory;
@@ -57,10 +57,10 @@ Status launch(const char*, dim3 blocks, dim3 threads, DynamicShared dynamic, voi
 
 #else
 
-template <class T>
+template <class T, int kElement = 4>
 __device__ __forceinline__ T& shared() {
   static const char tag = 0;
-  return *static_cast<T*>(simt::shared_memory(&tag, sizeof(T), alignof(T)));
+  return *static_cast<T*>(simt::shared_memory(&tag, sizeof(T), alignof(T), kElement));
 }
 
 template <class T>

@@ -4,17 +4,20 @@
 // warp, lanes are columns, twice: one half takes the even quads of a block, the other the odd ones. A weight is read in
 // words of four bytes, 64 bytes of neighbouring columns at a time, and unpacked in registers; inputs lie in shared
 // memory, a slice per warp. The sum of an output element: over a lane's inputs in order, then the halves, then the
-// warps one after the other. It is the same for any number of rows.
+// warps one after the other. It is the same for any number of rows
+// (but see kMaxRows).
 //
 // Exact mode: fp32 arithmetic on scale * (code - zero). Int8 mode: inputs are quantised per row and block, products and
 // their sums are integers.
-#include "cuda/gptq_layout.h"
+#include "cuda/gptq_matmul.h"
 
 namespace teco::cuda {
 namespace {
 
 constexpr int kWarps = 8;  // part of the order of the sum
 constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kTileRows = 8;
+constexpr int kMaxRows = 16;  // beyond it, 16-bit dtypes go to the tensor cores: another order of sums, other bits
 constexpr int kQuads = kBlock / 4;
 constexpr float kTiny = 1e-30f;  // a block whose inputs are all below this counts as zero
 
@@ -149,6 +152,8 @@ __global__ void __launch_bounds__(kThreads, 3) gptq_matmul_kernel(GptqMatmulPara
 Status gptq_matmul(const GptqMatmulParams& p, void* stream) {
   const auto panels = static_cast<unsigned>(ceil_div<int64_t>(p.out_features, kPanel));
   if (p.num_rows == 0 || panels == 0) return nullptr;
+  if (p.num_rows > kMaxRows && p.dtype != DType::kFloat32 && !p.int8_activation)
+    return gptq_matmul_tensor_cores(p, stream);
   return with_format(p, [&]<int kBits, bool kMinimum>(Format<kBits, kMinimum>) {
     const auto run = [&]<int kRows>(Rows<kRows>) {
       const dim3 grid = {panels, static_cast<unsigned>(ceil_div<int64_t>(p.num_rows, kRows))};
@@ -157,7 +162,7 @@ Status gptq_matmul(const GptqMatmulParams& p, void* stream) {
                                       : gptq_matmul_kernel<kBits, kMinimum, false, kRows>,
                     p);
     };
-    return p.num_rows == 1 ? run(Rows<1>{}) : run(Rows<8>{});
+    return p.num_rows == 1 ? run(Rows<1>{}) : run(Rows<kTileRows>{});
   });
 }
 

@@ -73,4 +73,48 @@ __device__ __forceinline__ int32_t float_to_int(float x) {
   return i;
 }
 
+// 16 bytes from global to shared memory, or as many zeros; they are there when the thread has waited for their group,
+// which are the copies since the last commit. wait_for_copies<N>: all groups but the last N.
+__device__ __forceinline__ void copy_16_async(void* target, const void* source, bool is_there) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(is_there ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int N>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements from shared memory: lane i gives the address of row i % 8 of matrix i / 8, and
+// gets elements 2 * (lane % 4) and the next of row lane / 4 of each.
+__device__ __forceinline__ Words<4> load_matrices(const void* row) {
+  Words<4> r;
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.at[0]), "=r"(r.at[1]), "=r"(r.at[2]), "=r"(r.at[3])
+               : "r"(address)
+               : "memory");
+  return r;
+}
+
+// sums += a * b, 16 x 16 by 16 x 8; fragments as load_matrices gives them, b by columns.
+__device__ __forceinline__ void multiply_half(float (&sums)[4], const Words<4>& a, uint32_t b_low, uint32_t b_high) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b_low), "r"(b_high));
+}
+__device__ __forceinline__ void multiply_bfloat16(float (&sums)[4], const Words<4>& a, uint32_t b_low,
+                                                  uint32_t b_high) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b_low), "r"(b_high));
+}
+
 }  // namespace teco::cuda::ptx

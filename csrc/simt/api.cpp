@@ -58,12 +58,12 @@ unsigned ballot(const char* name, unsigned mask, bool predicate, Site site) {
   return votes;
 }
 
-void* shared_memory(const void* tag, std::size_t bytes, std::size_t alignment) {
-  return machine->shared_memory(tag, bytes, alignment);
+void* shared_memory(const void* tag, std::size_t bytes, std::size_t alignment, std::size_t granule) {
+  return machine->shared_memory(tag, bytes, alignment, granule);
 }
 
 void* dynamic_shared_memory() {
-  return machine->shared_memory(machine, 0, 128);
+  return machine->shared_memory(machine, 0, 128, 4);
 }
 
 void check_access(const void* address, std::size_t bytes, Access access, const void* code) {

@@ -98,7 +98,7 @@ void Machine::run_block() {
   const auto num_threads = static_cast<unsigned>(threads_.size());
   shared_.clear();
   shared_used_ = 0;
-  if (launch_.dynamic_shared_bytes) shared_memory(this, launch_.dynamic_shared_bytes, 128);
+  if (launch_.dynamic_shared_bytes) shared_memory(this, launch_.dynamic_shared_bytes, 128, 4);
   barriers_ = at_barrier_ = 0;
   live_ = num_threads;
   for (Warp& warp : warps_) warp = {};
@@ -228,9 +228,7 @@ std::string Machine::stuck_threads() const {
   return text;
 }
 
-void* Machine::shared_memory(const void* tag, std::size_t bytes, std::size_t alignment) {
-  // Elements are as large as the type's alignment, or a few bytes of what is aligned for wider accesses.
-  const std::size_t granule = std::min<std::size_t>(alignment, 4);
+void* Machine::shared_memory(const void* tag, std::size_t bytes, std::size_t alignment, std::size_t granule) {
   for (const SharedPiece& piece : shared_)
     if (piece.tag == tag) return reinterpret_cast<void*>(piece.region.begin);
   const std::size_t offset = (shared_used_ + alignment - 1) / alignment * alignment;

@@ -68,7 +68,7 @@ class Machine {
   void sync_threads(Site site);
   void gather(const char* name, unsigned mask, const void* mine, std::size_t bytes, void* all, bool order_memory,
               Site site);
-  void* shared_memory(const void* tag, std::size_t bytes, std::size_t alignment);
+  void* shared_memory(const void* tag, std::size_t bytes, std::size_t alignment, std::size_t granule);
   void access(std::uintptr_t address, std::size_t bytes, Access access, bool pending, const void* code);
   void copy_async(const AsyncCopy& copy);
   void commit_copies();

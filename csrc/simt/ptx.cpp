@@ -70,4 +70,54 @@ int32_t float_to_int(float x) {
   return static_cast<int32_t>(std::nearbyintf(x));
 }
 
+void copy_16_async(void* target, const void* source, bool is_there) {
+  simt::copy_async(target, source, 16, is_there ? 16 : 0, __builtin_return_address(0));
+}
+
+Words<4> load_matrices(const void* row, simt::Site site) {
+  simt::check_aligned_access(row, 16, simt::Access::kRead, __builtin_return_address(0));
+  const char* rows[32];
+  simt::gather("ldmatrix", 0xffffffffu, &row, sizeof(row), rows, false, site);
+  Words<4> words;
+  for (int matrix = 0; matrix < 4; ++matrix)
+    std::memcpy(&words.at[matrix], rows[matrix * 8 + simt::lane() / 4] + simt::lane() % 4 * 4, 4);
+  return words;
+}
+
+namespace {
+
+// A lane's elements of both factors, two to a word.
+struct Fragments {
+  uint32_t a[4], b[2];
+};
+
+template <class ToFloat>
+void multiply(float (&sums)[4], const Words<4>& a, uint32_t b_low, uint32_t b_high, const char* name, simt::Site site,
+              ToFloat to_float) {
+  const Fragments mine = {{a.at[0], a.at[1], a.at[2], a.at[3]}, {b_low, b_high}};
+  Fragments all[32];
+  simt::gather(name, 0xffffffffu, &mine, sizeof(mine), all, false, site);
+  const auto element = [&](uint32_t word, int i) { return to_float(static_cast<uint16_t>(word >> 16 * i)); };
+  for (int i = 0; i < 4; ++i) {
+    const int row = simt::lane() / 4 + i / 2 * 8, column = simt::lane() % 4 * 2 + i % 2;
+    float sum = 0.f;
+    for (int k = 0; k < 16; ++k) {
+      const Fragments& of_row = all[row % 8 * 4 + k % 8 / 2];
+      const Fragments& of_column = all[column * 4 + k % 8 / 2];
+      sum += element(of_row.a[row / 8 + k / 8 * 2], k % 2) * element(of_column.b[k / 8], k % 2);
+    }
+    sums[i] += sum;
+  }
+}
+
+}  // namespace
+
+void multiply_half(float (&sums)[4], const Words<4>& a, uint32_t b_low, uint32_t b_high, simt::Site site) {
+  multiply(sums, a, b_low, b_high, "mma", site, half_to_float);
+}
+
+void multiply_bfloat16(float (&sums)[4], const Words<4>& a, uint32_t b_low, uint32_t b_high, simt::Site site) {
+  multiply(sums, a, b_low, b_high, "mma", site, [](uint16_t bits) { return as_float(uint32_t{bits} << 16); });
+}
+
 }  // namespace teco::cuda::ptx

@@ -40,4 +40,18 @@ uint16_t float_to_half(float x);
 uint16_t float_to_bfloat16(float x);
 int32_t float_to_int(float x);
 
+void copy_16_async(void* target, const void* source, bool is_there);
+inline void commit_copies() {
+  simt::commit_copies();
+}
+template <int N>
+void wait_for_copies() {
+  simt::wait_for_copies(N);
+}
+Words<4> load_matrices(const void* row, simt::Site site = simt::Site::here());
+void multiply_half(float (&sums)[4], const Words<4>& a, uint32_t b_low, uint32_t b_high,
+                   simt::Site site = simt::Site::here());
+void multiply_bfloat16(float (&sums)[4], const Words<4>& a, uint32_t b_low, uint32_t b_high,
+                       simt::Site site = simt::Site::here());
+
 }  // namespace teco::cuda::ptx

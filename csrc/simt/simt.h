@@ -47,8 +47,9 @@ void gather(const char* name, unsigned mask, const void* mine, std::size_t bytes
 std::uint64_t shuffle(const char* name, unsigned mask, std::uint64_t value, int source, Site site);
 unsigned ballot(const char* name, unsigned mask, bool predicate, Site site);
 
-// Memory of the block's own, the same for all of its threads; `tag` tells one request from another.
-void* shared_memory(const void* tag, std::size_t bytes, std::size_t alignment);
+// Memory of the block's own, the same for all of its threads; `tag` tells one request from another. `granule`: the size
+// of the smallest element in it, for whose sake alone races are told apart.
+void* shared_memory(const void* tag, std::size_t bytes, std::size_t alignment, std::size_t granule);
 void* dynamic_shared_memory();
 
 enum class Access : std::uint8_t { kRead, kWrite, kAtomic };
@@ -83,8 +84,8 @@ const char* launch(const Launch& launch, void (*kernel)(Parameters...), Paramete
 // 0: threads and blocks in order; 1: in reverse; others: at random, and interrupted anywhere.
 void set_seed(std::uint64_t seed);
 
-// Memory that kernels may use from now on; once there is any, all other is out of bounds. `granule`: the size of the
-// smallest element in it, for whose sake alone races are told apart. The name is that of an argument.
+// Memory that kernels may use from now on; once there is any, all other is out of bounds. The name is that of an
+// argument.
 void allow(const void* begin, std::size_t bytes, std::size_t granule, bool writable, const char* name);
 void forget_allowed();
 // More memory for the kernels, of 4-byte elements, where there is any that they may use.

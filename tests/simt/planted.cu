@@ -16,7 +16,7 @@ struct Memory {
 };
 const char kTag = 0;
 Memory& shared() {
-  return *static_cast<Memory*>(simt::shared_memory(&kTag, sizeof(Memory), 16));
+  return *static_cast<Memory*>(simt::shared_memory(&kTag, sizeof(Memory), 16, 4));
 }
 // cp.async of 16 bytes.
 __attribute__((noinline)) void copy_async(int* target, const int* source) {

@@ -180,6 +180,13 @@ def cases() -> Iterator[Case]:
             yield _gptq_case(0, torch.float32, activation, **options, group_size=64)
             for dtype in (torch.float16, torch.bfloat16):
                 yield _gptq_case(3, dtype, activation, **options, group_size=64)
+                if activation == "exact":
+                    yield _gptq_case(70, dtype, activation, minimum=bits == 8, **options, group_size=32)
+    # For many rows of 16 bits a backend may have other kernels.
+    options = {"in_features": 160, "out_features": 72, "bits": 4}
+    for dtype in (torch.float16, torch.bfloat16):
+        yield _gptq_case(33, dtype, "exact", **options, group_size=24)
+        yield _gptq_case(33, dtype, "exact", **options, group_size=32, act_order=True)
     for rows in BENCH_ROWS:
         yield _dense_case(rows, 4096, 4096, torch.float32, benchmark=True)
         yield _sparse24_case(rows, 4096, 4096, torch.float32, benchmark=True)
