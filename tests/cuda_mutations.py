@@ -140,8 +140,8 @@ def main() -> None:
                 library.unlink()
             (sources / "cuda" / file).write_text(original)
             print(f"{file}: {caught} caught so far, {len(survivors)} survived", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"caught": caught, "survivors": survivors}, indent=1) + "\n")
+            if arguments.json:
+                arguments.json.write_text(json.dumps({"caught": caught, "survivors": survivors}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
