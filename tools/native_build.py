@@ -48,6 +48,8 @@ INSTRUCTION_SETS = {
 }
 # These files of csrc/cpu are compiled once, for the lowest instruction set: they run before one is chosen.
 BASELINE_ONLY = {"dispatch.cpp", "thread_pool.cpp"}
+# These two of the operator layer differ in a build with CUDA kernels.
+KNOW_OF_CUDA = {"ops.cpp", "backend.cpp"}
 # By this name _host finds the operators' library, which the package has loaded by then. No path leads to it.
 OPERATORS_SONAME = "libteco_kernels_operators.so"
 
@@ -119,10 +121,13 @@ class NinjaFile:
 
 
 def _operator_objects(ninja: NinjaFile, torch: Path, with_cuda: bool) -> list[str]:
-    include = [f"-I{CSRC}", *(["-DTECO_WITH_CUDA"] if with_cuda else [])]
+    include = [f"-I{CSRC}"]
     torch_flags = ["-isystem", str(torch / "include"), "-DTORCH_TARGET_VERSION=0x020d000000000000"]
     sources = [CSRC / "ops.cpp", *sorted((CSRC / "ops").glob("*.cpp"))]
-    objects = [ninja.compile(source, COMMON_FLAGS + include + torch_flags) for source in sources]
+    objects = []
+    for source in sources:
+        knows_of_cuda = ["-DTECO_WITH_CUDA"] if with_cuda and source.name in KNOW_OF_CUDA else []
+        objects.append(ninja.compile(source, COMMON_FLAGS + include + torch_flags + knows_of_cuda))
     objects += [ninja.compile(source, COMMON_FLAGS + include) for source in sorted((CSRC / "comm").glob("*.cpp"))]
     variants = INSTRUCTION_SETS.get(platform.machine(), {"baseline": []})
     available = [f"-DTECO_HAVE_{name.upper()}" for name in variants]
