@@ -120,7 +120,7 @@ def main() -> None:
         sources = folder / "csrc"
         shutil.copytree(ROOT / "csrc", sources)
         for file in arguments.file or OPERATORS:
-            cases = [c for c in all_cases() if c.operator in OPERATORS[file] and c.flops < 3e6 and c.bytes_moved < 5e5]
+            cases = [c for c in all_cases() if c.operator in OPERATORS[file] and c.flops < 3e6 and c.bytes_moved < 1e6]
             original = (ROOT / "csrc" / "cuda" / file).read_text()
             for number, mutation in enumerate(mutations(file)):
                 lines = original.splitlines()

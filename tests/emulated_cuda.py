@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,12 +28,42 @@ def library() -> Path:
     return cuda_build.build_emulation(ROOT / "build" / "emulation")
 
 
+class Piece(NamedTuple):
+    """Memory of a tensor; `granule`: bytes of an element."""
+
+    begin: int
+    end: int
+    granule: int
+    written: bool
+    name: str
+
+
+def united(pieces: list[Piece]) -> Iterator[Piece]:
+    """The same memory as pieces that do not overlap: tensors may be views of each other."""
+    whole: Piece | None = None
+    for piece in sorted(pieces):
+        if whole is None or piece.begin >= whole.end:
+            if whole is not None:
+                yield whole
+            whole = piece
+        else:
+            whole = Piece(
+                whole.begin,
+                max(whole.end, piece.end),
+                min(whole.granule, piece.granule),
+                whole.written or piece.written,
+                f"{whole.name} and {piece.name}",
+            )
+    if whole is not None:
+        yield whole
+
+
 @contextmanager
 def emulation(path: Path | None = None, seed: int = 0) -> Iterator[ctypes.CDLL]:
     """Within it, operators on CPU tensors run the emulated CUDA kernels, threads in the order of the seed.
 
-    A kernel may touch the storage of its operator's tensors, and write only those that the schema says it writes; any
-    other access is a RuntimeError, like every finding.
+    A kernel may touch what lies between the first and the last element of its operator's tensors, and write only those
+    that the schema says it writes; any other access is a RuntimeError, like every finding.
     """
     path = path or library()
     simt = ctypes.CDLL(str(path))
@@ -41,23 +71,18 @@ def emulation(path: Path | None = None, seed: int = 0) -> Iterator[ctypes.CDLL]:
 
     def allow(operator: Any, args: tuple[Any, ...]) -> None:
         simt.simt_forget()
-        storages: dict[int, tuple[int, int, bool, str]] = {}
+        pieces = []
+        moves_bytes = operator._schema.name.endswith("_blocks")  # where elements are but bytes
         for argument, tensor in zip(operator._schema.arguments, args, strict=True):
-            if not isinstance(tensor, torch.Tensor) or tensor.numel() == 0:
-                continue
-            storage, written = (
-                tensor.untyped_storage(),
-                argument.alias_info is not None and argument.alias_info.is_write,
-            )
-            _, granule, was_written, names = storages.get(storage.data_ptr(), (0, 8, False, ""))
-            storages[storage.data_ptr()] = (
-                storage.nbytes(),
-                min(granule, tensor.element_size()),
-                written or was_written,
-                f"{names} and {argument.name}" if names else argument.name,
-            )
-        for address, (size, granule, written, names) in storages.items():
-            simt.simt_allow(address, size, granule, written, names.encode())
+            if isinstance(tensor, torch.Tensor) and tensor.numel() > 0:
+                last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+                begin, size = tensor.data_ptr(), tensor.element_size()
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                pieces.append(
+                    Piece(begin, begin + (last + 1) * size, 1 if moves_bytes else size, written, argument.name)
+                )
+        for piece in united(pieces):
+            simt.simt_allow(piece.begin, piece.end - piece.begin, piece.granule, piece.written, piece.name.encode())
 
     simt.simt_seed(seed)
     _library.emulate_cuda(path)

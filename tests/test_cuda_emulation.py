@@ -108,6 +108,35 @@ def test_sequences_stand_alone() -> None:
             assert torch.equal(alone[0], out[s])
 
 
+def test_unseen_keys_may_be_nan() -> None:
+    """A key and value that one row of a tile sees, and another does not, spoil nothing but the row that sees them."""
+    query, keys, values = torch.randn(3, 2, 64), torch.randn(3, 16, 1, 64), torch.randn(3, 16, 1, 64)
+    table, seq_lens = torch.tensor([[2, 0, 1]], dtype=torch.int32), torch.tensor([40], dtype=torch.int32)
+    keys[1, 6], values[1, 6] = torch.nan, torch.nan  # position 38, that of the second row
+    with emulation():
+        out = tk.paged_attention(
+            query, keys, values, table, seq_lens, torch.tensor([0, 3], dtype=torch.int32), sliding_window=1
+        )
+    assert torch.equal(out.isnan().any(-1).any(-1), torch.tensor([False, True, False]))
+
+
+def test_in_place() -> None:
+    """Outputs that are inputs: no thread writes what another still reads."""
+    x, residual, weight = torch.randn(3, 600), torch.randn(3, 600), torch.randn(600)
+    lse_a, lse_b, out_a, out_b = torch.randn(5, 3), torch.randn(5, 3), torch.randn(5, 3, 64), torch.randn(5, 3, 64)
+    with emulation():
+        expected = (
+            *tk.fused_add_rms_norm(x, residual, weight, 1e-6),
+            *tk.merge_attention_states(out_a, lse_a, out_b, lse_b),
+        )
+        results = (
+            *tk.fused_add_rms_norm(x, residual, weight, 1e-6, out=(x, residual)),
+            *tk.merge_attention_states(out_a, lse_a, out_b, lse_b, out=(out_a, lse_a)),
+        )
+    for result, tensor in zip(results, expected, strict=True):
+        assert torch.equal(result, tensor)
+
+
 def test_operators_without_a_kernel_say_so() -> None:
     weight = tk.DenseWeight.from_tensor(torch.ones(16, 32))
     with emulation(), pytest.raises(ValueError, match="there is no CUDA kernel of this operator"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -31,8 +32,8 @@ def _write_inputs(
     generator: torch.Generator,
 ) -> Inputs:
     tokens, B, Hkv, D, num_blocks = shape
-    slots = torch.randperm(num_blocks * B, generator=generator)[:tokens]
-    slots[1:2] = -1
+    slots = torch.randperm(num_blocks * B - 1, generator=generator)[:tokens] + 1
+    slots[:1], slots[1:2] = 0, -1
     inputs: Inputs = {
         "key": torch.randn(tokens, Hkv, D, generator=generator).to(dtype),
         "value": torch.randn(tokens, Hkv, D, generator=generator).to(dtype),
@@ -77,9 +78,14 @@ def _write_case(
     )
 
 
+def _block_shape(num_blocks: int) -> tuple[int, int, int]:
+    """Block size, kv heads and head_dim: round in the large case, ragged in the small one."""
+    return (16, 3, 64) if num_blocks > 8 else (5, 3, 37)
+
+
 def _copy_inputs(num_blocks: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
     def blocks() -> torch.Tensor:
-        return torch.randn(num_blocks, 16, 3, 64, generator=generator).to(dtype)
+        return torch.randn(num_blocks, *_block_shape(num_blocks), generator=generator).to(dtype)
 
     # Row 2 reads what row 0 has written.
     mapping = torch.tensor([[0, 2], [1, 3], [2, 4]])[:num_blocks]
@@ -108,7 +114,7 @@ def _copy_case(swap: bool, num_blocks: int, dtype: torch.dtype) -> Case:
         reference=cache.swap_blocks_reference if swap else cache.copy_blocks_reference,
         mutates=("target_cache",) if swap else ("key_cache", "value_cache"),
         max_error=0.0,
-        bytes_moved=(2 if swap else 4) * pairs * 16 * 3 * 64 * dtype.itemsize,
+        bytes_moved=(2 if swap else 4) * pairs * math.prod(_block_shape(num_blocks)) * dtype.itemsize,
         flops=0,
         benchmark=num_blocks > 8 and not swap,
     )

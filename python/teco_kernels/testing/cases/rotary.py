@@ -29,10 +29,10 @@ SHAPES = [
 def _inputs(
     tokens: int, Hq: int, Hkv: int, D: int, rotary_dim: int, dtype: torch.dtype, interleaved: bool, gen: torch.Generator
 ) -> Inputs:
-    # Query and key as views of one merged projection, with the value's share after them.
+    # Query and key as views of one merged projection, with the value's share after them; apart if interleaved.
     merged = torch.randn(tokens, Hq + 2 * Hkv, D, generator=gen).to(dtype)
     query, key = merged[:, :Hq], merged[:, Hq : Hq + Hkv]
-    if tokens == 0:  # opcheck cannot copy an empty view with strides
+    if tokens == 0 or interleaved:  # opcheck cannot copy an empty view with strides
         query, key = (part.clone(memory_format=torch.contiguous_format) for part in (query, key))
     return {
         "positions": torch.randint(MAX_POSITION, (tokens,), generator=gen),
