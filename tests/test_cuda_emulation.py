@@ -153,3 +153,14 @@ def test_findings_are_errors() -> None:
             RuntimeError, match=r"simt: kernel silu_and_mul, .*out of bounds(.|\n)*silu_and_mul\.cu:\d+"
         ):
             tk.silu_and_mul(x)
+
+
+def test_embedding_of_a_part_of_the_vocabulary() -> None:
+    """Tokens of other parts get zeros."""
+    token_ids = torch.tensor([99, 100, 119, 120, -1])
+    checkpoint = random_checkpoint(96, 64, 32, 4, torch.Generator().manual_seed(0))
+    packed, dense = tk.GPTQWeight.from_checkpoint(**checkpoint), torch.randn(20, 37)
+    for weight in (dense, packed):
+        expected = tk.embedding(token_ids, weight, first_token=100)
+        with emulation():
+            assert torch.equal(tk.embedding(token_ids, weight, first_token=100), expected)

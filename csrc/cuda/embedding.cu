@@ -8,13 +8,20 @@ namespace {
 
 constexpr int kThreads = 128;
 
+// The row of the weight that a token has; -1 where it belongs to another part of the vocabulary: its row is zeros.
+__device__ __forceinline__ int64_t row_of(const TokenRange& tokens, int64_t token_id) {
+  const int64_t row = token_id - tokens.first;
+  return row >= 0 && row < tokens.count ? row : -1;
+}
+
 template <class W, class T>
 __global__ void __launch_bounds__(kThreads) embedding_kernel(EmbeddingParams p, bool vectors) {
   constexpr int N = smaller(kVector<W>, kVector<T>);
   const int64_t token = blockIdx.x, i = (static_cast<int64_t>(blockIdx.y) * kThreads + thread_id()) * N;
   if (i >= p.hidden_size) return;
-  const W* row = static_cast<const W*>(p.weight) + p.token_ids[token] * p.weight_stride;
-  const Pack<W, N> values = load_up_to<N>(row + i, p.hidden_size - i, vectors);
+  const int64_t row = row_of(p.tokens, p.token_ids[token]);
+  const W* elements = static_cast<const W*>(p.weight) + row * p.weight_stride + i;
+  const Pack<W, N> values = load_up_to<N>(elements, row < 0 ? 0 : p.hidden_size - i, vectors);
   Pack<T, N> result;
 #pragma unroll
   for (int j = 0; j < N; ++j) set(result.at[j], to_float(values.at[j]));
@@ -27,13 +34,17 @@ template <int kBits, bool kMinimum, class T>
 __global__ void __launch_bounds__(kThreads) gptq_embedding_kernel(GptqEmbeddingParams p) {
   constexpr int kQuads = kBlock / 4;
   const GptqLayout layout(p);
-  const int64_t token = blockIdx.x, id = p.token_ids[token];
+  const int64_t token = blockIdx.x, row = row_of(p.tokens, p.token_ids[token]);
   const int quad = static_cast<int>(blockIdx.y) * kThreads + thread_id(), block = quad / kQuads;
   if (block >= layout.num_blocks()) return;
-  const int column = static_cast<int>(id % kPanel);
-  const uint8_t* group = layout.group(id / kPanel, block / layout.blocks_per_group);
-  const Header header = load_header(group, column);
-  const uint32_t codes = quad_codes<kBits>(layout.block(group, block), quad % kQuads, column);
+  Header header = {};
+  uint32_t codes = 0;
+  if (row >= 0) {
+    const int column = static_cast<int>(row % kPanel);
+    const uint8_t* group = layout.group(row / kPanel, block / layout.blocks_per_group);
+    header = load_header(group, column);
+    codes = quad_codes<kBits>(layout.block(group, block), quad % kQuads, column);
+  }
   T* out = static_cast<T*>(p.out) + token * p.out_stride;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
