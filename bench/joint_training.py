@@ -2,10 +2,11 @@
 
 Trains the same model twice from scratch on Wikipedia, with the next token's loss alone and with the recycle loss beside
 it, and distils a head from the first one, as `train-recycle` does. Then each continues held-out articles greedily,
-plainly and strictly recycled (`recycle_verify=False`), in turns.
+plainly and strictly recycled (`recycle_verify=False`), in turns. One seed of each, and the heads do not see the same
+number of tokens (the reports have them): the table shows sizes, not small differences.
 
     python bench/joint_training.py build/joint
-    python bench/joint_training.py build/joint --head-layers 2 --characters 4000000
+    python bench/joint_training.py build/joint-2 --head-layers 2 --characters 4000000
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from prompts import spread
@@ -36,6 +37,9 @@ def train(folder: Path, name: str, texts: list[str], settings: JointSettings) ->
     path = folder / name
     if not path.exists():
         train_joint(texts, path, settings)
+    trained = json.loads((path / REPORT_NAME).read_text(encoding="utf-8"))["settings"]
+    if trained != asdict(settings):
+        raise SystemExit(f"{path}: trained with other settings; remove it, or take another folder")
     return path
 
 

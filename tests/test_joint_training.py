@@ -16,6 +16,7 @@ from teco_kernels.cli import app
 from teco_kernels.training import JointSettings, train_joint
 from teco_kernels.training.joint import JointTrainer
 from teco_kernels.training.pretrain import HEAD_FOLDER
+from teco_kernels.training.work import claim
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -141,10 +142,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         JointSettings(vocab_size=256)
     with pytest.raises(ValueError, match="texts: expected enough for 2048 tokens, got"):
         train_joint(["too short"] * 9, tmp_path / "a", replace(SETTINGS, vocab_size=2048), use_tqdm=False)
-    with pytest.raises(ValueError, match="texts: expected more than 1000 tokens to train on and to validate with"):
-        train_joint(TEXTS[:9], tmp_path / "b", replace(SETTINGS, context=1000), use_tqdm=False)
-    with pytest.raises(ValueError, match="begun with another text"):
-        train_joint(TEXTS, tmp_path / "b", SETTINGS, use_tqdm=False)
+    with pytest.raises(ValueError, match="texts: expected more than 1000 tokens to train on"):
+        train_joint(TEXTS, tmp_path / "b", replace(SETTINGS, context=1000), use_tqdm=False)
+    work = tmp_path / ".c.unfinished"
+    claim(work, {"text": "something else"})
+    with pytest.raises(ValueError, match=r"\.c\.unfinished: begun with another text; remove it to begin anew"):
+        train_joint(TEXTS, tmp_path / "c", SETTINGS, use_tqdm=False)
 
 
 def test_command(tmp_path: Path) -> None:

@@ -343,6 +343,17 @@ def test_a_head_that_does_not_pay_is_paused() -> None:
     assert any(useless[600:])  # tried again
     costly = list(gained(Recycler(head=True), 0.6, 1000, 0.9))
     assert sum(costly[:400]) > sum(costly[400:])  # for longer and longer
+    never_right = list(gained(Recycler(head=True), 0.0, 4000, 0.06))  # what was believed of it fades out
+    assert sum(never_right[1000:]) < 1500
+
+
+def test_a_head_that_has_paid_again_is_paused_briefly() -> None:
+    recycler = Recycler(head=True)
+    for share, steps in ((0.02, 800), (0.9, 800)):
+        list(gained(recycler, share, steps, 0.1))
+    listened = list(gained(recycler, 0.02, 600, 0.1))
+    pause = listened.index(False)
+    assert listened.index(True, pause) - pause == 64
 
 
 def test_the_head_of_a_model_is_found(path: Path, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,11 @@
 
 namespace teco::cpu::TECO_ISA {
 
-constexpr int64_t kChunkKeys = 256;         // keys whose state is made at a time; part of the order of operations
-constexpr int64_t kUnitFloats = 24 * 1024;  // of query rows walked together: with sums and scores, 0.4 MB of L2
-constexpr int64_t kMinUnitRows = 12;        // units are not made smaller to have more of them
-constexpr int64_t kMaxSplitRows = 16;       // chunks of a unit with more rows are not dealt out
+constexpr int64_t kChunkKeys = 256;  // keys whose state is made at a time; part of the order of operations
+constexpr int64_t kUnitFloats =
+    24 * 1024;  // of query rows walked together: with sums and scores, 0.4 MB; L2 has 1 MB where it was tried
+constexpr int64_t kMinUnitRows = 12;   // units are not made smaller to have more of them
+constexpr int64_t kMaxSplitRows = 16;  // chunks of a unit with more rows are not dealt out
 constexpr int64_t kItemsPerThread = 4;
 
 struct Positions {

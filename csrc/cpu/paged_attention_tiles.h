@@ -2,8 +2,8 @@
 //
 // The order of operations is the same for every tile shape. A score is eight fma chains over head_dim, lane i taking
 // the elements i, i + 8, ..., added up by the tree of reduce_add(): keys are used as they lie in memory. An output
-// element is one fma chain over the keys. Shapes are chosen for registers: at most 12 sums, and 8 of them or more, as
-// an fma has a latency of four cycles and two begin per cycle.
+// element is one fma chain over the keys. Shapes are chosen for registers: at most 12 sums (24 where there are 32
+// registers), and 8 of them or more, as an fma has a latency of four cycles and two begin per cycle.
 #pragma once
 
 #include "cpu/wide.h"

@@ -6,8 +6,6 @@
 // four vectors of values serve 6 (24 sums again). Elsewhere the tiles are those of few rows.
 #pragma once
 
-#include <utility>
-
 #include "cpu/paged_attention_tiles.h"
 
 namespace teco::cpu::TECO_ISA {
@@ -30,8 +28,12 @@ void unpack_rows(KeyRows<C> rows, int32_t begin, int32_t end, int64_t head_dim, 
 
 constexpr int kWideScoreRows = 3, kWideValueRows = 6;
 
+template <int... kLane>
+struct Lanes {};
+using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
+
 template <int kDistance, int... kLane>
-inline void swap_blocks(WideF32& a, WideF32& b, std::integer_sequence<int, kLane...>) {
+inline void swap_blocks(WideF32& a, WideF32& b, Lanes<kLane...>) {
   const WideF32 low = __builtin_shufflevector(a, b, (kLane & kDistance ? kWideLanes + kLane - kDistance : kLane)...);
   b = __builtin_shufflevector(a, b, (kLane & kDistance ? kWideLanes + kLane : kLane + kDistance)...);
   a = low;
@@ -40,7 +42,7 @@ inline void swap_blocks(WideF32& a, WideF32& b, std::integer_sequence<int, kLane
 template <int kDistance = kWideLanes / 2>
 inline void transpose(WideF32* v) {
   for (int i = 0; i < kWideLanes; ++i)
-    if (!(i & kDistance)) swap_blocks<kDistance>(v[i], v[i + kDistance], std::make_integer_sequence<int, kWideLanes>());
+    if (!(i & kDistance)) swap_blocks<kDistance>(v[i], v[i + kDistance], AllLanes());
   if constexpr (kDistance > 1) transpose<kDistance / 2>(v);
 }
 

@@ -1,5 +1,5 @@
-// Vectors as wide as the registers, for a panel of 16 columns: one of 16 lanes, or two of 8. Lanes are columns, which
-// never meet, so the width changes no bit.
+// Vectors as wide as the registers: one of 16 lanes, or two of 8, for a panel of 16 columns of a matmul or the keys of
+// attention. Lanes never meet, so the width changes no bit.
 #pragma once
 
 #include "cpu/vec.h"

@@ -297,23 +297,27 @@ class Recycler:
     def _judge_head(self, num_sequences: int) -> None:
         """Pause the head when what it gains is less than what its runs, and the rows of its guesses, cost."""
         self._head_steps += 1
+        guessed, gained = self._head_guessed / num_sequences, self._head_gained / num_sequences
+        self._head_guessed = self._head_gained = 0
         if self._head_steps <= 0:
             return
-        self._head_spoke.add(self._head_guessed / num_sequences)
-        self._head_gain.add(self._head_gained / num_sequences)
-        self._head_guessed = self._head_gained = 0
+        self._head_spoke.add(guessed)
+        self._head_gain.add(gained)
         if self._head_steps > _HEAD_TRIAL and self.head_cost.knows(num_sequences):
-            step = self.cost(num_sequences)
-            row = max(self.cost(num_sequences + 1) - step, 0.0)
-            guesses = self._head_spoke.estimate(_HEAD_PRIOR, _HEAD_WEIGHT) * num_sequences
-            gain = self._head_gain.estimate(_HEAD_PRIOR, _HEAD_WEIGHT) * step - guesses * row
-            if gain >= self.head_cost(num_sequences):
-                if self._head_steps > 4 * _HEAD_TRIAL:  # what was believed before is then outweighed
-                    self._head_pause = _HEAD_PAUSES[0]
-            else:
+            if self._head_pays(num_sequences, 0.0):  # by what it does alone, not by what it was believed to do
+                self._head_pause = _HEAD_PAUSES[0]
+            elif not self._head_pays(num_sequences, _HEAD_WEIGHT):
                 self._head_steps = -self._head_pause
                 self._head_pause = min(2 * self._head_pause, _HEAD_PAUSES[1])
                 self._head_spoke, self._head_gain = Share(_HEAD_MEMORY), Share(_HEAD_MEMORY)
+
+    def _head_pays(self, num_sequences: int, prior_weight: float) -> bool:
+        """Whether a step gains more by the head's word than its runs, and the rows of its guesses, cost."""
+        step = self.cost(num_sequences)
+        row = max(self.cost(num_sequences + 1) - step, 0.0)
+        guesses = self._head_spoke.estimate(_HEAD_PRIOR, prior_weight) * num_sequences
+        gain = self._head_gain.estimate(_HEAD_PRIOR, prior_weight) * step - guesses * row
+        return gain >= self.head_cost(num_sequences)
 
     def learn(self, sequence: Sequence, guess: Guess, num_accepted: int, num_checked: int) -> None:
         """Note how many of a sequence's guesses were compared with what the model says, and how many it says itself."""

@@ -153,7 +153,7 @@ class Losses(NamedTuple):
 
     model: Tensor
     recycle: Tensor
-    num_right: int
+    num_right: float
     num_places: int
 
 
@@ -204,7 +204,7 @@ class JointTrainer(TrainingLoop):
         logits = hidden @ rows.t()
         model_loss = F.cross_entropy(logits, token_ids[:, 1:].flatten())
         if self.head is None:
-            return Losses(model_loss, torch.zeros(()), 0, batch * context)
+            return Losses(model_loss, torch.zeros(()), math.nan, batch * context)
         # The head is asked wherever the text goes on for two more tokens.
         said = token_ids[:, 1:-1]
         came_of = hidden.view(batch, context, -1)[:, :-1].flatten(0, 1)
@@ -229,7 +229,7 @@ class JointTrainer(TrainingLoop):
         was_training = module.training
         module.eval()
         model = recycle = 0.0
-        right = places = 0
+        right, places = 0.0, 0
         size = max(self.settings.tokens_per_step // self.settings.context, 1)
         for batch in texts.split(size):
             losses = self.losses(batch)

@@ -81,7 +81,7 @@ class Loss(NamedTuple):
     """Of some texts: the sum over the places at which a head is asked, and how often it says what the model says."""
 
     total: Tensor
-    num_right: int
+    num_right: float  # NaN without a head
     num_places: int
 
 
@@ -162,7 +162,7 @@ class TrainingLoop(ABC):
         if checkpoint is not None:
             self.save(checkpoint)
 
-    def _one_step(self) -> tuple[float, int, int]:
+    def _one_step(self) -> tuple[float, float, int]:
         texts = self._next_texts()
         rate = self._loop_settings.learning_rate * _schedule(self.step, self.num_steps)
         for group in self._optimizer.param_groups:
@@ -185,7 +185,7 @@ class TrainingLoop(ABC):
         """Enter a measurement into the history."""
         was_training = self.module.training
         self.module.eval()
-        loss, right, places = 0.0, 0, 0
+        loss, right, places = 0.0, 0.0, 0
         for texts in self._validation_batches:
             one_loss, one_right, one_places = self.validation_loss(texts)
             loss, right, places = loss + float(one_loss), right + one_right, places + one_places

@@ -57,8 +57,9 @@ def train_joint(
     list of Progress
         The course of the training; `loss` is the sum of both losses.
     dict of str to float
-        On the texts for validation: ``perplexity``, and with a head ``recycle_perplexity`` (of the token after the
-        next) and ``acceptance`` (how often the head says what the model will).
+        On the texts for validation, before the head is rounded to fp16: ``perplexity``, and with a head
+        ``recycle_perplexity`` (of the token after the next) and ``acceptance`` (how often the head says what the model
+        will).
 
     Raises
     ------
@@ -72,28 +73,26 @@ def train_joint(
         if out.exists():
             raise ValueError(f"{out}: exists already")
         work = out.with_name(f".{out.name}.unfinished")
-        claim(work, {"text": _digest(texts)})
-        tokenizer = _learn_vocabulary(texts, settings.vocab_size)
-        training, validation = (
-            _pieces(tokenizer, part, settings.context)
-            for part in (
-                [text for index, text in enumerate(texts) if (index + 1) % _VALIDATION_STRIDE],
-                texts[_VALIDATION_STRIDE - 1 :: _VALIDATION_STRIDE],
-            )
+        parts = (
+            [text for index, text in enumerate(texts) if (index + 1) % _VALIDATION_STRIDE],
+            texts[_VALIDATION_STRIDE - 1 :: _VALIDATION_STRIDE],
         )
+        tokenizer = _learn_vocabulary(parts[0], settings.vocab_size)
+        training, validation = (_pieces(tokenizer, part, settings.context) for part in parts)
         if not len(training) or not len(validation):
             raise ValueError(
-                f"texts: expected more than {settings.context} tokens to train on and to validate with, "
-                f"got {training.numel()} and {validation.numel()}"
+                f"texts: expected more than {settings.context} tokens to train on, and in every eighth text as many to "
+                f"validate with; got {len(texts)} texts"
             )
+        claim(work, {"text": _digest(texts)})  # nothing was begun before
         trainer = JointTrainer(training, validation, settings)
         trainer.train(work / "checkpoint.safetensors", use_tqdm=use_tqdm)
         figures = trainer.evaluate(validation)
         report = {
             "teco_kernels": __version__,
             "settings": asdict(settings),
-            "training_tokens": training.numel(),
-            "validation_tokens": validation.numel(),
+            "training_tokens": len(training) * settings.context,
+            "validation_tokens": len(validation) * settings.context,
             **figures,
             "history": for_json(trainer.history),
         }

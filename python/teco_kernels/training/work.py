@@ -20,7 +20,7 @@ def claim(folder: Path, facts: Mapping[str, Any]) -> None:
     for name, value in facts.items():
         if noted and noted.get(name) != value:
             what = f"another {name}" if isinstance(value, str) else f"{name} {noted.get(name)}, not {value}"
-            raise ValueError(f"{folder}: begun with {what}")
+            raise ValueError(f"{folder}: begun with {what}; remove it to begin anew")
     if not noted:
         write_json(manifest, facts)
 
