@@ -321,7 +321,7 @@ def test_other_gguf_files(tmp_path: Path) -> None:
         ("kv_cache_dtype", "fp8_e5m2", "kv_cache_dtype: expected one of auto, fp32, .*; got 'fp8_e5m2'"),
         ("quantization", "gptq", "quantization: expected one of keep, dequantize; got 'gptq'"),
         ("gptq_activation", "fp4", "gptq_activation: expected one of exact, int8; got 'fp4'"),
-        ("tensor_parallel_size", 2, "tensor_parallel_size: 2 is not available"),
+        ("tensor_parallel_size", 3, "tensor_parallel_size: expected 1 to 2, the model.s KV heads, got 3"),
         ("max_model_len", 513, "max_model_len: expected 1 to 512, the model's context; got 513"),
         ("max_model_len", 0, "max_model_len: expected a positive integer, got 0"),
         ("max_num_seqs", 0, "max_num_seqs: expected a positive integer, got 0"),
