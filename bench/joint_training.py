@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,13 +27,13 @@ from teco_kernels import LLM, SamplingParams
 from teco_kernels.assets import calibration_articles, held_out_text
 from teco_kernels.decoder.recycle_head import CONFIG_NAME
 from teco_kernels.training import JointSettings, TrainingSettings, train_joint, train_recycle
-from teco_kernels.training.pretrain import HEAD_FOLDER
+from teco_kernels.training.pretrain import HEAD_FOLDER, beginning
 from teco_kernels.training.save import REPORT_NAME
 
 _PROMPT_TOKENS, _NEW_TOKENS = 32, 128
 
 
-def train(folder: Path, name: str, texts: list[str], settings: JointSettings) -> Path:
+def train(folder: Path, name: str, texts: Sequence[str], settings: JointSettings) -> Path:
     """The folder of a trained model, made when it is not there."""
     path = folder / name
     if not path.exists():
@@ -85,12 +86,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
 
-    texts, taken = [], 0
-    for text in calibration_articles():
-        if taken >= options.characters:
-            break
-        texts.append(text)
-        taken += len(text)
+    texts = beginning(calibration_articles(), options.characters)
     settings = JointSettings(head_layers=options.head_layers, epochs=options.epochs)
     options.folder.mkdir(parents=True, exist_ok=True)
     alone = train(options.folder, "alone", texts, replace(settings, recycle_weight=0.0))

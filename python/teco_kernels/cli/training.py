@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -119,6 +120,7 @@ def train_joint(
     from teco_kernels.training import JointSettings
     from teco_kernels.training import train_joint as train
     from teco_kernels.training.distil import draw
+    from teco_kernels.training.pretrain import beginning
 
     check_picture(png_file)
     set_threads(threads)
@@ -138,9 +140,9 @@ def train_joint(
         dropout=dropout,
         seed=seed,
     )
-    texts = calibration_articles() if text is None else _paragraphs(text)
+    texts: Sequence[str] = calibration_articles() if text is None else _paragraphs(text)
     if characters:
-        texts = _beginning(texts, characters)
+        texts = beginning(texts, characters)
     try:
         history, figures = train(texts, out, settings)
     except KeyboardInterrupt:
@@ -166,13 +168,3 @@ def train_joint(
 def _paragraphs(files: list[Path]) -> list[str]:
     """The texts of files: parts between empty lines."""
     return [part for file in files for part in file.read_text(encoding="utf-8").split("\n\n") if part.strip()]
-
-
-def _beginning(texts: list[str], characters: int) -> list[str]:
-    """The first texts, until they have so many characters."""
-    taken = 0
-    for count, text in enumerate(texts):
-        if taken >= characters:
-            return texts[:count]
-        taken += len(text)
-    return texts

@@ -173,13 +173,14 @@ class JointTrainer(TrainingLoop):
         None for a `recycle_weight` of 0.
     """
 
+    settings: JointSettings
+
     def __init__(self, training: Tensor, validation: Tensor, settings: JointSettings) -> None:
         for name, texts in (("training", training), ("validation", validation)):
             if texts.dim() != 2 or texts.shape[1] != settings.context + 1 or not len(texts):
                 raise ValueError(f"{name}: expected shape [N, {settings.context + 1}], got {list(texts.shape)}")
         self._texts = training
         self._validation_texts = validation[: max(_VALIDATION_TOKENS // settings.context, 1)]
-        self.settings = settings
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.model = LanguageModel(settings.model_config(), settings.dropout)

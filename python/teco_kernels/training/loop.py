@@ -104,10 +104,12 @@ class TrainingLoop(ABC):
     history : list of Progress
     """
 
+    settings: LoopSettings
+
     def __init__(
         self, module: nn.Module, sizes: Sequence[int], validation_sizes: Sequence[int], settings: LoopSettings
     ) -> None:
-        self.module, self._sizes, self._loop_settings = module, sizes, settings
+        self.module, self._sizes, self.settings = module, sizes, settings
         self._validation_batches = list(_batches(validation_sizes, settings.tokens_per_step))
         decayed = [parameter for parameter in module.parameters() if parameter.dim() > 1]
         others = [parameter for parameter in module.parameters() if parameter.dim() == 1]
@@ -138,7 +140,7 @@ class TrainingLoop(ABC):
         if checkpoint is not None and checkpoint.exists():
             self.load(checkpoint)
         end = self.num_steps if stop_at is None else min(stop_at, self.num_steps)
-        every = max(round(self.num_steps * self._loop_settings.validate_every), 1)
+        every = max(round(self.num_steps * self.settings.validate_every), 1)
         started, minutes = time.monotonic(), self._minutes
         saved = started
         shown: list[float] | None = None
@@ -156,7 +158,7 @@ class TrainingLoop(ABC):
                 bar.update()
                 if self.step % every == 0 or self.step == self.num_steps:
                     self._measure()
-                if checkpoint is not None and time.monotonic() - saved > 60 * self._loop_settings.checkpoint_every:
+                if checkpoint is not None and time.monotonic() - saved > 60 * self.settings.checkpoint_every:
                     self.save(checkpoint)
                     saved = time.monotonic()
         if checkpoint is not None:
@@ -164,12 +166,12 @@ class TrainingLoop(ABC):
 
     def _one_step(self) -> tuple[float, float, int]:
         texts = self._next_texts()
-        rate = self._loop_settings.learning_rate * _schedule(self.step, self.num_steps)
+        rate = self.settings.learning_rate * _schedule(self.step, self.num_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         # Every step has its own random numbers, so that an interrupted training goes on as if it had not been.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._loop_settings.seed * 1_000_003 + self.step)
+            torch.manual_seed(self.settings.seed * 1_000_003 + self.step)
             loss, right, places = self.loss(texts)
         self._optimizer.zero_grad(set_to_none=True)
         (loss / places).backward()
@@ -190,8 +192,8 @@ class TrainingLoop(ABC):
             one_loss, one_right, one_places = self.validation_loss(texts)
             loss, right, places = loss + float(one_loss), right + one_right, places + one_places
         self.module.train(was_training)
-        trained = [value / max(self._sums[2], 1) if self._sums[2] else math.nan for value in self._sums[:2]]
-        tokens = self.step * self._loop_settings.tokens_per_step
+        trained = [value / self._sums[2] if self._sums[2] else math.nan for value in self._sums[:2]]
+        tokens = self.step * self.settings.tokens_per_step
         self.history.append(
             Progress(self.step, tokens, self._minutes, trained[0], trained[1], loss / places, right / places)
         )
@@ -200,9 +202,9 @@ class TrainingLoop(ABC):
     def _next_texts(self) -> list[int]:
         texts: list[int] = []
         size = 0
-        while size < self._loop_settings.tokens_per_step:
+        while size < self.settings.tokens_per_step:
             if not self._order:
-                generator = torch.Generator().manual_seed(self._loop_settings.seed * 1_000_003 + self._epoch)
+                generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self._epoch)
                 self._order = torch.randperm(len(self._sizes), generator=generator).tolist()
                 self._epoch += 1
             texts.append(self._order.pop())
@@ -215,7 +217,7 @@ class TrainingLoop(ABC):
         for index, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
         state = {
-            "settings": {"num_tokens": self._tokens, **asdict(self._loop_settings)},
+            "settings": {"num_tokens": self._tokens, **asdict(self.settings)},
             "step": self.step,
             "order": self._order,
             "epoch": self._epoch,
@@ -241,7 +243,7 @@ class TrainingLoop(ABC):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: expected a checkpoint: {error}") from None
-        for name, value in {"num_tokens": self._tokens, **asdict(self._loop_settings)}.items():
+        for name, value in {"num_tokens": self._tokens, **asdict(self.settings)}.items():
             if value != state["settings"].get(name):
                 raise ValueError(
                     f"{path}: this training was begun with {name} {state['settings'].get(name)}, not {value}"

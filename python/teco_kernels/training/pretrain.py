@@ -104,6 +104,16 @@ def train_joint(
     return trainer.history, figures
 
 
+def beginning(texts: Sequence[str], characters: int) -> Sequence[str]:
+    """The first texts, until they have so many characters."""
+    taken = 0
+    for count, text in enumerate(texts):
+        if taken >= characters:
+            return texts[:count]
+        taken += len(text)
+    return texts
+
+
 def _digest(texts: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for text in texts:

@@ -110,10 +110,12 @@ class Trainer(TrainingLoop):
         int64: the tokens that it can say.
     """
 
+    settings: TrainingSettings
+
     def __init__(
         self, base: Base, training: Sequence[Recording], validation: Sequence[Recording], settings: TrainingSettings
     ) -> None:
-        self.base, self.settings = base, settings
+        self.base = base
         self._texts, self._validation_texts = _texts(training), _first(_texts(validation), _VALIDATION_TOKENS)
         if not self._texts or not self._validation_texts:
             raise ValueError("recording: expected texts of at least three tokens to train on and to validate with")
