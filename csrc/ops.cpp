@@ -66,7 +66,7 @@ STABLE_TORCH_LIBRARY(teco_kernels, m) {
       "int out_features) -> ()");
   m.def(
       "gptq_matmul(Tensor(a!) out, Tensor input, Tensor weight, Tensor? input_order, Tensor? bias, int in_features, "
-      "int out_features, int bits, bool has_minimum, bool int8_activation) -> ()");
+      "int out_features, int bits, bool has_minimum, bool int8_activation, int section_size) -> ()");
   m.def(
       "reshape_and_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping, "
       "Tensor(c!)? key_scale, Tensor(d!)? value_scale) -> ()");

@@ -6,7 +6,7 @@
 
 namespace teco {
 
-enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kInt8, kFloat8E4M3 };
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kInt8, kFloat8E4M3, kFloat64 };
 
 // A part of the vocabulary: rows of an embedding for the tokens [first, first + count). Zeros stand for those of
 // others.
@@ -44,13 +44,15 @@ struct RmsNormParams {
 };
 
 // out[i] = ((inputs[0][i] + inputs[1][i]) + inputs[2][i]) + ..., rounded once; the sum of a collective, part by part.
+// fp64 inputs are added in fp64, rounded to fp32 and then to out's dtype: exact sums of GptqMatmulParams.
 struct SumRanksParams {
-  void* out;              // [count]; may be one of the inputs
+  void* out;              // [count]; may be one of the inputs, if they have its dtype
   void* copy;             // the same once more, or null
   const void* inputs[8];  // [num_ranks], each [count]
   int64_t count;
   int32_t num_ranks;
-  DType dtype;
+  DType dtype;      // of inputs: that of out, or fp64
+  DType out_dtype;  // of out and copy
 };
 
 // out[r, i] = silu(input[r, i]) * input[r, size + i]
@@ -135,8 +137,13 @@ struct Sparse24MatmulParams {
 // Quad q is the four inputs 4q to 4q + 3 of a column, input 4q + i in byte i: neighbouring bytes, as one lane of an
 // integer dot product takes them. A word of four bytes is unpacked with a shift and a mask per quad; only the last two
 // quads of 3 bits must be put together.
+//
+// The inputs may be taken in sections: each section's sum, which is one of fp32, is rounded to a multiple of 2^-32, and
+// these are added in fp64. That is exact while sums are below 2^21, so it does not matter who adds what first: ranks
+// that have whole sections each get, all together, the bits of one that has them all.
 struct GptqMatmulParams {
   void* out;                   // [num_rows, out_features]
+  double* exact_out;           // in its place, of sections: sums that are not rounded any more; or null
   const void* input;           // [num_rows, in_features]
   const uint8_t* weight;       // [ceil(out_features / 16), num_groups, 64 + blocks_per_group * bits * 64]
   const int32_t* input_order;  // [num_groups * blocks_per_group * 32]: input at each packed place, -1 for padding;
@@ -144,6 +151,7 @@ struct GptqMatmulParams {
   const float* bias;           // [out_features] or null
   int64_t num_rows, in_features, out_features;
   int64_t num_groups, blocks_per_group;
+  int64_t groups_per_section;  // the last section may have less; 0: no sections
   int64_t out_stride, input_stride;
   int32_t bits;          // 2, 3, 4 or 8
   bool has_minimum;      // minima in place of zero points

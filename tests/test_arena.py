@@ -52,7 +52,7 @@ def test_buffers_share_memory_as_planned() -> None:
     buffers = Buffers.allocate(Shape(), 5, torch.float32)
     assert buffers.attention_sum is buffers.hidden
     assert buffers.rows(2).gate_up.shape == (2, 3072)
-    shared = torch.zeros(5 * shared_plan(Shape(), torch.float32).bytes_per_token, dtype=torch.uint8)
+    shared = torch.zeros(5 * shared_plan(Shape()).bytes_per_token, dtype=torch.uint8)
     buffers = Buffers.allocate(Shape(), 5, torch.float32, shared)
     begin, end = shared.data_ptr(), shared.data_ptr() + shared.nbytes
     for name, tensor in buffers._asdict().items():

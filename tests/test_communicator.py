@@ -103,6 +103,11 @@ def check_norms(comm: tk.Communicator) -> None:
             ):
                 assert torch.equal(pair[0], expected[0])
                 assert torch.equal(pair[1], expected[1])
+            exact = [of_rank(rank, (tokens, hidden_size), torch.float64) for rank in range(comm.world_size)]
+            total = torch.stack(exact[::-1]).sum(0).float().to(dtype)  # of few bits: exact in any order
+            got = tk.all_reduce_rms_norm(exact[comm.rank], residual, weight, 1e-5, comm)
+            for pair in zip(got, tk.fused_add_rms_norm(total, residual, weight, 1e-5), strict=True):
+                assert torch.equal(*pair)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

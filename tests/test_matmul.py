@@ -155,7 +155,9 @@ for bits in (2, 3, 4, 8):
     g = torch.Generator().manual_seed(bits)
     weight = GPTQWeight.from_checkpoint(**random_checkpoint(320, 224, 64, bits, g))
     for rows in (1, 2, 3, 4, 5, 8, 13, 40):
-        digest.update(gptq_matmul(torch.randn(rows, 320, generator=g), weight, activation="int8").numpy().tobytes())
+        x = torch.randn(rows, 320, generator=g)
+        for section_size in (None, 128):
+            digest.update(gptq_matmul(x, weight, activation="int8", section_size=section_size).numpy().tobytes())
 print(digest.hexdigest())
 """
     digests = {
@@ -169,6 +171,105 @@ print(digest.hexdigest())
         for isa in isas
     }
     assert len(digests) <= 1
+
+
+def sum_of_sections(x: torch.Tensor, tensors: dict[str, Any], section_size: int, bias: torch.Tensor) -> torch.Tensor:
+    """fp64, from weights of one section each, in numbers that can be added in any order."""
+    total = torch.zeros(len(x), len(bias), dtype=torch.float64)
+    groups = tensors["scales"].shape[0]
+    for section in torch.arange(x.shape[1]).split(section_size):
+        rows = section[:: x.shape[1] // groups] // (x.shape[1] // groups)
+        part = {"scales": tensors["scales"][rows], "zeros": tensors["zeros"][rows], "codes": tensors["codes"][section]}
+        weight = GPTQWeight.from_codes(**part, bits=tensors["bits"])
+        total += torch.round(gptq_matmul(x[:, section], weight, activation="int8").double() * 2.0**32) / 2.0**32
+    return total + torch.round(bias.double() * 2.0**32) / 2.0**32
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    bits=st.sampled_from(BITS),
+    groups=st.integers(1, 9),
+    groups_per_section=st.integers(1, 4),
+    out_features=st.sampled_from([1, 16, 40, 200]),
+    rows=st.integers(1, 19),
+    cut=st.integers(0, 9),
+    seed=st.integers(0, 99),
+)
+def test_sections_are_added_exactly(
+    bits: int, groups: int, groups_per_section: int, out_features: int, rows: int, cut: int, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    group_size = 32 * (1 + seed % 2)
+    section_size = groups_per_section * group_size
+    tensors: dict[str, Any] = {
+        "codes": torch.randint(0, 2**bits, (groups * group_size, out_features), generator=g, dtype=torch.uint8),
+        "scales": torch.rand(groups, out_features, generator=g).half(),
+        "zeros": torch.randint(0, 2**bits + 1, (groups, out_features), generator=g),
+        "bits": bits,
+    }
+    bias = torch.randn(out_features, generator=g)
+    x = torch.randn(rows, groups * group_size, generator=g)
+    expected = sum_of_sections(x, tensors, section_size, bias)
+
+    options: dict[str, Any] = {"activation": "int8", "section_size": section_size}
+    weight = GPTQWeight.from_codes(**tensors, bias=bias)
+    exact = torch.empty(rows, out_features, dtype=torch.float64)
+    assert torch.equal(gptq_matmul(x, weight, **options, out=exact), expected)
+    assert torch.equal(gptq_matmul(x, weight, **options), expected.float())
+    half = gptq_matmul(x.half(), weight, **options)
+    assert torch.equal(half, sum_of_sections(x.half().float(), tensors, section_size, bias).float().half())
+
+    # Two that share the inputs, cut between sections, give the same together.
+    border = min(cut * section_size, x.shape[1])
+    parts = []
+    for inputs in (slice(0, border), slice(border, x.shape[1])):
+        if inputs.start < inputs.stop:
+            rows_of = slice(inputs.start // group_size, inputs.stop // group_size)
+            part = {name: tensors[name][rows_of] for name in ("scales", "zeros")}
+            first = bias if not parts else None
+            packed = GPTQWeight.from_codes(codes=tensors["codes"][inputs], **part, bits=bits, bias=first)
+            parts.append(gptq_matmul(x[:, inputs], packed, **options, out=torch.empty_like(exact)))
+    assert torch.equal(sum(parts), exact)
+
+
+def test_large_sums_of_sections_stay_close() -> None:
+    """Beyond 2^21 sums are no longer exact, but as good as any."""
+    weight = GPTQWeight.from_checkpoint(**checkpoint(512, 32))
+    x = torch.randn(3, 512) * 1e6
+    plain = gptq_matmul(x, weight, activation="int8")
+    assert relative_error(gptq_matmul(x, weight, activation="int8", section_size=128), plain) < 1e-6
+    x[1, 7] = torch.inf
+    assert gptq_matmul(x, weight, activation="int8", section_size=64)[1].isnan().all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_split_groups_are_the_same_weight(bits: int) -> None:
+    weight = GPTQWeight.from_checkpoint(**checkpoint(512, 96, 128, bits))
+    split = weight.split_groups(192)
+    assert split.group_size == 64
+    assert torch.equal(split.dequantize(), weight.dequantize())
+    x = torch.randn(2, 512)
+    assert torch.equal(gptq_matmul(x, split), gptq_matmul(x, weight))
+    assert weight.split_groups(256) is weight
+    with pytest.raises(ValueError, match="unit: groups of 128 inputs cannot be split at multiples of 48"):
+        weight.split_groups(48)
+
+
+def test_wrong_sections_are_refused() -> None:
+    weight = GPTQWeight.from_checkpoint(**checkpoint(512, 72, 128))
+    x, exact = torch.randn(2, 512), torch.empty(2, 72, dtype=torch.float64)
+    for options, text in (
+        ({"activation": "int8", "section_size": 64}, "section_size: expected a multiple of the 128 inputs"),
+        ({"activation": "int8", "section_size": -1}, "section_size: expected a positive number"),
+        ({"activation": "exact", "section_size": 128}, "section_size: expected int8 activations"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            gptq_matmul(x, weight, **options)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="out: expected the dtype of x"):
+        gptq_matmul(x, weight, activation="int8", out=exact)
+    shuffled = GPTQWeight.from_checkpoint(**checkpoint(512, 72, 128, act_order=True))
+    with pytest.raises(ValueError, match="section_size: expected a weight whose inputs are in their order"):
+        gptq_matmul(x, shuffled, activation="int8", section_size=128)
 
 
 @pytest.mark.parametrize("bits", BITS)

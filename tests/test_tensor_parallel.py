@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import signal
@@ -254,6 +255,21 @@ def test_logits_are_close_and_do_not_depend_on_company(shared: tuple[LLM, LLM]) 
     for chunks in ([1] * len(prompt), [20, 1, 1, 1, 25]):
         assert torch.equal(logits_of(several, prompt, chunks), logits)
     assert one.score(prompt) == pytest.approx(several.score(prompt), abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("group_size", [32, 64, -1])
+def test_bits_do_not_depend_on_the_number_of_ranks(group_size: int, dtype: str, tmp_path: Path) -> None:
+    """With int8 activations: partial sums are exact. A section, of 64 inputs, has two groups, one, or a part of one."""
+    sizes = SIZES | {"intermediate_size": 320, "attention_bias": True, "mlp_bias": True}
+    model = save_model(tmp_path / "plain", random_model("llama", **sizes))
+    quantise(model, tmp_path / "gptq", settings={"group_size": group_size})
+    logits = []
+    for world_size in (1, 2, 3):
+        with start(tmp_path / "gptq", world_size, dtype=dtype) as llm:
+            logits.append([logits_of(llm, PROMPTS[0] * 3), logits_of(llm, PROMPTS[2], [3, 1, 1, 2])])
+    for one, several in itertools.product(logits[:1], logits[1:]):
+        assert all(map(torch.equal, one, several))
 
 
 SEVERAL_PARAMS = {

@@ -13,10 +13,16 @@
 #include "cpu/kernels.h"
 
 namespace teco::comm {
+
+// Of what is summed and of the sum.
+struct SumTypes {
+  DType in, out;
+};
+
 namespace {
 
 int64_t size_of(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : 2;
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
 Call call_of(Collective collective, int dtype, int64_t count, int root = 0, int64_t row_size = 0) {
@@ -28,10 +34,11 @@ void copy(void* to, const void* from, int64_t bytes) {
   if (to != from && bytes > 0) std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
-SumRanksParams sum_of(int num_ranks, DType dtype) {
+SumRanksParams sum_of(int num_ranks, SumTypes types) {
   SumRanksParams sum{};
   sum.num_ranks = num_ranks;
-  sum.dtype = dtype;
+  sum.dtype = types.in;
+  sum.out_dtype = types.out;
   return sum;
 }
 
@@ -109,12 +116,13 @@ int64_t Communicator::one_shot_bytes(int world_size) {
 }
 
 void Communicator::all_reduce(void* out, const void* in, int64_t count, DType dtype) {
-  reduce(call_of(Collective::kAllReduce, static_cast<int>(dtype), count), out, in, count, dtype, kNothing);
+  reduce(call_of(Collective::kAllReduce, static_cast<int>(dtype), count), out, in, count, {dtype, dtype}, kNothing);
 }
 
 void Communicator::all_reduce_rms_norm(void* normed, void* new_residual, const void* in, const void* residual,
-                                       const void* weight, int64_t num_rows, int64_t row_size, float eps, DType dtype) {
-  const int64_t row_bytes = row_size * size_of(dtype);
+                                       const void* weight, int64_t num_rows, int64_t row_size, float eps, DType dtype,
+                                       DType out_dtype) {
+  const int64_t row_bytes = row_size * size_of(out_dtype);
   int64_t done = 0;
   // Rows are normed where they were summed, while they are still in the cache.
   const auto norm_rows = [&](int64_t summed) {
@@ -139,14 +147,14 @@ void Communicator::all_reduce_rms_norm(void* normed, void* new_residual, const v
             .out_outer_stride = rows * row_size,
             .input_outer_stride = rows * row_size,
             .eps = eps,
-            .dtype = dtype,
+            .dtype = out_dtype,
         },
         1);
     done += rows;
   };
   const int64_t count = num_rows * row_size;
-  reduce(call_of(Collective::kAllReduceRmsNorm, static_cast<int>(dtype), count, 0, row_size), normed, in, count, dtype,
-         norm_rows);
+  reduce(call_of(Collective::kAllReduceRmsNorm, static_cast<int>(dtype), count, 0, row_size), normed, in, count,
+         {dtype, out_dtype}, norm_rows);
 }
 
 template <class Body>
@@ -169,24 +177,24 @@ int64_t Communicator::registered_offset(const void* in, const void* out, int64_t
 }
 
 template <class After>
-void Communicator::reduce(Call call, void* out, const void* in, int64_t count, DType dtype, After after) {
+void Communicator::reduce(Call call, void* out, const void* in, int64_t count, SumTypes types, After after) {
   const std::lock_guard lock(mutex_);
-  const int64_t bytes = count * size_of(dtype);
+  const int64_t bytes = count * size_of(types.in);
   if (bytes > 0 && bytes <= one_shot_bytes(world_size())) call.registered = registered_offset(in, out, bytes);
   if (call.registered >= 0)
-    return reduce_registered(call, static_cast<char*>(out), static_cast<const char*>(in), count, dtype, after);
+    return reduce_registered(call, static_cast<char*>(out), static_cast<const char*>(in), count, types, after);
   const auto reduce_by = bytes <= one_shot_bytes(world_size()) ? &Communicator::reduce_one_shot<After>
                                                                : &Communicator::reduce_two_shot<After>;
   choosing_way(call.collective, bytes, [&](Way way) {
-    (this->*reduce_by)(call, static_cast<char*>(out), static_cast<const char*>(in), count, dtype, way, after);
+    (this->*reduce_by)(call, static_cast<char*>(out), static_cast<const char*>(in), count, types, way, after);
   });
 }
 
 template <class After>
-void Communicator::reduce_one_shot(const Call& call, char* out, const char* in, int64_t count, DType dtype, Way way,
+void Communicator::reduce_one_shot(const Call& call, char* out, const char* in, int64_t count, SumTypes types, Way way,
                                    After after) {
-  const int64_t bytes = size_of(dtype);
-  SumRanksParams sum = sum_of(world_size(), dtype);
+  const int64_t bytes = size_of(types.in);
+  SumRanksParams sum = sum_of(world_size(), types);
   int64_t begin = 0;
   do {
     steps_->begin();
@@ -196,7 +204,7 @@ void Communicator::reduce_one_shot(const Call& call, char* out, const char* in, 
     steps_->wait();
     for (int other = 0; other < world_size(); ++other) sum.inputs[other] = steps_->slot(other).data;
     sum.inputs[rank()] = in + begin * bytes;
-    sum.out = out + begin * bytes;
+    sum.out = out + begin * size_of(types.out);
     cpu::kernels()->sum_ranks(sum);
     begin += sum.count;
     after(begin);
@@ -205,10 +213,10 @@ void Communicator::reduce_one_shot(const Call& call, char* out, const char* in, 
 
 // Of as many stretches as fit the caches, but in one step: all the data is there.
 template <class After>
-void Communicator::reduce_registered(const Call& call, char* out, const char* in, int64_t count, DType dtype,
+void Communicator::reduce_registered(const Call& call, char* out, const char* in, int64_t count, SumTypes types,
                                      After after) {
-  const int64_t bytes = size_of(dtype), stretch = kSlotBytes / bytes;
-  SumRanksParams sum = sum_of(world_size(), dtype);
+  const int64_t bytes = size_of(types.in), stretch = kSlotBytes / bytes;
+  SumRanksParams sum = sum_of(world_size(), types);
   steps_->begin();
   steps_->arrive(call);
   steps_->wait();
@@ -216,7 +224,7 @@ void Communicator::reduce_registered(const Call& call, char* out, const char* in
     for (int other = 0; other < world_size(); ++other)
       sum.inputs[other] = segment_.registered(other) + call.registered + begin * bytes;
     sum.inputs[rank()] = in + begin * bytes;
-    sum.out = out + begin * bytes;
+    sum.out = out + begin * size_of(types.out);
     sum.count = std::min(count - begin, stretch);
     cpu::kernels()->sum_ranks(sum);
     after(begin + sum.count);
@@ -226,14 +234,14 @@ void Communicator::reduce_registered(const Call& call, char* out, const char* in
 // A stretch takes two steps: all hand over what they have of each other's shares; each adds up its own and hands over
 // the result. The second is the first of the next stretch, so that there is one step per stretch and one more.
 template <class After>
-void Communicator::reduce_two_shot(const Call& call, char* out, const char* in, int64_t count, DType dtype, Way way,
+void Communicator::reduce_two_shot(const Call& call, char* out, const char* in, int64_t count, SumTypes types, Way way,
                                    After after) {
-  const int64_t bytes = size_of(dtype), stretch = kSlotBytes / bytes;
-  SumRanksParams sum = sum_of(world_size(), dtype);
+  const int64_t bytes = size_of(types.in), stretch = kSlotBytes / bytes;
+  SumRanksParams sum = sum_of(world_size(), types);
   Shares summed(0, world_size());  // of the stretch before
   for (int64_t begin = 0; begin < count || summed.count > 0; begin += stretch) {
     const Shares shares(std::clamp<int64_t>(count - begin, 0, stretch), world_size());
-    const int64_t offset = begin * bytes, offset_before = (begin - stretch) * bytes;
+    const int64_t offset = begin * bytes, out_bytes = size_of(types.out), before = begin - stretch;
     const auto each_other = [&](auto body) {
       for (int other = 0; other < world_size(); ++other)
         if (other != rank()) body(other);
@@ -246,13 +254,14 @@ void Communicator::reduce_two_shot(const Call& call, char* out, const char* in, 
     steps_->arrive(call);
     steps_->wait();
     each_other([&](int other) {
-      copy(out + offset_before + summed.begin(other) * bytes, steps_->slot(other).result, summed.size(other) * bytes);
+      copy(out + (before + summed.begin(other)) * out_bytes, steps_->slot(other).result,
+           summed.size(other) * out_bytes);
     });
     if (summed.count > 0) after(std::min(begin, count));
     const int64_t own = shares.begin(rank()) * bytes;
     each_other([&](int other) { sum.inputs[other] = steps_->slot(other).data + own; });
     sum.inputs[rank()] = in + offset + own;
-    sum.out = out + offset + own;
+    sum.out = out + (begin + shares.begin(rank())) * out_bytes;
     sum.copy = steps_->next_slot(rank()).result;
     sum.count = shares.size(rank());
     cpu::kernels()->sum_ranks(sum);
@@ -265,7 +274,7 @@ void Communicator::reduce_scatter(void* out, const void* in, int64_t count, DTyp
   const Call call = call_of(Collective::kReduceScatter, static_cast<int>(dtype), count);
   const int64_t bytes = size_of(dtype), row = count * bytes;
   const int64_t most = kSlotBytes / bytes / world_size() / 32 * 32;  // of each row, in whole cache lines
-  SumRanksParams sum = sum_of(world_size(), dtype);
+  SumRanksParams sum = sum_of(world_size(), {dtype, dtype});
   choosing_way(call.collective, row * world_size(), [&](Way way) {
     int64_t begin = 0;
     do {

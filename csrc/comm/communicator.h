@@ -15,6 +15,7 @@
 namespace teco::comm {
 
 class Steps;
+struct SumTypes;
 class Ways;
 enum class Way : uint8_t;
 
@@ -37,9 +38,9 @@ class TECO_VISIBLE Communicator {
   // out, in: [count]
   void all_reduce(void* out, const void* in, int64_t count, DType dtype);
   // normed, in, residual, new_residual: [num_rows, row_size]; weight [row_size]. The bits of all_reduce and then
-  // fused_add_rms_norm.
+  // fused_add_rms_norm. `in` has out_dtype, as all the others have, or fp64.
   void all_reduce_rms_norm(void* normed, void* new_residual, const void* in, const void* residual, const void* weight,
-                           int64_t num_rows, int64_t row_size, float eps, DType dtype);
+                           int64_t num_rows, int64_t row_size, float eps, DType dtype, DType out_dtype);
   // out [count], in [world_size, count]: row `rank` of the sum
   void reduce_scatter(void* out, const void* in, int64_t count, DType dtype);
   // out [world_size, count], in [count], of any kind of element; `dtype` is compared and no more. `in` may be the row
@@ -73,14 +74,16 @@ class TECO_VISIBLE Communicator {
 
   // Sums of whatever length, slot by slot; after(n) is called as soon as the first n elements of out are there.
   template <class After>
-  void reduce(Call call, void* out, const void* in, int64_t count, DType dtype, After after);
+  void reduce(Call call, void* out, const void* in, int64_t count, SumTypes types, After after);
   template <class After>
-  void reduce_one_shot(const Call& call, char* out, const char* in, int64_t count, DType dtype, Way way, After after);
+  void reduce_one_shot(const Call& call, char* out, const char* in, int64_t count, SumTypes types, Way way,
+                       After after);
   // From registered memory, at `offset`.
   template <class After>
-  void reduce_registered(const Call& call, char* out, const char* in, int64_t count, DType dtype, After after);
+  void reduce_registered(const Call& call, char* out, const char* in, int64_t count, SumTypes types, After after);
   template <class After>
-  void reduce_two_shot(const Call& call, char* out, const char* in, int64_t count, DType dtype, Way way, After after);
+  void reduce_two_shot(const Call& call, char* out, const char* in, int64_t count, SumTypes types, Way way,
+                       After after);
 
   // Where in registered memory so many bytes lie that are to be summed into `out`; -1 where they do not, or `out` does.
   int64_t registered_offset(const void* in, const void* out, int64_t bytes) const;

@@ -6,11 +6,13 @@
 //                    or, with minima: fma(minimum, row_sum[group], fma(scale, g, acc))
 //
 // row_sum is the sum of the quantised activations of a group, so that zero points and minima cost one fma per group.
+// With sections of groups, acc begins anew with each, and these sums are added exactly.
 //
 // Up to 4 rows: bound by reading the packed weights once; four panels (two, from 3 rows on) are walked at a time as
 // streams from memory, as one stream leaves a third of the bandwidth unused. More rows: bound by the multiply units; a
 // panel is read from memory once and from L1 or L2 for every further tile of rows. Per 32 inputs, a row and a vector of
 // columns cost 8 dot products (with AVX2 a multiplication and an addition each, and one widening) and one fma.
+#include "cpu/exact_sums.h"
 #include "cpu/int8_rows.h"
 #include "cpu/matmul.h"
 
@@ -68,20 +70,25 @@ inline void dot_block(const uint8_t* weights, int part, const int8_t* rows, Wide
     }
 }
 
-// S whole panels, group by group in turns, by a tile of R rows; acc[S][R][16]. Never inlined: in a frame of its own GCC
-// keeps the tile of sums in registers.
+// Consecutive groups of a panel.
+struct Groups {
+  int64_t first, count;
+};
+
+// Groups of S panels, one after the other and in turns, by a tile of R rows; acc[S][R][16]. Never inlined: in a frame
+// of its own GCC keeps the tile of sums in registers.
 template <int kBits, bool kMinimum, int R, int S>
-[[gnu::noinline]] void multiply_tile(const uint8_t* const* panels, const GptqLayout& layout, const QuantisedRows& rows,
-                                     int64_t row, float* acc) {
+[[gnu::noinline]] void multiply_tile(const uint8_t* const* panels, const GptqLayout& layout, Groups groups,
+                                     const QuantisedRows& rows, int64_t row, float* acc) {
   constexpr int kParts = kPanel / kWideLanes;
   // What fits into the registers: integer sums and fp32 sums of R x V, weights, an input.
   constexpr int V = R > 4 || (kBits == 8 && R > 2 && !kDotTakesBytes) ? 1 : kParts;
   const int64_t blocks = layout.blocks_per_group, group_bytes = layout.group_bytes();
   const bool first_visit = row == 0;
   for (int part = 0; part < kParts; part += V) {
-    const int8_t* codes = rows.tile_codes(row);
-    const float* scales = rows.tile_scales(row);
-    const float* sums = rows.tile_sums(row);
+    const int8_t* codes = rows.tile_codes(row) + groups.first * blocks * kBlock * R;
+    const float* scales = rows.tile_scales(row) + groups.first * blocks * R;
+    const float* sums = rows.tile_sums(row) + groups.first * R;
     WideF32 total[S][R][V];
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s)
@@ -89,7 +96,8 @@ template <int kBits, bool kMinimum, int R, int S>
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) total[s][r][v] = wide_splat(0.f);
-    for (int64_t offset = 0; offset < layout.panel_bytes(); offset += group_bytes) {
+    const int64_t end = (groups.first + groups.count) * group_bytes;
+    for (int64_t offset = groups.first * group_bytes; offset < end; offset += group_bytes) {
 #pragma GCC unroll 4
       for (int s = 0; s < S; ++s) {
         const uint8_t *group = panels[s] + offset, *weights = group + kHeaderBytes;
@@ -135,45 +143,55 @@ template <int kBits, bool kMinimum, int R, int S>
 
 // The same for 1 to R rows.
 template <int kBits, bool kMinimum, int S, int R>
-inline void multiply_tile_of(int64_t num_rows, const uint8_t* const* panels, const GptqLayout& layout,
+inline void multiply_tile_of(int64_t num_rows, const uint8_t* const* panels, const GptqLayout& layout, Groups groups,
                              const QuantisedRows& rows, int64_t row, float* acc) {
   if constexpr (R > 1) {
-    if (num_rows < R) return multiply_tile_of<kBits, kMinimum, S, R - 1>(num_rows, panels, layout, rows, row, acc);
+    if (num_rows < R)
+      return multiply_tile_of<kBits, kMinimum, S, R - 1>(num_rows, panels, layout, groups, rows, row, acc);
   }
-  multiply_tile<kBits, kMinimum, R, S>(panels, layout, rows, row, acc);
+  multiply_tile<kBits, kMinimum, R, S>(panels, layout, groups, rows, row, acc);
 }
 
-// All rows of a tile by panels [begin, end), in S streams: each walks panels of its own.
+// S whole panels by the tile that begins with `row`, of up to R rows, to the sink.
 template <int kBits, bool kMinimum, int S, int R>
-void multiply_streams(const GptqLayout& layout, const QuantisedRows& rows, const PanelSink& sink, int64_t begin,
-                      int64_t end) {
+void multiply_whole(const GptqMatmulParams& p, const GptqLayout& layout, const QuantisedRows& rows, int64_t row,
+                    const int64_t* panels, const PanelSink& sink) {
+  const int64_t num_rows = rows.tile_rows(row), panel_sums = num_rows * kPanel;
+  const uint8_t* weights[S];
+  for (int s = 0; s < S; ++s) weights[s] = layout.group(panels[s], 0);
   alignas(64) float acc[S * R * kPanel];
+  if (p.groups_per_section == 0) {
+    multiply_tile_of<kBits, kMinimum, S, R>(num_rows, weights, layout, {0, layout.num_groups}, rows, row, acc);
+  } else {
+    alignas(64) double sums[S * R * kPanel];
+    for (int s = 0; s < S; ++s) begin_exact(p, panels[s], num_rows, sums + s * panel_sums);
+    for (Groups section{0, 0}; section.first < layout.num_groups; section.first += section.count) {
+      section.count = min(p.groups_per_section, layout.num_groups - section.first);
+      multiply_tile_of<kBits, kMinimum, S, R>(num_rows, weights, layout, section, rows, row, acc);
+      add_exact(acc, sums, S * panel_sums);
+    }
+    if (p.exact_out) {
+      for (int s = 0; s < S; ++s) store_exact(p, rows.first + row, num_rows, sums + s * panel_sums, panels[s]);
+      return;
+    }
+    round_exact(sums, acc, S * panel_sums);
+  }
+  for (int s = 0; s < S; ++s) sink(rows.first + row, num_rows, acc + s * panel_sums, panels[s]);
+}
+
+// All rows, which are one tile, by panels [begin, end), in S streams: each walks panels of its own.
+template <int kBits, bool kMinimum, int S, int R>
+void multiply_streams(const GptqMatmulParams& p, const GptqLayout& layout, const QuantisedRows& rows,
+                      const PanelSink& sink, int64_t begin, int64_t end) {
   const int64_t step = ceil_div<int64_t>(end - begin, S);
   for (int64_t first = begin; first < begin + step; ++first) {
-    const uint8_t* panels[S];
+    int64_t panels[S];
     int active = 0;
-    for (int64_t panel = first; panel < end && active < S; panel += step) panels[active++] = layout.group(panel, 0);
+    for (int64_t panel = first; panel < end && active < S; panel += step) panels[active++] = panel;
     if (active == S) {
-      multiply_tile_of<kBits, kMinimum, S, R>(rows.count, panels, layout, rows, 0, acc);
+      multiply_whole<kBits, kMinimum, S, R>(p, layout, rows, 0, panels, sink);
     } else {
-      for (int s = 0; s < active; ++s)
-        multiply_tile_of<kBits, kMinimum, 1, R>(rows.count, panels + s, layout, rows, 0, acc + s * rows.count * kPanel);
-    }
-    for (int s = 0; s < active; ++s) sink(rows.first, rows.count, acc + s * rows.count * kPanel, first + s * step);
-  }
-}
-
-// All rows by panels [begin, end), tile after tile.
-template <int kBits, bool kMinimum>
-void multiply_panels_by_tiles(const GptqLayout& layout, const QuantisedRows& rows, const PanelSink& sink, int64_t begin,
-                              int64_t end) {
-  alignas(64) float acc[kTileRows * kPanel];
-  for (int64_t panel = begin; panel < end; ++panel) {
-    const uint8_t* weights = layout.group(panel, 0);
-    for (int64_t row = 0; row < rows.count; row += kTileRows) {
-      const int64_t count = rows.tile_rows(row);
-      multiply_tile_of<kBits, kMinimum, 1, kTileRows>(count, &weights, layout, rows, row, acc);
-      sink(rows.first + row, count, acc, panel);
+      for (int s = 0; s < active; ++s) multiply_whole<kBits, kMinimum, 1, R>(p, layout, rows, 0, panels + s, sink);
     }
   }
 }
@@ -186,13 +204,13 @@ void multiply(const GptqMatmulParams& p, const QuantisedRows& rows, const PanelS
   parallel_for(ceil_div<int64_t>(num_panels, kStreams), task_grain(task_bytes), num_threads,
                [&](int64_t first, int64_t last) {
                  const int64_t begin = first * kStreams, end = min(last * kStreams, num_panels);
-                 if (rows.count <= 2) {
-                   multiply_streams<kBits, kMinimum, kStreams, 2>(layout, rows, sink, begin, end);
-                 } else if (rows.count <= 4) {
-                   multiply_streams<kBits, kMinimum, kStreams / 2, 4>(layout, rows, sink, begin, end);
-                 } else {
-                   multiply_panels_by_tiles<kBits, kMinimum>(layout, rows, sink, begin, end);
-                 }
+                 if (rows.count <= 2)
+                   return multiply_streams<kBits, kMinimum, kStreams, 2>(p, layout, rows, sink, begin, end);
+                 if (rows.count <= 4)
+                   return multiply_streams<kBits, kMinimum, kStreams / 2, 4>(p, layout, rows, sink, begin, end);
+                 for (int64_t panel = begin; panel < end; ++panel)
+                   for (int64_t row = 0; row < rows.count; row += kTileRows)
+                     multiply_whole<kBits, kMinimum, 1, kTileRows>(p, layout, rows, row, &panel, sink);
                });
 }
 

@@ -45,7 +45,9 @@ void multiply_gptq(const GptqMatmulParams& p, const PanelSink& sink, int num_thr
 }
 
 void gptq_matmul(const GptqMatmulParams& p, int num_threads) {
-  multiply_gptq(p, store_sink(p), num_threads);
+  GptqMatmulParams stored = p;
+  if (p.groups_per_section) stored.bias = nullptr;  // which is then a part of the exact sum
+  multiply_gptq(p, store_sink(stored), num_threads);
 }
 
 }  // namespace teco::cpu::TECO_ISA

@@ -17,6 +17,8 @@ typedef uint32_t WideU32 __attribute__((vector_size(kWideLanes * 4)));
 typedef int16_t WideI16 __attribute__((vector_size(kWideLanes * 4)));
 typedef uint8_t WideU8 __attribute__((vector_size(kWideLanes * 4)));
 typedef uint16_t WideU16 __attribute__((vector_size(kWideLanes * 2)));
+typedef double WideF64 __attribute__((vector_size(kWideLanes * 4)));  // of half as many lanes,
+typedef float HalfF32 __attribute__((vector_size(kWideLanes * 2)));   // and so is this
 
 #if defined(TECO_ISA_AVX512)
 
@@ -31,6 +33,12 @@ inline WideF32 fma(WideF32 a, WideF32 b, WideF32 c) {
 }
 inline WideF32 half_to_float(WideU16 h) {
   return _mm512_cvtph_ps(reinterpret_cast<__m256i>(h));
+}
+inline WideF64 to_double(HalfF32 x) {
+  return _mm512_cvtps_pd(x);
+}
+inline HalfF32 to_single(WideF64 x) {
+  return _mm512_cvtpd_ps(x);
 }
 inline WideI32 round_to_int(WideF32 x) {
   return round_by_shift<WideI32>(x);
@@ -49,6 +57,12 @@ inline int32_t reduce_max(WideI32 v) {
 
 inline WideF32 wide_splat(float x) {
   return splat(x);
+}
+inline WideF64 to_double(HalfF32 x) {
+  return __builtin_convertvector(x, WideF64);
+}
+inline HalfF32 to_single(WideF64 x) {
+  return __builtin_convertvector(x, HalfF32);
 }
 
 #endif

@@ -19,7 +19,8 @@ struct CollectiveParams {
   int64_t count;  // elements of a rank: of input, but of out where ranks get a row of the sum each
   ScalarType type;
   int element_bytes, root;
-  DType dtype;  // of sums
+  DType dtype;      // of what is summed
+  DType out_dtype;  // of the sum
 
   int type_number() const { return static_cast<int>(type); }
 };
@@ -52,7 +53,7 @@ void run_all_reduce_rms_norm(const ReduceRmsNormParams& p, int) {
   const CollectiveParams& r = p.reduce;
   guarded([&] {
     r.comm->all_reduce_rms_norm(r.out, p.residual_out, r.input, p.residual, p.weight, p.num_rows, p.hidden_size, p.eps,
-                                r.dtype);
+                                r.dtype, r.out_dtype);
   });
 }
 
@@ -93,15 +94,20 @@ bool same_sizes(const Tensor& tensor, int64_t skipped, const Tensor& other, int6
   return true;
 }
 
-void check_like(const Tensor& tensor, const char* name, const Tensor& input) {
-  Argument(tensor, name).on_cpu().same_dtype(input, "input").contiguous();
+void check_shape_of(const Tensor& tensor, const char* name, const Tensor& input) {
+  Argument(tensor, name).on_cpu().contiguous();
   require(same_sizes(tensor, 0, input, 0), name, ": expected the shape of input, ", shape_text(input, 0), ", got ",
           shape_text(tensor, 0));
 }
 
+void check_like(const Tensor& tensor, const char* name, const Tensor& input, const char* input_name = "input") {
+  Argument(tensor, name).same_dtype(input, input_name);
+  check_shape_of(tensor, name, input);
+}
+
 CollectiveParams params_of(const Tensor& out, const Tensor& input, int64_t comm, int64_t count) {
   Argument(input, "input").on_cpu().contiguous();
-  Argument(out, "out").on_cpu().same_dtype(input, "input").contiguous();
+  Argument(out, "out").on_cpu().contiguous();
   CollectiveParams params{};
   params.comm = Communicator::find(comm);
   require(params.comm != nullptr, "comm: there is no communicator with number ", comm, " (any more)");
@@ -115,8 +121,9 @@ CollectiveParams params_of(const Tensor& out, const Tensor& input, int64_t comm,
 
 CollectiveParams sum_params(const Tensor& out, const Tensor& input, int64_t comm, int64_t count) {
   Argument(input, "input").on_cpu().floating();
+  Argument(out, "out").same_dtype(input, "input");
   CollectiveParams params = params_of(out, input, comm, count);
-  params.dtype = to_dtype(input.scalar_type(), "input");
+  params.dtype = params.out_dtype = to_dtype(input.scalar_type(), "input");
   return params;
 }
 
@@ -132,14 +139,23 @@ void all_reduce(Tensor out, Tensor input, int64_t comm) {
 void all_reduce_rms_norm(Tensor out, Tensor residual_out, Tensor input, Tensor residual, Tensor weight, double eps,
                          int64_t comm) {
   ReduceRmsNormParams params{};
-  params.reduce = sum_params(out, input, comm, input.numel());
+  const bool exact = input.scalar_type() == ScalarType::Double;
+  if (exact) {
+    Argument(residual, "residual").on_cpu().floating();
+    params.reduce = params_of(out, input, comm, input.numel());
+    params.reduce.dtype = DType::kFloat64;
+    params.reduce.out_dtype = to_dtype(residual.scalar_type(), "residual");
+  } else {
+    params.reduce = sum_params(out, input, comm, input.numel());
+    Argument(residual, "residual").on_cpu().same_dtype(input, "input");
+  }
   require(input.dim() > 0, "input: expected shape [..., hidden_size], got []");
   Size hidden_size{"hidden_size", input.size(input.dim() - 1), "input"};
-  Argument(weight, "weight").on_cpu().same_dtype(input, "input").shape({&hidden_size}).contiguous();
-  check_like(out, "out", input);
-  check_like(residual, "residual", input);
-  check_like(residual_out, "residual_out", input);
-  check_apart_from(out, "out", input, "input", InPlace::kYes);
+  Argument(weight, "weight").on_cpu().same_dtype(residual, "residual").shape({&hidden_size}).contiguous();
+  check_shape_of(residual, "residual", input);
+  check_like(out, "out", residual, "residual");
+  check_like(residual_out, "residual_out", residual, "residual");
+  check_apart_from(out, "out", input, "input", exact ? InPlace::kNo : InPlace::kYes);
   check_apart_from(out, "out", residual, "residual", InPlace::kNo);
   check_apart_from(residual_out, "residual_out", residual, "residual", InPlace::kYes);
   check_apart_from(residual_out, "residual_out", input, "input", InPlace::kNo);
@@ -155,6 +171,7 @@ void all_reduce_rms_norm(Tensor out, Tensor residual_out, Tensor input, Tensor r
 }
 
 void all_gather(Tensor out, Tensor input, int64_t comm) {
+  Argument(out, "out").same_dtype(input, "input");
   const CollectiveParams params = params_of(out, input, comm, input.numel());
   const int world_size = params.comm->world_size();
   require(out.dim() > 0 && out.size(0) == world_size && same_sizes(out, 1, input, 0), "out: expected shape ",

@@ -1,5 +1,7 @@
 #include "ops/matmul_weight.h"
 
+#include <utility>
+
 #include "ops/ops.h"
 #include "ops/plan.h"
 
@@ -8,9 +10,11 @@ namespace {
 
 // Checks and enters what all matmuls share: input [..., in_features], out [..., out_features].
 template <class Params>
-void set_operands(Params& params, const Tensor& out, const Tensor& input, const Tensor& weight) {
+void set_operands(Params& params, const Tensor& out, const Tensor& input, const Tensor& weight,
+                  bool exact_out = false) {
   Argument(input, "x").on_device_of(weight, "weight").floating();
-  Argument(out, "out").on_device_of(weight, "weight").same_dtype(input, "x").written();
+  Argument(out, "out").on_device_of(weight, "weight").written();
+  if (!exact_out) Argument(out, "out").same_dtype(input, "x");
   const Rows rows = rows_of(input, "x"), out_rows = rows_of(out, "out");
   require(rows.size == params.in_features, "x: expected ", params.in_features,
           " input features in the last dimension, got ", rows.size);
@@ -23,6 +27,15 @@ void set_operands(Params& params, const Tensor& out, const Tensor& input, const 
   params.out_stride = out_rows.stride;
   params.input_stride = rows.stride;
   params.dtype = to_dtype(input.scalar_type(), "x");
+}
+
+void set_sections(GptqMatmulParams& params, int64_t section_size) {
+  const int64_t group_size = params.blocks_per_group * kBlock;
+  require(section_size > 0 && section_size % group_size == 0, "section_size: expected a multiple of the ", group_size,
+          " inputs of a group, got ", section_size);
+  require(params.int8_activation, "section_size: expected int8 activations, with which sums are exact");
+  require(!params.input_order, "section_size: expected a weight whose inputs are in their order");
+  params.groups_per_section = section_size / group_size;
 }
 
 }  // namespace
@@ -53,10 +66,15 @@ void sparse24_matmul(Tensor out, Tensor input, Tensor values, Tensor indices, st
 }
 
 void gptq_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> input_order, std::optional<Tensor> bias,
-                 int64_t in_features, int64_t out_features, int64_t bits, bool has_minimum, bool int8_activation) {
+                 int64_t in_features, int64_t out_features, int64_t bits, bool has_minimum, bool int8_activation,
+                 int64_t section_size) {
   GptqMatmulParams params =
       gptq_weight(weight, input_order, bias, in_features, out_features, bits, has_minimum, int8_activation);
-  set_operands(params, out, input, weight);
+  if (section_size != 0) set_sections(params, section_size);
+  const bool exact_out = section_size != 0 && out.scalar_type() == ScalarType::Double;
+  set_operands(params, out, input, weight, exact_out);
+  if (exact_out) params.exact_out = static_cast<double*>(std::exchange(params.out, nullptr));
+  require(section_size == 0 || !cuda_kernels_for(input), "section_size: there is no CUDA kernel that takes sections");
   launch(input, [](const auto& kernels) { return kernels.gptq_matmul; }, params);
 }
 

@@ -25,7 +25,8 @@ void dense_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor>
 void sparse24_matmul(Tensor out, Tensor input, Tensor values, Tensor indices, std::optional<Tensor> bias,
                      int64_t in_features, int64_t out_features);
 void gptq_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> input_order, std::optional<Tensor> bias,
-                 int64_t in_features, int64_t out_features, int64_t bits, bool has_minimum, bool int8_activation);
+                 int64_t in_features, int64_t out_features, int64_t bits, bool has_minimum, bool int8_activation,
+                 int64_t section_size);
 void reshape_and_cache(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slot_mapping,
                        std::optional<Tensor> key_scale, std::optional<Tensor> value_scale);
 void copy_blocks(Tensor key_cache, Tensor value_cache, Tensor block_mapping);

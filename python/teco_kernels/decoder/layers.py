@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from teco_kernels.decoder.arena import ArenaPlan, Intermediate
 from teco_kernels.decoder.batch import Batch
 from teco_kernels.decoder.kv_cache import LayerCache
-from teco_kernels.decoder.shard import Shard, times
+from teco_kernels.decoder.shard import LayerShape, Shard, channel_section, head_section, times
 from teco_kernels.decoder.weights import Linear, WeightLoader
 from teco_kernels.ops import (
     fused_add_rms_norm,
@@ -24,23 +24,6 @@ from teco_kernels.ops import (
 )
 from teco_kernels.parallel.collectives import all_reduce_rms_norm
 from teco_kernels.parallel.communicator import Communicator
-
-
-class LayerShape(Protocol):
-    """Sizes of a decoder layer, as the configurations of models and heads have them."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def rms_norm_eps(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -78,8 +61,8 @@ def arena_plan(shape: LayerShape, dtype: torch.dtype) -> ArenaPlan:
     )
 
 
-def shared_plan(shape: LayerShape, dtype: torch.dtype) -> ArenaPlan:
-    """Of partial sums, which other ranks read where they lie.
+def shared_plan(shape: LayerShape) -> ArenaPlan:
+    """Of partial sums, fp64 or as much of that as they need, which other ranks read where they lie.
 
     They may do so until this rank has come out of the collective after the one that adds these up. So there are two,
     used in turns.
@@ -89,7 +72,7 @@ def shared_plan(shape: LayerShape, dtype: torch.dtype) -> ArenaPlan:
             Intermediate("attention_sum", shape.hidden_size, _OUTPUT, _NEXT_NORM),
             Intermediate("mlp_sum", shape.hidden_size, _DOWN, _NEXT_NORM),
         ],
-        dtype,
+        torch.float64,
     )
 
 
@@ -107,7 +90,7 @@ class Buffers(NamedTuple):
     gate_up, activated : Tensor
         ``[T, 2 * intermediate_size]`` and ``[T, intermediate_size]``.
     attention_sum, mlp_sum : Tensor
-        ``[T, hidden_size]``: what a branch gives on this rank; `hidden` where there are no others.
+        ``[T, hidden_size]``: what a branch gives on this rank, fp64; `hidden` where there are no others.
     """
 
     hidden: Tensor
@@ -129,7 +112,7 @@ class Buffers(NamedTuple):
         own = plan.place(torch.empty(num_tokens * plan.bytes_per_token, dtype=torch.uint8), num_tokens, dtype)
         sums = {"attention_sum": own["hidden"], "mlp_sum": own["hidden"]}
         if shared is not None:
-            sums = shared_plan(shape, dtype).place(shared, num_tokens, dtype)
+            sums = shared_plan(shape).place(shared, num_tokens, torch.float64)
         return cls(**own, **sums)
 
     def rows(self, num_tokens: int) -> Buffers:
@@ -180,12 +163,12 @@ class LayerStack:
         for layer, cache, next_norm in zip(self.layers, caches, self._next_norms, strict=True):
             layer.qkv(hidden, out=buffers.qkv)
             self._attend(layer, batch, cache, buffers)
-            layer.output(buffers.attended, out=buffers.attention_sum)
-            self._add_and_norm(buffers.attention_sum, buffers, layer.post_attention_norm)
+            branch = layer.output(buffers.attended, out=_sums(buffers.attention_sum, layer.output, hidden))
+            self._add_and_norm(branch, buffers, layer.post_attention_norm)
             layer.gate_up(hidden, out=buffers.gate_up)
             silu_and_mul(buffers.gate_up, out=buffers.activated)
-            layer.down(buffers.activated, out=buffers.mlp_sum)
-            self._add_and_norm(buffers.mlp_sum, buffers, next_norm)
+            branch = layer.down(buffers.activated, out=_sums(buffers.mlp_sum, layer.down, hidden))
+            self._add_and_norm(branch, buffers, next_norm)
 
     def _add_and_norm(self, branch: Tensor, buffers: Buffers, norm: Tensor) -> None:
         residual, out = buffers.residual, (buffers.hidden, buffers.residual)
@@ -231,6 +214,13 @@ class LayerStack:
         )
 
 
+def _sums(place: Tensor, linear: Linear, hidden: Tensor) -> Tensor:
+    """Where a layer writes what it gives: to be added to what other ranks have, exactly where it can be."""
+    if place.dtype == hidden.dtype or linear.section_size is not None:
+        return place
+    return place.view(-1).view(hidden.dtype)[: hidden.numel()].view_as(hidden)
+
+
 def load_layer(
     load: WeightLoader,
     shape: LayerShape,
@@ -256,8 +246,9 @@ def load_layer(
     def columns(names: list[str], sizes: list[int], outputs: list[range], bias: bool) -> Linear:
         return load.linear([prefix + name for name in names], hidden, sizes, bias=bias, outputs=outputs)
 
-    def rows(name: str, in_features: int, inputs: range, bias: bool) -> Linear:
-        return load.linear([prefix + name], in_features, [hidden], bias=bias, inputs=inputs)
+    def rows(name: str, in_features: int, inputs: range, section_size: int, bias: bool) -> Linear:
+        names = [prefix + name]
+        return load.linear(names, in_features, [hidden], bias=bias, inputs=inputs, section_size=section_size)
 
     def head_norm(name: str) -> Tensor | None:
         return load.vector(f"{prefix}self_attn.{name}.weight", shape.head_dim) if qk_norm else None
@@ -268,9 +259,9 @@ def load_layer(
         qkv=columns(qkv_names, [query_size, kv_size, kv_size], [queries, keys, keys], qkv_bias),
         query_norm=head_norm("q_norm"),
         key_norm=head_norm("k_norm"),
-        output=rows("self_attn.o_proj", query_size, queries, output_bias),
+        output=rows("self_attn.o_proj", query_size, queries, head_section(shape), output_bias),
         post_attention_norm=load.vector(f"{prefix}post_attention_layernorm.weight", hidden),
         gate_up=columns(["mlp.gate_proj", "mlp.up_proj"], [inner] * 2, [channels] * 2, mlp_bias),
-        down=rows("mlp.down_proj", inner, channels, mlp_bias),
+        down=rows("mlp.down_proj", inner, channels, channel_section(shape), mlp_bias),
         sliding_window=sliding_window,
     )

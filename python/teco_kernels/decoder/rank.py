@@ -59,7 +59,7 @@ class RankOptions:
 def registered_bytes(source: Source, options: RankOptions) -> int:
     """Memory of a rank that the others read in a step."""
     num_tokens = max(options.max_num_batched_tokens, options.max_num_seqs)
-    return num_tokens * shared_plan(source.config, DTYPES[options.dtype]).bytes_per_token
+    return num_tokens * shared_plan(source.config).bytes_per_token
 
 
 def make_cache(

@@ -4,11 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Protocol
 
 from teco_kernels.decoder.config import ModelConfig
 
-#: Borders lie between the blocks of inputs that quantised matmuls give a scale, and between the panels of outputs.
-BLOCK, PANEL = 32, 16
+#: Borders lie between the panels of outputs that matmuls work on.
+PANEL = 16
+# Of the channels of the MLP: powers of two from the block of inputs that quantised matmuls give a scale up to where the
+# additions of sections cost nearly nothing.
+_CHANNEL_SECTIONS = (256, 128, 64, 32)
+
+
+class LayerShape(Protocol):
+    """Sizes of a decoder layer, as the configurations of models and heads have them."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def rms_norm_eps(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +78,7 @@ class Shard:
             world_size=world_size,
             kv_heads=kv_heads,
             heads=times(kv_heads, group),
-            intermediate=split(config.intermediate_size, world_size, BLOCK)[rank],
+            intermediate=split(config.intermediate_size, world_size, channel_section(config))[rank],
             vocabulary=range(rank * stride, min((rank + 1) * stride, config.vocab_size)),
             vocabulary_stride=stride,
         )
@@ -70,6 +91,19 @@ class Shard:
             num_kv_heads=len(self.kv_heads),
             intermediate_size=len(self.intermediate),
         )
+
+
+def channel_section(shape: LayerShape) -> int:
+    """Channels of the MLP that are summed apart (see `gptq_matmul`), and that no number of ranks divides."""
+    for size in _CHANNEL_SECTIONS:
+        if size * shape.num_kv_heads <= shape.intermediate_size:
+            return size
+    return _CHANNEL_SECTIONS[-1]
+
+
+def head_section(shape: LayerShape) -> int:
+    """Outputs of the heads that share a KV head: as above."""
+    return shape.num_heads // shape.num_kv_heads * shape.head_dim
 
 
 def split(count: int, world_size: int, unit: int = 1) -> list[range]:

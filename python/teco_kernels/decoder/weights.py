@@ -18,7 +18,7 @@ from teco_kernels.ops import (
     gptq_matmul,
     sparse24_matmul,
 )
-from teco_kernels.ops.gptq import Activation
+from teco_kernels.ops.gptq import BLOCK, Activation
 from teco_kernels.ops.sparse24 import check_pattern
 
 #: What becomes of quantised matrices: they are run as they are, or dequantised when they are loaded.
@@ -36,10 +36,19 @@ class Linear:
         Projections of the same input, whose outputs are concatenated; merged into one where they allow it.
     activation : {"exact", "int8"}
         For GPTQ weights, as in `gptq_matmul`.
+    section_size : int, optional
+        Sections to sum apart where all weights allow it, see `gptq_matmul`.
+
+    Attributes
+    ----------
+    section_size : int or None
+        None where a weight does not.
     """
 
-    def __init__(self, weights: Sequence[Weight], activation: Activation) -> None:
-        self.weights = _merge_gptq(weights)
+    def __init__(self, weights: Sequence[Weight], activation: Activation, section_size: int | None = None) -> None:
+        split = None if section_size is None else _split_groups(weights, activation, section_size)
+        self.section_size = None if split is None else section_size
+        self.weights = _merge_gptq(weights if split is None else split)
         self.activation: Activation = activation
         self._sizes = [weight.out_features for weight in self.weights]
         self.nbytes = sum(weight.nbytes for weight in self.weights)
@@ -51,17 +60,35 @@ class Linear:
         return Linear([weight.select(outputs)], self.activation)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Multiply; `out` ``[T, out_features]``, which must not overlap `x`, is written and returned when given."""
+        """Multiply; `out` ``[T, out_features]``, which must not overlap `x`, is written and returned when given.
+
+        Of sections, it may be fp64: exact sums.
+        """
         if out is None:
             out = x.new_empty(*x.shape[:-1], sum(self._sizes))
         for weight, columns in zip(self.weights, out.split(self._sizes, dim=-1), strict=True):
             if isinstance(weight, GPTQWeight):
-                gptq_matmul(x, weight, activation=self.activation, out=columns)
+                gptq_matmul(x, weight, activation=self.activation, section_size=self.section_size, out=columns)
             elif isinstance(weight, Sparse24Weight):
                 sparse24_matmul(x, weight, out=columns)
             else:
                 dense_matmul(x, weight, out=columns)
         return out
+
+
+def _split_groups(weights: Sequence[Weight], activation: Activation, section_size: int) -> list[Weight] | None:
+    """Weights whose groups are not cut by sections; None where that cannot be."""
+    if activation != "int8" or section_size % BLOCK:
+        return None
+    split: list[Weight] = []
+    for weight in weights:
+        if not isinstance(weight, GPTQWeight):
+            return None
+        try:
+            split.append(weight.split_groups(section_size))
+        except ValueError:
+            return None
+    return split
 
 
 def _merge_gptq(weights: Sequence[Weight]) -> list[Weight]:
@@ -159,6 +186,7 @@ class WeightLoader:
         bias: bool,
         inputs: range | None = None,
         outputs: Sequence[range] | None = None,
+        section_size: int | None = None,
     ) -> Linear:
         """The projections `names` of one input, with `out_features` each.
 
@@ -170,6 +198,8 @@ class WeightLoader:
             Multiply by these only: what comes is a part of a sum. The part with input 0 adds the bias.
         outputs : sequence of range, optional
             Give only these of each.
+        section_size : int, optional
+            As in `Linear`.
         """
         kept = slice(0, in_features) if inputs is None else slice(inputs.start, inputs.stop)
         parts = [range(size) for size in out_features] if outputs is None else outputs
@@ -184,7 +214,7 @@ class WeightLoader:
             self._dense([layer], [None]) if weight is None else weight
             for layer, weight in zip(layers, quantised, strict=True)
         ]
-        return Linear(weights, self._activation)
+        return Linear(weights, self._activation, section_size)
 
     def _quantised(
         self, name: str, in_features: int, out_features: int, bias: bool, inputs: slice, outputs: slice

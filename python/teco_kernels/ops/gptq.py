@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -235,6 +236,22 @@ class GPTQWeight:
         bias = None if self.bias is None else self.bias[outputs]
         return replace(self, packed=packed, out_features=len(outputs), bias=bias)
 
+    def split_groups(self, unit: int) -> GPTQWeight:
+        """The same weight in the largest equal groups whose size divides `unit`, a multiple of 32.
+
+        ValueError where that takes an order of the inputs, or groups of no whole blocks.
+        """
+        group_size = self.in_features // self.packed.shape[1]
+        size = math.gcd(group_size, unit)
+        if self.input_order is not None or size % BLOCK:
+            raise ValueError(f"unit: groups of {group_size} inputs cannot be split at multiples of {unit}")
+        times = group_size // size
+        if times == 1:
+            return self
+        blocks = self.packed[..., 64:].unflatten(-1, (times, -1))
+        headers = self.packed[..., None, :64].expand(*blocks.shape[:-1], 64)
+        return replace(self, packed=torch.cat((headers, blocks), dim=-1).flatten(1, 2), group_size=size)
+
     def _codes(self) -> tuple[Tensor, Tensor]:
         """Codes uint8 ``[panels, groups, blocks, 32, 16]``; scales and offsets fp16 ``[panels, groups, 2, 16]``."""
         headers = self.packed[..., :64].view(torch.float16).unflatten(-1, (2, PANEL))
@@ -365,7 +382,12 @@ def _packed_order(g_idx: Tensor | None, in_features: int, num_groups: int) -> tu
 
 
 def gptq_matmul(
-    x: Tensor, weight: GPTQWeight, *, activation: Activation = "exact", out: Tensor | None = None
+    x: Tensor,
+    weight: GPTQWeight,
+    *,
+    activation: Activation = "exact",
+    section_size: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Multiply by a quantised weight: ``x @ dequantize(weight) + bias``.
 
@@ -379,8 +401,14 @@ def gptq_matmul(
         "exact": fp32 arithmetic on the dequantised weight. "int8": `x` is quantised to 8 bits per row and block of 32
         inputs (of the packed order), products and their sums are exact integers; several times faster, relative error
         about 0.6 %.
+    section_size : int, optional
+        With "int8" and without an `input_order`, on the CPU: inputs of a section, a multiple of the group size.
+        Sections are summed apart, in fp32, these sums rounded to multiples of 2^-32 and added in fp64, as is the bias:
+        exactly, up to 2^21, so that it does not matter which are added first. The last section may be shorter.
     out : Tensor, optional
-        ``[..., out_features]``, dtype of `x`; written and returned. Must not overlap `x`.
+        ``[..., out_features]``, dtype of `x`; written and returned. Must not overlap `x`. With sections it may be fp64:
+        exact sums, which others, of other sections, can be added to; rounded to fp32, their sum has the bits of a
+        product that has all the inputs.
 
     Returns
     -------
@@ -389,9 +417,11 @@ def gptq_matmul(
         of `x` makes that row's outputs NaN with "int8", and follows IEEE arithmetic with "exact".
     """
     arguments = matmul_arguments(weight, activation)
+    if section_size is not None and section_size < 1:
+        raise ValueError(f"section_size: expected a positive number, got {section_size}")
     if out is None:
         out = x.new_empty((*x.shape[:-1], weight.out_features))
-    _gptq_matmul(out, x, *arguments)
+    _gptq_matmul(out, x, *arguments, section_size or 0)
     return out
 
 

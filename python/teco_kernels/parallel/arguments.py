@@ -25,16 +25,23 @@ def check_copy(out: Tensor, x: Tensor, shape: torch.Size, *, own_row: bool = Fal
 
 
 def check_norm(normed: Tensor, new_residual: Tensor, x: Tensor, residual: Tensor, weight: Tensor) -> None:
-    """Of the fused norm."""
-    check_sum(normed, x, x.shape)
+    """Of the fused norm; `x` may be fp64, all else being of another dtype."""
+    if x.dtype == torch.float64:
+        if not x.is_contiguous():
+            raise ValueError(f"input: expected a contiguous tensor, got strides {x.stride()}; call .contiguous()")
+        check_sum(new_residual, residual, x.shape)
+        _check_like(normed, "out", residual, x.shape)
+        _check_apart(normed, "out", x, same_place=False)
+    else:
+        _check_like(residual, "residual", x, x.shape)
+        check_sum(normed, x, x.shape)
     if x.dim() == 0 or weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
         raise ValueError(
             f"weight: expected shape [hidden_size] with the last dimension of input {list(x.shape)}, "
             f"got {list(weight.shape)}"
         )
-    _check_like(weight, "weight", x, weight.shape)
-    _check_like(residual, "residual", x, x.shape)
-    _check_like(new_residual, "residual_out", x, x.shape)
+    _check_like(weight, "weight", residual, weight.shape)
+    _check_like(new_residual, "residual_out", residual, x.shape)
     _check_apart(normed, "out", residual, same_place=False)
     _check_apart(new_residual, "residual_out", residual, same_place=True)
     _check_apart(new_residual, "residual_out", x, same_place=False)

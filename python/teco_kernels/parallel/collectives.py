@@ -55,17 +55,18 @@ def all_reduce_rms_norm(
     Parameters
     ----------
     x : Tensor
-        ``[..., hidden_size]``, contiguous, fp32, fp16 or bf16; a partial sum of this rank.
+        ``[..., hidden_size]``, contiguous; a partial sum of this rank. Of the dtype of `residual`, or fp64: exact sums
+        of `gptq_matmul`, which are added in fp64 and rounded to fp32.
     residual : Tensor
-        Shape and dtype of `x`; equal on all ranks, if the results are to be.
+        Shape of `x`; fp32, fp16 or bf16; equal on all ranks, if the results are to be.
     weight : Tensor
-        ``[hidden_size]``, dtype of `x`; equal on all ranks.
+        ``[hidden_size]``, dtype of `residual`; equal on all ranks.
     eps : float
         Added to the mean square.
     comm : Communicator
         Over which ranks.
     out : tuple of Tensor, optional
-        ``(normed, new_residual)``, written and returned; may be ``(x, residual)`` themselves.
+        ``(normed, new_residual)``, written and returned; may be ``(x, residual)`` themselves, if `x` is not fp64.
 
     Returns
     -------
@@ -78,7 +79,7 @@ def all_reduce_rms_norm(
         As `all_reduce`.
     """
     if out is None:
-        out = torch.empty_like(x), torch.empty_like(residual)
+        out = torch.empty_like(residual), torch.empty_like(residual)
     normed, new_residual = out
     comm.transport.all_reduce_rms_norm(normed, new_residual, x, residual, weight, eps)
     return out

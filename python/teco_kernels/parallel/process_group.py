@@ -1,7 +1,7 @@
 """Collectives carried by a torch.distributed group: across hosts, and wherever memory cannot be shared.
 
-The group only moves data. Sums are made here, in the order of the ranks and in fp32, so that the bits are those of
-the ranks that share memory.
+The group only moves data. Sums are made here, in the order of the ranks and in fp32 (fp64 ones in fp64), so that the
+bits are those of the ranks that share memory.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ class ProcessGroupTransport:
     def all_reduce(self, out: Tensor, x: Tensor) -> None:
         """Write the sum over the ranks."""
         check_sum(out, x, x.shape)
+        self._sum(out, x)
+
+    def _sum(self, out: Tensor, x: Tensor) -> None:
         if x.numel() * x.element_size() <= ONE_SHOT_BYTES:
             gathered = x.new_empty(self._world_size, *x.shape)
             self.all_gather(gathered, x)
@@ -53,7 +56,7 @@ class ProcessGroupTransport:
         shares = x.new_zeros(self._world_size, share)
         shares.view(-1)[: x.numel()] = x.reshape(-1)
         summed = x.new_empty(share)
-        self.reduce_scatter(summed, shares)
+        self._sum_share(summed, shares)
         self.all_gather(shares, summed)
         out.view(-1).copy_(shares.view(-1)[: x.numel()])
 
@@ -62,7 +65,12 @@ class ProcessGroupTransport:
     ) -> None:
         """Write the sum plus the residual, and its norm."""
         check_norm(normed, new_residual, x, residual, weight)
-        self.all_reduce(normed, x)
+        if x.dtype == torch.float64:
+            exact = torch.empty_like(x)
+            self._sum(exact, x)
+            normed.copy_(exact.float())
+        else:
+            self._sum(normed, x)
         fused_add_rms_norm(normed, residual, weight, eps, out=(normed, new_residual))
 
     def all_gather(self, out: Tensor, x: Tensor) -> None:
@@ -76,6 +84,9 @@ class ProcessGroupTransport:
         if x.dim() == 0 or x.shape[0] != self._world_size:
             raise ValueError(f"input: expected shape [{self._world_size}, ...], a row per rank, got {list(x.shape)}")
         check_sum(out, x, x.shape[1:])
+        self._sum_share(out, x)
+
+    def _sum_share(self, out: Tensor, x: Tensor) -> None:
         received = torch.empty_like(x)
         self._run(dist.all_to_all_single, received.view(-1), x.view(-1))
         out.copy_(_sum_rows(received))
@@ -104,7 +115,8 @@ class ProcessGroupTransport:
 
 
 def _sum_rows(rows: Tensor) -> Tensor:
-    total = rows[0].float()
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    total = rows[0].to(dtype)
     for row in rows[1:]:
-        total = total + row.float()
+        total = total + row.to(dtype)
     return total.to(rows.dtype)

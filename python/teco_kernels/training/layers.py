@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from teco_kernels.decoder.layers import LayerShape
+from teco_kernels.decoder.shard import LayerShape
 from teco_kernels.ops.rope import cos_sin_cache
 
 
