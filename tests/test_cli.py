@@ -173,6 +173,7 @@ class FakeLLM:
     def __init__(self, fails: bool = False) -> None:
         self.prompts: list[Any] = []
         self.fails = fails
+        self.options: dict[str, Any] = {}
         self.engine = SimpleNamespace(recycler="a recycler")
         self.steps = 0
 
@@ -214,13 +215,21 @@ class FakeLLM:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeLLM:
     llm = FakeLLM()
-    monkeypatch.setattr("teco_kernels.cli.model._load", lambda path, **options: llm)
+
+    def load(path: Path, **options: Any) -> FakeLLM:
+        llm.options = options
+        return llm
+
+    monkeypatch.setattr("teco_kernels.cli.model._load", load)
     return llm
 
 
 def test_generate_streams(fake: FakeLLM) -> None:
     assert run("generate", "model", "Hello [bold]world").stdout == "[bold]world\n"
     assert run("generate", "model", "-", stdin="from there").stdout == "there\n"
+    assert fake.options["tensor_parallel_size"] == 1
+    run("generate", "model", "Hello", "--tensor-parallel-size", "3")
+    assert fake.options["tensor_parallel_size"] == 3
 
 
 def test_generate_reports_a_failed_request(fake: FakeLLM) -> None:

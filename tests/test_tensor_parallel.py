@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from test_gptq_directory import VARIANTS, quantise, quantise_awq
+from test_recycle_head import HEADS, Attentive, random_head
 from tiny_models import logits_of, random_model, relative_error, save_gguf, save_model
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from teco_kernels.decoder.ranks import Ranks
 from teco_kernels.decoder.sampling_params import RequestError
 from teco_kernels.decoder.shard import Shard, split
 from teco_kernels.decoder.weights import Linear
+from teco_kernels.training.head import Base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -293,6 +295,25 @@ def test_a_greedy_request_says_the_same_beside_one_that_needs_logits(shared: tup
     alone = tokens(shared[1], greedy, PROMPTS[:2])
     mixed = tokens(shared[1], [greedy, greedy, SEVERAL_PARAMS["sampled"]])
     assert mixed[:2] == alone
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("head", ["one layer", "two narrow layers"])
+def test_a_recycle_head_says_on_ranks_what_it_says_alone(
+    head: str, verify: bool, gptq_path: Path, tmp_path: Path
+) -> None:
+    folder = random_head(tmp_path / "head", Base(load_source(gptq_path)), **HEADS[head])
+    params = [SamplingParams(temperature=t, seed=3, max_tokens=24, ignore_eos=True) for t in (0, 0, 0.9)]
+    said = []
+    for world_size in (1, 2):
+        with start(gptq_path, world_size, recycle_head=folder, recycle_verify=verify) as llm:
+            llm.engine.recycler = Attentive(verify=verify)
+            said.append((tokens(llm, params), {k: v for k, v in llm.metrics().items() if k.endswith("_tokens")}))
+            if verify:
+                with start(gptq_path, 1) as plain:
+                    assert tokens(plain, params) == said[-1][0]
+    assert said[0] == said[1]
+    assert said[0][1]["guessed_tokens"] > 20
 
 
 def test_a_full_cache_is_preempted_on_all_ranks(gptq_path: Path) -> None:

@@ -40,6 +40,9 @@ RecycleHead = Annotated[
         "model, if any, and lookup), lookup (in the text so far), the folder of a head, or none."
     ),
 ]
+Ranks = Annotated[
+    int, typer.Option("--tensor-parallel-size", min=1, help="Processes that share the model, each with a part.")
+]
 Dampening = Annotated[float, typer.Option(help="Added to the Hessian's diagonal, as a share of its mean.")]
 Calibration = Annotated[
     Path | None, typer.Option(help="A text like that which the model will see; Wikipedia articles otherwise.")
@@ -68,6 +71,7 @@ def generate(
     kv_cache_memory: CacheMemory = None,
     recycle_head: RecycleHead = "auto",
     gptq_activation: Activation = "int8",
+    tensor_parallel_size: Ranks = 1,
     threads: Threads = None,
 ) -> None:
     """Go on from a prompt, printing text as it comes."""
@@ -93,6 +97,7 @@ def generate(
         kv_cache_memory=kv_cache_memory,
         recycle_head=None if recycle_head == "none" else recycle_head,
         gptq_activation=gptq_activation,
+        tensor_parallel_size=tensor_parallel_size,
         num_threads=threads,
     )
     _stream(llm, sys.stdin.read() if prompt == "-" else prompt, params)
@@ -115,6 +120,7 @@ def chat(
     kv_cache_memory: CacheMemory = None,
     recycle_head: RecycleHead = "auto",
     gptq_activation: Activation = "int8",
+    tensor_parallel_size: Ranks = 1,
     threads: Threads = None,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D ends; /new forgets what was said."""
@@ -138,6 +144,7 @@ def chat(
         kv_cache_memory=kv_cache_memory,
         recycle_head=None if recycle_head == "none" else recycle_head,
         gptq_activation=gptq_activation,
+        tensor_parallel_size=tensor_parallel_size,
         num_threads=threads,
     )
     opening = [{"role": "system", "content": system}] if system else []
@@ -166,6 +173,7 @@ def score(
     max_model_len: MaxModelLen = None,
     kv_cache_dtype: CacheDtype = "auto",
     gptq_activation: Activation = "int8",
+    tensor_parallel_size: Ranks = 1,
     threads: Threads = None,
 ) -> None:
     """Measure the perplexity of a text."""
@@ -182,6 +190,7 @@ def score(
         max_num_seqs=1,
         kv_cache_dtype=kv_cache_dtype,
         gptq_activation=gptq_activation,
+        tensor_parallel_size=tensor_parallel_size,
         num_threads=threads,
     )
     start = time.monotonic()

@@ -16,7 +16,7 @@ from teco_kernels.decoder.config import ModelConfig
 from teco_kernels.decoder.engine import Engine
 from teco_kernels.decoder.kv_cache import CACHE_DTYPES
 from teco_kernels.decoder.loader import Source, load_source
-from teco_kernels.decoder.rank import DTYPES, RankOptions, make_cache, make_model, registered_bytes, serve
+from teco_kernels.decoder.rank import DTYPES, RankOptions, make_cache, make_model, read_ends, registered_bytes, serve
 from teco_kernels.decoder.ranks import Ranks
 from teco_kernels.decoder.recycle_head import RecycleHeadTensors, shipped_recycle_head
 from teco_kernels.decoder.recycle_module import RecycleModule
@@ -146,11 +146,6 @@ class LLM:
         head_tensors = _open_head(source, recycle_head)
         if not recycle_verify and head_tensors is None:
             raise ValueError(f"recycle_verify: False needs a recycle head, got recycle_head {recycle_head!r}")
-        if head_tensors is not None and tensor_parallel_size > 1:
-            raise ValueError(
-                f"recycle_head: expected None or 'lookup' with a tensor_parallel_size above 1, "
-                f"got {str(recycle_head)!r}: a head needs the whole of the embedding, of which each rank has a part"
-            )
         limit = source.config.max_position
         max_model_len = limit if max_model_len is None else max_model_len
         if max_model_len > limit:
@@ -181,15 +176,17 @@ class LLM:
         self._ranks = ranks
         try:
             model = make_model(source, options, shard, None if ranks is None else ranks.comm)
+            module = None
+            if head_tensors is not None:
+                # This rank alone runs the head, and so needs the embedding and the LM head of all tokens.
+                ends = model.ends if ranks is None else read_ends(source, options)
+                most = max(max_tokens, max_num_seqs)
+                module = RecycleModule(head_tensors, model, ends, max_model_len=max_model_len, max_tokens=most)
             if ranks is not None:
                 ranks.meet()
         except BaseException:
             self._end_ranks()
             raise
-        module = None
-        if head_tensors is not None:
-            most = max(max_tokens, max_num_seqs)
-            module = RecycleModule(head_tensors, model, max_model_len=max_model_len, max_tokens=most)
         self.engine = Engine(
             model,
             cache,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import isfinite
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +14,33 @@ from teco_kernels.decoder.kv_cache import KVCache
 from teco_kernels.decoder.layers import Buffers, LayerStack, load_layer
 from teco_kernels.decoder.loader import Source
 from teco_kernels.decoder.shard import Shard
-from teco_kernels.decoder.weights import Quantization, WeightLoader
-from teco_kernels.ops import Sparse24Weight, embedding, lm_head_argmax
+from teco_kernels.decoder.weights import Linear, Quantization, WeightLoader
+from teco_kernels.ops import GPTQWeight, Sparse24Weight, embedding, lm_head_argmax
 from teco_kernels.ops.gptq import Activation
 from teco_kernels.ops.rope import cos_sin_cache
 from teco_kernels.parallel.collectives import all_gather, all_reduce
 from teco_kernels.parallel.communicator import Communicator
+
+
+class Ends(NamedTuple):
+    """What stands before and after the layers; of a tied model, one weight."""
+
+    embedding: Tensor | GPTQWeight
+    lm_head: Linear
+
+    @classmethod
+    def read(cls, source: Source, load: WeightLoader, tokens: range | None = None) -> Ends:
+        """Of the whole vocabulary, or of some tokens."""
+        config = source.config
+        embedding = load.embedding("model.embed_tokens", config.vocab_size, config.hidden_size, tokens=tokens)
+        # A quantizer that rounds the head of a tied model unties it, whatever the configuration still says.
+        if config.tie_word_embeddings and not source.has("lm_head.qweight"):
+            return cls(embedding, load.tied_head(embedding))
+        parts = [range(config.vocab_size) if tokens is None else tokens]
+        return cls(
+            embedding,
+            load.linear(["lm_head"], config.hidden_size, [config.vocab_size], bias=False, outputs=parts),
+        )
 
 
 class Transformer:
@@ -84,9 +106,8 @@ class Transformer:
         self.comm = comm
         self._shard = shard
         self.logits_width = config.vocab_size if comm is None else shard.world_size * shard.vocabulary_stride
-        self.embedding = load.embedding(
-            "model.embed_tokens", config.vocab_size, config.hidden_size, tokens=shard.vocabulary
-        )
+        self.ends = Ends.read(source, load, shard.vocabulary)
+        self.embedding, self.lm_head = self.ends
         layers = [
             load_layer(
                 load,
@@ -104,12 +125,6 @@ class Transformer:
         cos_sin = cos_sin_cache(config.head_dim, max_model_len, config.rope_theta, config.rope_scaling)
         norm = load.vector("model.norm.weight", config.hidden_size)
         self.stack = LayerStack(layers, norm, self.shape, cos_sin, comm)
-        # A quantizer that rounds the head of a tied model unties it, whatever the configuration still says.
-        if config.tie_word_embeddings and not source.has("lm_head.qweight"):
-            self.lm_head = load.tied_head(self.embedding)
-        else:
-            sizes, parts = [config.vocab_size], [shard.vocabulary]
-            self.lm_head = load.linear(["lm_head"], config.hidden_size, sizes, bias=False, outputs=parts)
 
     @property
     def nbytes(self) -> int:

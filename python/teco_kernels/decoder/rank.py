@@ -11,12 +11,12 @@ import torch
 from teco_kernels.decoder.kv_cache import CACHE_DTYPES, KVCache
 from teco_kernels.decoder.layers import shared_plan
 from teco_kernels.decoder.loader import Source
-from teco_kernels.decoder.model import Transformer
+from teco_kernels.decoder.model import Ends, Transformer
 from teco_kernels.decoder.recycle_head import RecycleHeadConfig
 from teco_kernels.decoder.runner import Runner
 from teco_kernels.decoder.shard import Shard
 from teco_kernels.decoder.step_messages import BlockCopy, StepMessages
-from teco_kernels.decoder.weights import Quantization
+from teco_kernels.decoder.weights import Quantization, WeightLoader
 from teco_kernels.ops.gptq import Activation
 from teco_kernels.parallel.communicator import Communicator
 
@@ -88,6 +88,12 @@ def make_model(source: Source, options: RankOptions, shard: Shard, comm: Communi
         shard=shard,
         comm=comm,
     )
+
+
+def read_ends(source: Source, options: RankOptions) -> Ends:
+    """The embedding and the LM head of the whole model."""
+    load = WeightLoader(source, DTYPES[options.dtype], options.gptq_activation, options.quantization)
+    return Ends.read(source, load)
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ from torch import Tensor
 from teco_kernels.decoder.batch import Batch
 from teco_kernels.decoder.kv_cache import LayerCache
 from teco_kernels.decoder.layers import Buffers, LayerStack, load_layer
-from teco_kernels.decoder.model import Transformer
+from teco_kernels.decoder.model import Ends, Transformer
 from teco_kernels.decoder.recycle_head import RecycleHeadTensors
 from teco_kernels.decoder.weights import Linear, WeightLoader
 from teco_kernels.ops import DenseWeight, GPTQWeight, Sparse24Weight, lm_head_argmax, recycle_project, rms_norm
@@ -27,6 +27,8 @@ class RecycleModule:
     ----------
     source : RecycleHeadTensors
     base : Transformer
+    ends : Ends
+        Of the whole vocabulary; the model itself may have a part of it.
     max_model_len, max_tokens : int
         Most tokens of a sequence and of a step.
 
@@ -36,11 +38,13 @@ class RecycleModule:
         The token ids that it can say; None for all.
     """
 
-    def __init__(self, source: RecycleHeadTensors, base: Transformer, *, max_model_len: int, max_tokens: int) -> None:
+    def __init__(
+        self, source: RecycleHeadTensors, base: Transformer, ends: Ends, *, max_model_len: int, max_tokens: int
+    ) -> None:
         config = self.config = source.config
         load = WeightLoader(source, base.dtype, base.activation)
         size = base.config.hidden_size
-        self._embedding, self._activation = base.embedding, base.activation
+        self._embedding, self._activation = ends.embedding, base.activation
         self._embedding_norm = load.vector("mtp.enorm.weight", size)
         self._hidden_norm = load.vector("mtp.hnorm.weight", size)
         self._projection = _only_weight(load.linear(["mtp.eh_proj"], 2 * size, [config.hidden_size], bias=False))
@@ -53,7 +57,7 @@ class RecycleModule:
         cos_sin = cos_sin_cache(config.head_dim, max_model_len, config.rope_theta)
         self._stack = LayerStack(layers, last_norm, config, cos_sin)
         self.draft_vocabulary = source.draft_vocabulary
-        head = base.lm_head if self.draft_vocabulary is None else base.lm_head.select(self.draft_vocabulary)
+        head = ends.lm_head if self.draft_vocabulary is None else ends.lm_head.select(self.draft_vocabulary)
         self._lm_head = _only_weight(head)
         self._buffers = Buffers.allocate(config, max_tokens, base.dtype)
         self._wide = torch.empty(max_tokens, size, dtype=base.dtype)  # used when its layers have another width
