@@ -43,9 +43,12 @@ def sum_in_order(tensors: list[Tensor]) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def nothing_left_in_shared_memory() -> Any:
-    before = set(os.listdir("/dev/shm"))
+    def names() -> set[str]:  # but for the semaphores of Python's multiprocessing: any program may have those
+        return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")}
+
+    before = names()
     yield
-    assert set(os.listdir("/dev/shm")) <= before
+    assert names() <= before
 
 
 # ---- results
@@ -365,6 +368,65 @@ def test_where_memory_cannot_be_shared_all_ranks_use_the_group(how: str, reason:
     for backend, said in ranks.run(refused_memory, 2, how):
         assert backend == "process_group"
         assert reason in said
+
+
+# ---- several hosts
+
+
+def on_hosts(comm: tk.Communicator, hosts: list[int], count: int) -> tuple[str, str]:
+    """`hosts`: where each rank is. Checks all collectives, with sums host by host."""
+    shared_memory._host_identity = lambda: f"host {hosts[comm.rank]}"  # type: ignore[assignment]
+    with tk.Communicator.from_process_group(dist.group.WORLD, timeout=20.0, registered_bytes=64) as other:
+        assert len(other.registered) == 64
+        for dtype in DTYPES:
+            everyone = [of_rank(rank, (count,), dtype) for rank in range(comm.world_size)]
+            by_host = [
+                sum_in_order([x.float() for x, host in zip(everyone, hosts, strict=True) if host == number])
+                for number in dict.fromkeys(hosts)
+            ]
+            if other.backend == "hierarchy":
+                assert torch.equal(tk.all_reduce(everyone[comm.rank], other), sum_in_order(by_host).to(dtype))
+                rows = torch.stack([everyone[comm.rank]] * comm.world_size)
+                assert torch.equal(tk.reduce_scatter(rows, other), sum_in_order(by_host).to(dtype))
+        check_copies(other)
+        check_norms(other)
+        return other.backend, other.reason
+
+
+@pytest.mark.parametrize("hosts", [[0, 0, 1, 1], [0, 1, 0, 1], [1, 0, 0, 1]])
+def test_ranks_of_several_hosts_share_memory_within_each(hosts: list[int]) -> None:
+    for backend, reason in ranks.run(on_hosts, 4, hosts, 5000):
+        assert backend == "hierarchy"
+        assert "several hosts" in reason
+
+
+@pytest.mark.parametrize("hosts", [[0, 0, 1], [0, 1, 2]])
+def test_uneven_hosts_use_the_group(hosts: list[int]) -> None:
+    for backend, reason in ranks.run(on_hosts, 3, hosts, 10):
+        assert backend == "process_group"
+        assert ("not as many on each" in reason) == (hosts == [0, 0, 1])
+
+
+def dies_on_a_host(comm: tk.Communicator, dying: int) -> str:
+    shared_memory._host_identity = lambda: f"host {comm.rank // 2}"  # type: ignore[assignment]
+    other = tk.Communicator.from_process_group(dist.group.WORLD, timeout=3.0)
+    assert other.backend == "hierarchy"
+    tk.all_reduce(torch.ones(3), other)
+    if comm.rank == dying:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(tk.CommunicatorError) as error:
+        while True:
+            tk.all_reduce(torch.ones(3), other)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("dying", [2, 3])
+def test_a_death_on_one_host_is_an_error_on_all(dying: int) -> None:
+    """Of a leader, and of another rank."""
+    with ranks.start(dies_on_a_host, 4, dying) as started:
+        results = started.results(patience=30.0)
+    assert results.pop(dying) == ranks.KILLED
+    assert all(isinstance(result, str) for result in results), results
 
 
 def test_memory_has_no_name_and_is_the_users_own() -> None:

@@ -479,13 +479,13 @@ import json, sys
 from teco_kernels import LLM, SamplingParams, parallel
 from teco_kernels.parallel import shared_memory
 
-path, out, nodes = sys.argv[1:]
+path, out, nodes, size = sys.argv[1:]
 if nodes == "apart":
     import os
     shared_memory._host_identity = lambda: os.environ["GROUP_RANK"]
-llm = LLM(path, tensor_parallel_size=2, max_model_len=128, block_size=4, num_threads=1, gptq_activation="exact",
+llm = LLM(path, tensor_parallel_size=int(size), max_model_len=128, block_size=4, num_threads=1,
           recycle_head="lookup", tensor_parallel_timeout=60.0)
-assert llm.engine.model.comm.rank == 0  # the other one does not come here
+assert llm.engine.model.comm.rank == 0  # the others do not come here
 sampled = {"temperature": 0.9, "top_k": 50, "seed": 3}
 params = [SamplingParams(max_tokens=24, **options) for options in ({"temperature": 0}, sampled)]
 with llm:  # closes it before torch's own threads are torn down
@@ -496,8 +496,8 @@ with open(out, "w") as file:
 """
 
 
-def torchrun(folder: Path, *arguments: str, nodes: int) -> list[subprocess.Popen[bytes]]:
-    """Two ranks: on one node, or on two that reach one another over the loopback interface."""
+def torchrun(folder: Path, *arguments: str, nodes: int, ranks: int) -> list[subprocess.Popen[bytes]]:
+    """Ranks on one node, or on two that reach one another over the loopback interface."""
     (folder / "script.py").write_text(SCRIPT)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -508,7 +508,7 @@ def torchrun(folder: Path, *arguments: str, nodes: int) -> list[subprocess.Popen
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "torch.distributed.run"),
-                *("--nnodes", str(nodes), "--node-rank", str(node), "--nproc-per-node", str(2 // nodes)),
+                *("--nnodes", str(nodes), "--node-rank", str(node), "--nproc-per-node", str(ranks // nodes)),
                 *("--master-addr", "127.0.0.1", "--master-port", str(port)),
                 *(str(folder / "script.py"), *arguments),
             ],
@@ -519,22 +519,26 @@ def torchrun(folder: Path, *arguments: str, nodes: int) -> list[subprocess.Popen
     ]
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
-def test_ranks_of_torchrun(nodes: int, gptq_path: Path, tmp_path: Path) -> None:
-    """On one node over shared memory; on two, as far as they can tell, over the process group."""
-    out = tmp_path / "out.json"
-    launchers = torchrun(tmp_path, str(gptq_path), str(out), "apart" if nodes == 2 else "here", nodes=nodes)
+@pytest.mark.parametrize(
+    ("nodes", "ranks", "backend"), [(1, 2, "shared_memory"), (2, 2, "process_group"), (2, 4, "hierarchy")]
+)
+def test_ranks_of_torchrun(nodes: int, ranks: int, backend: str, tmp_path: Path) -> None:
+    """On one node over shared memory; on two, as far as they can tell, over a process group, or over both."""
+    out, path = tmp_path / "out.json", tmp_path / "gptq"
+    sizes = SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 320}
+    quantise(save_model(tmp_path / "plain", random_model(**sizes)), path)
+    arguments = str(path), str(out), "apart" if nodes == 2 else "here", str(ranks)
+    launchers = torchrun(tmp_path, *arguments, nodes=nodes, ranks=ranks)
     try:
         codes = [launcher.wait(120) for launcher in launchers]
     finally:
         for launcher in launchers:
             launcher.kill()
     assert codes == [0] * nodes
-    backend, replayed, found = json.loads(out.read_text())
-    assert (backend, replayed) == (("shared_memory", True) if nodes == 1 else ("process_group", False))
-    with start(gptq_path, 1, gptq_activation="exact") as one:
+    assert json.loads(out.read_text())[:2] == [backend, backend == "shared_memory"]
+    with start(path, 1) as one:
         expected = [tokens(one, SEVERAL_PARAMS[kind], [[5, 6, 7]]) for kind in ("greedy", "sampled")]
-    assert found == [[answer for (answer,) in outputs] for outputs in expected]
+    assert json.loads(out.read_text())[2] == [[answer for (answer,) in outputs] for outputs in expected]
 
 
 def test_torchrun_with_another_number_of_ranks(monkeypatch: pytest.MonkeyPatch, gptq_path: Path) -> None:

@@ -24,6 +24,18 @@ def check_copy(out: Tensor, x: Tensor, shape: torch.Size, *, own_row: bool = Fal
         _check_apart(out, "out", x, same_place=out.shape == x.shape)
 
 
+def check_rows(out: Tensor, x: Tensor, rank: int, world_size: int) -> None:
+    """Of a collective that gathers; `x` may be this rank's row of `out`."""
+    own_row = len(out) == world_size and out[rank].data_ptr() == x.data_ptr()
+    check_copy(out, x, torch.Size((world_size, *x.shape)), own_row=own_row)
+
+
+def check_root(root: int, world_size: int) -> None:
+    """Of a broadcast."""
+    if not 0 <= root < world_size:
+        raise ValueError(f"root: expected a rank of 0 to {world_size - 1}, got {root}")
+
+
 def check_norm(normed: Tensor, new_residual: Tensor, x: Tensor, residual: Tensor, weight: Tensor) -> None:
     """Of the fused norm; `x` may be fp64, all else being of another dtype."""
     if x.dtype == torch.float64:

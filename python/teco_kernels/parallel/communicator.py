@@ -9,13 +9,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from teco_kernels._host import CommunicatorError
+from teco_kernels.parallel.hierarchy import HierarchyTransport, connect_hosts
 from teco_kernels.parallel.process_group import ProcessGroupTransport
-from teco_kernels.parallel.shared_memory import SharedMemoryTransport, connect
+from teco_kernels.parallel.shared_memory import SEVERAL_HOSTS, SharedMemoryTransport, connect
 
 __all__ = ["DEFAULT_TIMEOUT", "Communicator", "CommunicatorError"]
 
 #: Seconds that ranks wait for one another when nothing else is said.
 DEFAULT_TIMEOUT = 300.0
+
+
+_BACKENDS = {
+    SharedMemoryTransport: "shared_memory",
+    ProcessGroupTransport: "process_group",
+    HierarchyTransport: "hierarchy",
+}
 
 
 class Transport(Protocol):
@@ -53,11 +61,12 @@ class Communicator:
     Attributes
     ----------
     rank, world_size : int
-    backend : {"shared_memory", "process_group"}
-        Whether the ranks share memory, or the torch.distributed group carries the data. The same on all ranks, chosen
-        once; the results have the same bits.
+    backend : {"shared_memory", "process_group", "hierarchy"}
+        Whether the ranks share memory, the torch.distributed group carries the data, or ranks of several hosts share
+        memory on each, and a group carries the data between these. The same on all ranks, chosen once. The first two
+        give the same bits; the third adds up host by host.
     reason : str
-        Why it is the group; empty otherwise.
+        Why it is not memory alone; empty otherwise.
     timeout : float
         Seconds that a rank waits for another before it gives up on it.
     """
@@ -68,11 +77,12 @@ class Communicator:
         self.world_size = world_size
         self.timeout = timeout
         self.reason = reason
+        self._backend = next(name for kind, name in _BACKENDS.items() if isinstance(transport, kind))
 
     @property
     def backend(self) -> str:
         """What carries the data."""
-        return "shared_memory" if isinstance(self.transport, SharedMemoryTransport) else "process_group"
+        return self._backend
 
     @property
     def registered(self) -> Tensor:
@@ -99,8 +109,9 @@ class Communicator:
     ) -> Communicator:
         """Connect the ranks of a group; all of them must call it.
 
-        Ranks of one host, 8 at the most, share memory; where they are on several hosts, or in containers that do not
-        see one another, or without the system calls that it takes, the group does the work.
+        Ranks of one host, 8 at the most, share memory. Where they are on several hosts, or in containers that do not
+        see one another, as many on each, those of a host do, and the first rank of each exchanges with the others over
+        a group of these. Otherwise, and without the system calls that it takes, the group does all the work.
 
         Parameters
         ----------
@@ -126,7 +137,11 @@ class Communicator:
         if native is not None:
             transport = SharedMemoryTransport(native, registered_bytes)
         else:
-            transport = ProcessGroupTransport(group, timeout, registered_bytes)
+            several, why = (
+                connect_hosts(group, timeout, registered_bytes) if reason == SEVERAL_HOSTS else (None, reason)
+            )
+            transport = several or ProcessGroupTransport(group, timeout, registered_bytes)
+            reason = why or reason
         return cls(transport, dist.get_rank(group), dist.get_world_size(group), timeout, reason)
 
     @classmethod

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from teco_kernels._host import CommunicatorError
 from teco_kernels.ops import fused_add_rms_norm
-from teco_kernels.parallel.arguments import check_copy, check_norm, check_sum
+from teco_kernels.parallel.arguments import check_copy, check_norm, check_root, check_rows, check_sum
 
 #: Up to so many bytes every rank gets the data of all others and adds all of it up; beyond, each adds up a share.
 ONE_SHOT_BYTES = 64 * 1024
@@ -44,13 +44,14 @@ class ProcessGroupTransport:
     def all_reduce(self, out: Tensor, x: Tensor) -> None:
         """Write the sum over the ranks."""
         check_sum(out, x, x.shape)
-        self._sum(out, x)
+        self.add(out, x)
 
-    def _sum(self, out: Tensor, x: Tensor) -> None:
+    def add(self, out: Tensor, x: Tensor) -> None:
+        """As `all_reduce`, of fp64 too, without checks."""
         if x.numel() * x.element_size() <= ONE_SHOT_BYTES:
             gathered = x.new_empty(self._world_size, *x.shape)
             self.all_gather(gathered, x)
-            out.copy_(_sum_rows(gathered))
+            out.copy_(add_rows(gathered))
             return
         share = -(-x.numel() // self._world_size)
         shares = x.new_zeros(self._world_size, share)
@@ -67,16 +68,15 @@ class ProcessGroupTransport:
         check_norm(normed, new_residual, x, residual, weight)
         if x.dtype == torch.float64:
             exact = torch.empty_like(x)
-            self._sum(exact, x)
+            self.add(exact, x)
             normed.copy_(exact.float())
         else:
-            self._sum(normed, x)
+            self.add(normed, x)
         fused_add_rms_norm(normed, residual, weight, eps, out=(normed, new_residual))
 
     def all_gather(self, out: Tensor, x: Tensor) -> None:
         """Write the tensors of all ranks."""
-        own_row = len(out) == self._world_size and out[self._rank].data_ptr() == x.data_ptr()
-        check_copy(out, x, torch.Size((self._world_size, *x.shape)), own_row=own_row)
+        check_rows(out, x, self._rank, self._world_size)
         self._run(dist.all_gather, list(out), x)
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> None:
@@ -89,12 +89,11 @@ class ProcessGroupTransport:
     def _sum_share(self, out: Tensor, x: Tensor) -> None:
         received = torch.empty_like(x)
         self._run(dist.all_to_all_single, received.view(-1), x.view(-1))
-        out.copy_(_sum_rows(received))
+        out.copy_(add_rows(received))
 
     def broadcast(self, out: Tensor, x: Tensor, root: int) -> None:
         """Write the root's tensor."""
-        if not 0 <= root < self._world_size:
-            raise ValueError(f"root: expected a rank of 0 to {self._world_size - 1}, got {root}")
+        check_root(root, self._world_size)
         check_copy(out, x, x.shape)
         if out is not x:
             out.copy_(x)
@@ -114,9 +113,10 @@ class ProcessGroupTransport:
             raise CommunicatorError(f"communicator over a process group: {error}") from error
 
 
-def _sum_rows(rows: Tensor) -> Tensor:
+def add_rows(rows: Tensor) -> Tensor:
+    """The sum over the first dimension, in order: fp32, or fp64 of fp64."""
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
     total = rows[0].to(dtype)
     for row in rows[1:]:
         total = total + row.to(dtype)
-    return total.to(rows.dtype)
+    return total

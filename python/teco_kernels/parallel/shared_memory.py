@@ -18,6 +18,8 @@ from teco_kernels.ops import collectives
 from teco_kernels.parallel.process_group import wait
 
 _MESSAGE_BYTES = 1024
+#: Why ranks cannot all share memory, when some still may.
+SEVERAL_HOSTS = "the ranks are on several hosts, or do not see one another's processes"
 
 
 class SharedMemoryTransport:
@@ -101,7 +103,7 @@ def connect(group: dist.ProcessGroup, timeout: float, registered_bytes: int) -> 
     here = {"host": _host_identity(), "pid": os.getpid(), "problem": problem_here()}
     everyone = _exchange(group, here, timeout)
     if len({message["host"] for message in everyone}) > 1:
-        return None, "the ranks are on several hosts, or do not see one another's processes"
+        return None, SEVERAL_HOSTS
     if reason := _first_problem(everyone):
         return None, reason
 
@@ -124,11 +126,24 @@ def connect(group: dist.ProcessGroup, timeout: float, registered_bytes: int) -> 
             native = _host.Communicator(segment, rank, pids, timeout)
         except RuntimeError as error:
             outcome["problem"] = str(error)
-    reason = _first_problem(_exchange(group, outcome, timeout))
+    reason = agree(group, outcome["problem"], timeout)
     if native is None or reason:
         return None, reason
     native.close_descriptor()
     return native, ""
+
+
+def hosts_of(group: dist.ProcessGroup, timeout: float) -> list[list[int]]:
+    """The ranks of each host, in their order; hosts in that of their first ranks."""
+    hosts: dict[str, list[int]] = {}
+    for rank, message in enumerate(_exchange(group, {"host": _host_identity()}, timeout)):
+        hosts.setdefault(message["host"], []).append(rank)
+    return list(hosts.values())
+
+
+def agree(group: dist.ProcessGroup, problem: str, timeout: float) -> str:
+    """The first rank's problem that has one, by all ranks; empty when none has."""
+    return _first_problem(_exchange(group, {"problem": problem}, timeout))
 
 
 def _first_problem(messages: list[dict[str, Any]]) -> str:
