@@ -414,10 +414,11 @@ def dies_on_a_host(comm: tk.Communicator, dying: int) -> str:
     tk.all_reduce(torch.ones(3), other)
     if comm.rank == dying:
         os.kill(os.getpid(), signal.SIGKILL)
-    with pytest.raises(tk.CommunicatorError) as error:
+    try:
         while True:
             tk.all_reduce(torch.ones(3), other)
-    return str(error.value)
+    except tk.CommunicatorError as error:
+        return str(error)
 
 
 @pytest.mark.parametrize("dying", [2, 3])
