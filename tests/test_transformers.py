@@ -87,7 +87,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="attention_mask: expected None or a mask of padding"):
         model(PROMPT, attention_mask=torch.zeros(1, 1, 7, 7))
     with pytest.raises(ValueError, match="causal mask with nothing added"):  # two sequences in one row
-        model(PROMPT, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
+        model(PROMPT, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), use_cache=False)
     with pytest.raises(ValueError, match="activation: expected"):
         enable_gptq(activation="int4")  # type: ignore[arg-type]
 

@@ -57,6 +57,7 @@ class TecoGPTQQuantizer(HfQuantizer):
     """Replaces the layers that the checkpoint has in quantised form, and reads them after everything else."""
 
     activation: Activation = "int8"
+    quantization_config: Any
 
     def validate_environment(self, *args: Any, **options: Any) -> None:
         if not self.pre_quantized:
@@ -84,9 +85,9 @@ class TecoGPTQQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
         reader = QuantizedLayers(self._source)
         for name, layer in _layers(model):
-            sizes = layer.in_features, layer.out_features
-            whole = {"inputs": slice(0, sizes[0]), "outputs": slice(0, sizes[1])}
-            layer.weight_packed = reader.read(name, *sizes, bias=layer.has_bias, **whole)
+            inputs, outputs = layer.in_features, layer.out_features
+            whole = {"inputs": slice(0, inputs), "outputs": slice(0, outputs)}
+            layer.weight_packed = reader.read(name, inputs, outputs, bias=layer.has_bias, **whole)
         del self._source
         return model
 
@@ -116,5 +117,5 @@ def enable_gptq(*, activation: Activation = "int8") -> None:
     if activation not in ("int8", "exact"):
         raise ValueError(f"activation: expected 'int8' or 'exact', got {activation!r}")
     quantizer = type("TecoGPTQQuantizer", (TecoGPTQQuantizer,), {"activation": activation})
-    auto.AUTO_QUANTIZER_MAPPING["gptq"] = quantizer
+    auto.AUTO_QUANTIZER_MAPPING["gptq"] = quantizer  # type: ignore[assignment]
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = TecoGPTQConfig

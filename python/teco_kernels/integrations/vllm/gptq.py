@@ -135,7 +135,7 @@ class TecoGPTQLinearMethod(LinearMethodBase):
 
         return load
 
-    def process_weights_after_loading(self, layer: Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Pack the tensors, and drop them."""
         for part in PARTS:
             delattr(layer, part)
@@ -151,6 +151,6 @@ class TecoGPTQLinearMethod(LinearMethodBase):
         self._tensors = {}
         layer.teco_linear = Linear(weights, self._config.activation)
 
-    def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         out: Tensor = layer.teco_linear(x)
         return out if bias is None else out.add_(bias)
