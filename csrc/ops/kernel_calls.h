@@ -7,7 +7,7 @@
 
 namespace teco::ops {
 
-// Runs recorded in a plan count each time it is replayed. The increment is about a thousandth of the smallest kernel.
+// Runs recorded in a plan count each time it is replayed.
 template <class Params>
 inline std::atomic<int64_t> kernel_calls{0};
 

@@ -148,7 +148,8 @@ def attention(
 def _behind_padding(key: Tensor, value: Tensor, begins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values ``[batch, S, heads, D]`` as views of blocks of one, and a table without each row's first ones.
 
-    A block is where a key's first element lies, counted in the largest step that leads to all of them.
+    Block `i` begins `i` steps from a key to the next behind the first one. The rows of the batch lie a whole number of
+    such steps apart, or are copied until they do.
     """
     batch, length = key.shape[:2]
     if key.stride() != value.stride() or key.stride(0) % key.stride(1):
