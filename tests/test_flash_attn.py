@@ -296,3 +296,8 @@ def test_refused_by_kvcache(text: str, changed: dict[str, Any]) -> None:
     arguments: dict[str, Any] = {"q": torch.zeros(2, 1, HEADS, D), "k_cache": cache, "v_cache": cache.clone()}
     with pytest.raises(ValueError, match=text):
         flash_attn_with_kvcache(**(arguments | changed))
+
+
+def test_counts_are_of_known_operators() -> None:
+    with pytest.raises(ValueError, match="operator: expected one whose runs are counted, got nonsense"):
+        kernel_calls("nonsense")
