@@ -25,6 +25,9 @@ demo: $(VENV)/.installed ## install, fetch a small model, quantise it to 4 bits 
 test: $(VENV)/.test-tools ## install, then run the whole test suite
 	$(BIN)/python -m pytest -q
 
+test-vllm: $(VLLM_VENV)/.plugin ## vLLM, in an environment of its own, through our plug-in (docs/vllm.md)
+	$(VLLM_VENV)/bin/python -m pytest -q tests/test_vllm.py
+
 verify: $(VENV)/.installed ## hold every operator against its reference on this machine
 	$(BIN)/teco-kernels verify
 
@@ -95,4 +98,9 @@ $(VLLM_VENV)/.vllm: bench/peers/requirements/vllm.txt | $(VLLM_VENV)/.venv
 	$(@D)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
-.PHONY: help demo test verify bench bench-peers quality cuda-check cuda-mutations lint format clean
+# The package itself, beside vLLM.
+$(VLLM_VENV)/.plugin: $(VLLM_VENV)/.vllm $(SOURCES)
+	$(@D)/bin/python -m pip install -q "$(TORCH)" -e . pytest
+	touch $@
+
+.PHONY: help demo test test-vllm verify bench bench-peers quality cuda-check cuda-mutations lint format clean

@@ -8,6 +8,8 @@ with prefill. With one token, it is the prompts' tokens that are counted.
     python bench/decode.py --engine teco --engine transformers --batch 1 --batch 16
     python bench/decode.py --engine teco --engine llama_cpp=peers/bin/python
     python bench/decode.py --prompt 512 --tokens 1
+    python bench/decode.py --engine transformers --engine transformers:attention --engine transformers:gptq
+    python bench/decode.py --engine vllm:bf16=.venv-vllm/bin/python --engine vllm:gptq=.venv-vllm/bin/python
 """
 
 from __future__ import annotations
@@ -50,16 +52,17 @@ class Engine:
 
     def __init__(self, spec: str, threads: int) -> None:
         self.name, _, python = spec.partition("=")
-        script = WORKERS / f"{self.name}_engine.py"
+        module, *variant = self.name.split(":")
+        script = WORKERS / f"{module}_engine.py"
         if not script.exists():
-            raise SystemExit(f"--engine: expected one of {', '.join(sorted(known_engines()))}, got {self.name!r}")
+            raise SystemExit(f"--engine: expected one of {', '.join(sorted(known_engines()))}, got {module!r}")
         self.reason: str | None = None
         self.description = "not started"
         self._worker: Worker | None = None
         try:
-            binding = {"OMP_PROC_BIND": "true"} if self.name in _OPENMP else {}
+            binding = {"OMP_PROC_BIND": "true"} if module in _OPENMP else {}
             environment = {"OMP_NUM_THREADS": str(threads), **binding}
-            self._worker = Worker([python or sys.executable, str(script), str(threads)], environment)
+            self._worker = Worker([python or sys.executable, str(script), str(threads), *variant], environment)
             self.description = self._worker.answer()["description"]
         except WorkerError as error:
             self.reason = str(error)
@@ -100,7 +103,7 @@ def race(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", action="append", help=f"NAME or NAME=PYTHON; of {', '.join(known_engines())}")
+    parser.add_argument("--engine", action="append", help=f"NAME[:VARIANT][=PYTHON]; of {', '.join(known_engines())}")
     parser.add_argument("--batch", action="append", type=int, help="sequences at a time")
     parser.add_argument("--prompt", type=int, default=14, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=64)

@@ -7,6 +7,7 @@
 #include "cpu/isa.h"
 #include "ops/backend.h"
 #include "ops/checks.h"
+#include "ops/kernel_calls.h"
 #include "ops/plan.h"
 
 namespace teco::ops {
@@ -44,6 +45,7 @@ STABLE_TORCH_LIBRARY(teco_kernels, m) {
   m.def("cpu_isa_compiled() -> str");
   m.def("compiler() -> str");
   m.def("cuda_operators() -> str");
+  m.def("kernel_calls(str name) -> int");
 
   m.def("embedding(Tensor(a!) out, Tensor token_ids, Tensor weight, int? first_token) -> ()");
   m.def(
@@ -126,6 +128,7 @@ STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa_compiled", TORCH_BOX(&cpu_isa_compiled));
   m.impl("compiler", TORCH_BOX(&compiler));
   m.impl("cuda_operators", TORCH_BOX(&cuda_operators));
+  m.impl("kernel_calls", TORCH_BOX(&kernel_calls_of));
   m.impl("_emulate_cuda", TORCH_BOX(&emulate_cuda));
   m.impl("_plan_begin", TORCH_BOX(&plan_begin));
   m.impl("_plan_end", TORCH_BOX(&plan_end));

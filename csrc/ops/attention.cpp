@@ -59,6 +59,7 @@ void launch_with_workspace(const cuda::KernelTable& table, const Tensor& query, 
   const int64_t bytes = table.paged_attention_workspace(params, max_keys);
   const Tensor workspace = torch::stable::new_empty(query, {bytes}, ScalarType::Byte);
   run_on_stream(query, [kernel = table.paged_attention, params, max_keys, workspace](void* stream) {
+    count_kernel_call<PagedAttentionParams>();
     return kernel(params, max_keys, workspace.mutable_data_ptr(), stream);
   });
 }

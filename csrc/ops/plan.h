@@ -9,6 +9,7 @@
 #include "cpu/kernels.h"
 #include "ops/backend.h"
 #include "ops/checks.h"
+#include "ops/kernel_calls.h"
 
 namespace teco::ops {
 
@@ -23,8 +24,12 @@ void record(KernelCall call);
 template <class Params>
 void launch(void (*kernel)(const Params&, int), const std::type_identity_t<Params>& params) {
   if (emulates_cuda()) fail("ValueError", "there is no CUDA kernel of this operator");
-  if (recording()) record([kernel, params](int num_threads) { kernel(params, num_threads); });
-  kernel(params, num_threads());
+  const auto run = [kernel, params](int num_threads) {
+    count_kernel_call<Params>();
+    kernel(params, num_threads);
+  };
+  if (recording()) record(run);
+  run(num_threads());
 }
 
 // This is for those that several backends have: `select` takes the operator's kernel out of a backend's table,
@@ -33,7 +38,10 @@ template <class Select, class Params>
 void launch(const Tensor& tensor, Select select, const Params& params) {
   const cuda::KernelTable* table = cuda_kernels_for(tensor);
   if (!table) return launch(select(*cpu::kernels()), params);
-  run_on_stream(tensor, [kernel = select(*table), params](void* stream) { return kernel(params, stream); });
+  run_on_stream(tensor, [kernel = select(*table), params](void* stream) {
+    count_kernel_call<Params>();
+    return kernel(params, stream);
+  });
 }
 
 // From plan_begin to plan_end the thread's operators are recorded (and run); plan_end names the plan. plan_run replays

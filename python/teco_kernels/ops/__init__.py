@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from teco_kernels.ops._library import kernel_calls
 from teco_kernels.ops.activation import silu_and_mul
 from teco_kernels.ops.attention import merge_attention_states, paged_attention
 from teco_kernels.ops.cache import copy_blocks, reshape_and_cache, swap_blocks
@@ -28,6 +29,7 @@ __all__ = [
     "embedding",
     "fused_add_rms_norm",
     "gptq_matmul",
+    "kernel_calls",
     "lm_head_argmax",
     "merge_attention_states",
     "paged_attention",

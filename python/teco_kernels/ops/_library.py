@@ -97,6 +97,18 @@ def has_kernel(name: str, backend: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"teco_kernels::{name}", backend.upper())
 
 
+_kernel_calls = operator("kernel_calls")
+
+
+def kernel_calls(name: str) -> int:
+    """How often the kernel of operator `name` has run in this process, compiled graphs and replayed plans included.
+
+    What shows that an engine uses these kernels and not its own. Counted are dense_matmul, gptq_matmul,
+    paged_attention, reshape_and_cache and rotary_embedding; ValueError for others.
+    """
+    return int(_kernel_calls(name))
+
+
 _cpu_isa = operator("cpu_isa")
 _cpu_isa_choices = operator("cpu_isa_choices")
 _cpu_isa_compiled = operator("cpu_isa_compiled")

@@ -1,0 +1,1 @@
+"""Adapters to other engines: thin, each optional, none imported by the rest of the package."""

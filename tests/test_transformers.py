@@ -1,0 +1,136 @@
+"""transformers over our operators: the tokens of its own attention, GPTQ checkpoints, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_models import logits_of, random_model, relative_error, save_model
+from torch import Tensor
+from transformers.quantizers import auto
+
+from teco_kernels import LLM
+from teco_kernels.decoder.loader import load_source
+from teco_kernels.integrations.transformers import ATTENTION, GPTQLinear, accelerate, enable_gptq
+from teco_kernels.integrations.transformers.model import GatedMLP, RMSNorm
+from teco_kernels.ops import kernel_calls
+from teco_kernels.quantization.model import QuantizationSettings, quantize_model
+
+PROMPT = torch.tensor([[17, 250, 33, 101, 7, 64, 3]])
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@pytest.fixture(autouse=True)
+def own_registry() -> Iterator[None]:
+    """What `enable_gptq` writes is taken back."""
+    mappings = auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    before = [dict(mapping) for mapping in mappings]
+    yield
+    for mapping, content in zip(mappings, before, strict=True):
+        mapping.clear()
+        mapping.update(content)
+
+
+def generate(model: Any, prompt: Tensor = PROMPT, tokens: int = 12, **options: Any) -> Tensor:
+    options = {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0, **options}
+    answer: Tensor = model.generate(prompt, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, **options)
+    return answer[:, prompt.shape[1] :]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tokens_of_its_own_attention(family: str) -> None:
+    config = {"sliding_window": 5} if family == "mistral" else {}
+    expected = generate(random_model(family, **config))
+    model = random_model(family, **config)
+    model.set_attn_implementation(ATTENTION)
+    before = kernel_calls("paged_attention")
+    assert torch.equal(generate(model), expected)
+    assert kernel_calls("paged_attention") - before == 12 * model.config.num_hidden_layers
+    assert torch.equal(generate(accelerate(model)), expected)
+    assert any(isinstance(module, RMSNorm) for module in model.modules())
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_padding_on_the_left(cache: str) -> None:
+    """Each row of a padded batch has the tokens that it has alone."""
+    model = random_model()
+    lengths = [7, 3, 1]
+    prompt, seen = torch.zeros(3, 7, dtype=torch.int64), torch.zeros(3, 7, dtype=torch.int64)
+    alone = []
+    for row, length in enumerate(lengths):
+        alone.append(generate(model, PROMPT[:, :length]))
+        prompt[row, -length:], seen[row, -length:] = PROMPT[0, :length], 1
+    options = {} if cache == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
+    answer = generate(accelerate(model), prompt, attention_mask=seen, **options)
+    assert torch.equal(answer, torch.cat(alone))
+
+
+def test_several_tokens_behind_a_cache() -> None:
+    """Logits of a chunk that follows a cached one: the last query is the last key's."""
+    model = random_model()
+    with torch.no_grad():
+        expected = model(PROMPT).logits
+        accelerate(model)
+        first = model(PROMPT[:, :3], use_cache=True)
+        rest = model(PROMPT[:, 3:], past_key_values=first.past_key_values).logits
+    assert relative_error(torch.cat((first.logits, rest), dim=1), expected) < 1e-4
+
+
+def test_what_is_refused() -> None:
+    model = accelerate(random_model())
+    with pytest.raises(ValueError, match="attention_mask: expected padding on the left"):
+        model(PROMPT, attention_mask=torch.tensor([[1, 0, 1, 0, 1, 1, 1]]))
+    with pytest.raises(ValueError, match="attention_mask: expected None or a mask of padding"):
+        model(PROMPT, attention_mask=torch.zeros(1, 1, 7, 7))
+    with pytest.raises(ValueError, match="causal mask with nothing added"):  # two sequences in one row
+        model(PROMPT, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), use_cache=False)
+    with pytest.raises(ValueError, match="activation: expected"):
+        enable_gptq(activation="int4")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # qwen2 has biases
+@pytest.mark.parametrize("activation", ["exact", "int8"])
+def test_a_gptq_directory(family: str, activation: Any, tmp_path: Path) -> None:
+    plain = save_model(tmp_path / "plain", random_model(family))
+    settings = QuantizationSettings(group_size=32, num_sequences=2, sequence_length=64, act_order=family == "qwen2")
+    quantize_model(plain, tmp_path / "gptq", settings, calibration=list(range(300)), use_tqdm=False)
+    enable_gptq(activation=activation)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gptq", dtype=torch.float32).eval()
+    assert sum(isinstance(module, GPTQLinear) for module in model.modules()) >= 7 * 3
+    ours = LLM(tmp_path / "gptq", max_model_len=64, kv_cache_memory=1 << 20, gptq_activation=activation)
+    expected = logits_of(ours, PROMPT[0].tolist())
+    before = kernel_calls("gptq_matmul")
+    with torch.no_grad():
+        assert relative_error(model(PROMPT).logits[0], expected) < 2e-2
+        assert kernel_calls("gptq_matmul") > before
+        accelerate(model)
+        assert any(isinstance(module, GatedMLP) for module in model.modules())
+        assert relative_error(model(PROMPT).logits[0], expected) < 2e-2
+
+
+@pytest.mark.model
+def test_the_real_model(default_gguf: Path, model_4bit: Path) -> None:
+    source = load_source(default_gguf)
+    config = transformers.AutoConfig.for_model(**source.raw_config)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.load_state_dict({name: source.tensor(name).float() for name in source.names()}, strict=False)
+    prompt = torch.tensor([source.tokenizer.encode("The capital of France is Paris, and the capital of Germany is")])
+    expected = generate(model, prompt, 32)
+    before = kernel_calls("paged_attention")
+    assert torch.equal(generate(accelerate(model), prompt, 32), expected)
+    assert kernel_calls("paged_attention") - before == 32 * 30
+    enable_gptq(activation="exact")
+    quantised = transformers.AutoModelForCausalLM.from_pretrained(model_4bit, dtype=torch.float32).eval()
+    ours = LLM(model_4bit, gptq_activation="exact")
+    (expected_ids,) = ours.generate([prompt[0].tolist()], _greedy(32), use_tqdm=False)
+    assert generate(accelerate(quantised), prompt, 32)[0].tolist() == list(expected_ids.outputs[0].token_ids)
+
+
+def _greedy(tokens: int) -> Any:
+    from teco_kernels import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)

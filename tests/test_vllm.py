@@ -1,0 +1,114 @@
+"""vLLM through our plug-in: `make test-vllm`, in an environment that has it. Skipped elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from teco_kernels.integrations import vllm as plugin
+
+HERE = Path(__file__).parent
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here; `make test-vllm`")
+
+
+@cache
+def _run(options: str) -> tuple[int, str, str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "vllm_run.py"), options],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=environment,
+    )
+    return done.returncode, done.stdout, done.stderr + done.stdout
+
+
+def run(model: Path, **options: Any) -> dict[str, Any]:
+    """What vLLM generates, and how often our kernels ran."""
+    code, out, log = _run(json.dumps({"model": str(model), "dtype": "float32", "enforce_eager": True, **options}))
+    assert code == 0, log[-3000:]
+    answer: dict[str, Any] = json.loads(next(line for line in out.splitlines() if line.startswith('{"tokens"')))
+    return answer
+
+
+@pytest.fixture(scope="module")
+def dense(default_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sys.path.insert(0, str(HERE.parent / "bench" / "engines"))
+    from dense_copy import dense_copy
+
+    return dense_copy(default_gguf, tmp_path_factory.mktemp("dense"))
+
+
+def test_the_entry_point_is_harmless() -> None:
+    """It is there, does nothing without vLLM, and may be called twice."""
+    (entry,) = (e for e in entry_points(group="vllm.general_plugins") if e.name == "teco_kernels")
+    assert entry.load() is plugin.register
+    plugin.register()
+    plugin.register()
+
+
+@needs_vllm
+@pytest.mark.model
+def test_nothing_changes_until_it_is_chosen(dense: Path) -> None:
+    assert set(run(dense)["calls"].values()) == {0}
+
+
+@needs_vllm
+@pytest.mark.model
+def test_the_tokens_of_its_own_attention(dense: Path) -> None:
+    answer = run(dense, attention_config={"backend": "CUSTOM"})
+    assert answer["tokens"] == run(dense)["tokens"]
+    assert answer["calls"]["paged_attention"] > 0
+    assert answer["calls"]["paged_attention"] == answer["calls"]["reshape_and_cache"]
+    assert answer["calls"]["gptq_matmul"] == 0
+
+
+@needs_vllm
+@pytest.mark.model
+def test_a_compiled_graph_gives_the_same(dense: Path) -> None:
+    answer = run(dense, attention_config={"backend": "CUSTOM"}, enforce_eager=False)
+    assert answer["tokens"] == run(dense)["tokens"]
+    assert answer["calls"]["paged_attention"] > 0
+
+
+@needs_vllm
+@pytest.mark.model
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_gptq_checkpoint(model_4bit: Path, eager: bool) -> None:
+    """Of mixed bits, asymmetric, with a quantised head: our own engine's tokens on exact activations."""
+    from vllm_run import PROMPTS
+
+    from teco_kernels import LLM, SamplingParams
+
+    exact = {"quantization_config": {**json.loads((model_4bit / "config.json").read_text())["quantization_config"]}}
+    exact["quantization_config"]["activation"] = "exact"
+    answer = run(
+        model_4bit,
+        quantization="teco_gptq",
+        attention_config={"backend": "CUSTOM"},
+        hf_overrides=exact,
+        enforce_eager=eager,
+    )
+    assert answer["calls"]["gptq_matmul"] > 0
+    ours = LLM(model_4bit, gptq_activation="exact")
+    outputs = ours.generate(PROMPTS, SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True), use_tqdm=False)
+    assert answer["tokens"] == [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@needs_vllm
+@pytest.mark.model
+def test_without_the_plugin_it_is_refused(model_4bit: Path) -> None:
+    """vLLM's own method takes no asymmetric checkpoint."""
+    code, _, log = _run(json.dumps({"model": str(model_4bit), "dtype": "bfloat16"}))
+    assert code != 0
+    assert "Unsupported quantization config: bits=4, sym=False" in log
