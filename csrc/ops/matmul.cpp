@@ -30,7 +30,7 @@ void set_operands(Params& params, const Tensor& out, const Tensor& input, const 
 void dense_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t out_features) {
   DenseMatmulParams params = dense_weight(weight, "weight", bias, out_features);
   set_operands(params, out, input, weight);
-  if (out_features > 0) launch(cpu::kernels()->dense_matmul, params);
+  if (out_features > 0) launch(input, cpu::kernels()->dense_matmul, params);
 }
 
 void sparse24_matmul(Tensor out, Tensor input, Tensor values, Tensor indices, std::optional<Tensor> bias,
@@ -49,7 +49,7 @@ void sparse24_matmul(Tensor out, Tensor input, Tensor values, Tensor indices, st
   params.out_features = out_features;
   params.value_dtype = to_dtype(values.scalar_type(), "values");
   set_operands(params, out, input, values);
-  if (out_features > 0) launch(cpu::kernels()->sparse24_matmul, params);
+  if (out_features > 0) launch(input, cpu::kernels()->sparse24_matmul, params);
 }
 
 void gptq_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> input_order, std::optional<Tensor> bias,
