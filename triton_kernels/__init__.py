@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
+
+#: Kernels that were compiled when the package was built, and their index.
+EMBEDDED = Path(__file__).resolve().parent / "kernels.zip"
 
 #: Where the launcher of an operator is. Its arguments are those of the operator's schema, already checked.
 _MODULES = {
@@ -35,6 +39,11 @@ _MODULES = {
 
 #: Operators that have a Triton kernel.
 OPERATORS = frozenset(name.partition(".")[0] for name in _MODULES)
+
+
+def is_embedded() -> bool:
+    """Whether this build has kernels that were compiled ahead of time."""
+    return EMBEDDED.exists()
 
 
 def launchers() -> dict[str, Callable[..., None]]:

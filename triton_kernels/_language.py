@@ -9,6 +9,8 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
+from teco_kernels.triton_kernels import is_embedded
+
 #: Whether the package is there.
 HAS_TRITON = find_spec("triton") is not None
 
@@ -51,6 +53,8 @@ def problem(interpreted: bool) -> str:
     if interpreted and not _IS_INTERPRETED:
         late = os.environ.get("TRITON_INTERPRET") == "1"
         return "TRITON_INTERPRET=1 must be set before triton is imported" + (", it was set after" if late else "")
+    if not interpreted and not HAS_TRITON and not is_embedded():
+        return "kernels for a GPU need the package triton (pip install 'teco_kernels[triton]'), or to be in the build"
     if not interpreted and _IS_INTERPRETED:
         return "Triton was imported with TRITON_INTERPRET=1; its kernels do not run on a GPU in this process"
     return ""
