@@ -58,6 +58,16 @@ def launchers() -> dict[str, Callable[..., None]]:
     return {name: launcher(name, module) for name, module in _MODULES.items()}
 
 
+def prepare(interpreted: bool) -> None:
+    """Choose how kernels run: those of the build as they are, all others compiled by Triton, if it is there."""
+    from teco_kernels.triton_kernels import _language, _launch, embedded
+
+    if interpreted or not is_embedded():
+        _launch.launch_with(None)
+    else:
+        _launch.launch_with(embedded.runner(EMBEDDED, _launch.compile_and_run if _language.HAS_TRITON else None))
+
+
 def problem(interpreted: bool) -> str:
     """Why kernels cannot run, on the CPU by Triton's interpreter or else on a GPU; empty when they can."""
     from teco_kernels.triton_kernels import _language

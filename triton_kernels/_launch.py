@@ -26,17 +26,18 @@ class Launch(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
 
 
-def _compile_and_run(launch: Launch) -> None:
+def compile_and_run(launch: Launch) -> None:
+    """Let Triton compile the kernel, where it has not yet, and run it."""
     launch.kernel[launch.grid](*launch.args, **launch.constants, **launch.options)
 
 
-_run: Callable[[Launch], None] = _compile_and_run
+_run: Callable[[Launch], None] = compile_and_run
 
 
 def launch_with(run: Callable[[Launch], None] | None) -> None:
-    """What becomes of launches from now on; None: Triton compiles the kernel, where it has not yet, and runs it."""
+    """What becomes of launches from now on; None: `compile_and_run`."""
     global _run
-    _run = run or _compile_and_run
+    _run = run or compile_and_run
 
 
 def launch(kernel: Any, grid: Grid, *args: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any) -> None:

@@ -7,17 +7,18 @@ are so in the call; and "general", for all others.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
+from zipfile import ZIP_DEFLATED, ZipFile
 
 from teco_kernels.triton_kernels import launchers
 from teco_kernels.triton_kernels._launch import Launch, launch_with
 from teco_kernels.triton_kernels.calls import calls
+from teco_kernels.triton_kernels.embedded import argument_type, is_multiple_of_16, key_of
 
 #: Architectures, by the names that docs and tables use.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
@@ -28,39 +29,6 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "gfx942": ("hip", "gfx942", 64),
 }
 VARIANTS = ("aligned", "general")
-_TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.int16: "i16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
-
-
-def argument_type(value: Any) -> str:
-    """As the key of an instance has it: what a kernel is compiled for, whatever the value of an integer is."""
-    if isinstance(value, Tensor):
-        return "*" + _TYPES[value.dtype]
-    return "none" if value is None else "float" if isinstance(value, float) else "int"
-
-
-def key_of(launch: Launch) -> str:
-    """Names the instance that a launch needs."""
-    types = ",".join(map(argument_type, launch.args))
-    constants = ",".join(f"{name}={value}" for name, value in launch.constants.items())
-    return f"{launch.kernel.__name__}({types}; {constants}; {launch.num_warps} warps)"
-
-
-def is_multiple_of_16(value: Any) -> bool:
-    """Whether code for multiples of 16 fits an argument."""
-    if isinstance(value, Tensor):
-        return value.data_ptr() % 16 == 0
-    return isinstance(value, int) and value % 16 == 0
-
-
 @dataclass(frozen=True)
 class Instance:
     """A kernel to be compiled; `launch` is one that needs it."""
@@ -123,21 +91,44 @@ def instances() -> list[Instance]:
     return list(found.values())
 
 
-def kernels(instance: Instance, targets: list[str]) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Both variants for these targets: an entry of the index, and the binary."""
-    for target in targets:
-        for variant in VARIANTS:
-            compiled = instance.compile(target, variant)
-            metadata = compiled.metadata
-            entry = {
-                "key": instance.key,
-                "target": target,
-                "variant": variant,
-                "name": metadata.name,
-                "parameters": instance.parameters(variant),
-                "num_warps": metadata.num_warps,
-                "warp_size": TARGETS[target][2],
-                "shared": metadata.shared,
-                "scratch": [metadata.global_scratch_size, metadata.profile_scratch_size],
-            }
-            yield json.loads(json.dumps(entry)), compiled.asm["cubin" if target.startswith("sm_") else "hsaco"]
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled instance: what the index says of it, and the binary."""
+
+    entry: dict[str, Any]
+    image: bytes
+
+
+def build(instance: Instance, target: str, variant: str) -> Kernel:
+    """Compile an instance, and describe what its launch needs."""
+    compiled = instance.compile(target, variant)
+    metadata = compiled.metadata
+    scratch = (metadata.global_scratch_size, metadata.profile_scratch_size)
+    if any(scratch):
+        raise ValueError(f"{instance.key}: expected a kernel without scratch memory, got {scratch} bytes")
+    image: bytes = compiled.asm["cubin" if target.startswith("sm_") else "hsaco"]
+    letters = {"i32": "i", "i64": "l", "fp32": "f"}
+    parameters = instance.parameters(variant)
+    entry = {
+        "key": instance.key,
+        "target": target,
+        "name": metadata.name,
+        "parameters": "".join(letters.get(kind, "p") for kind, _ in parameters),
+        "multiples_of_16": [multiple for _, multiple in parameters],
+        "block_threads": metadata.num_warps * TARGETS[target][2],
+        "shared_bytes": metadata.shared,
+        "file": hashlib.sha256(image).hexdigest()[:32],
+    }
+    return Kernel(entry, image)
+
+
+def write(kernels: Iterable[Kernel], path: Path) -> None:
+    """Write the binaries and their index, in the order in which a launch is to look for one that fits."""
+    index, written = [], set()
+    with ZipFile(path, "w", ZIP_DEFLATED) as archive:
+        for kernel in kernels:
+            index.append(kernel.entry)
+            if kernel.entry["file"] not in written:
+                written.add(kernel.entry["file"])
+                archive.writestr(kernel.entry["file"], kernel.image)
+        archive.writestr("index.json", json.dumps(index))

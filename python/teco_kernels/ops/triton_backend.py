@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -54,6 +55,7 @@ def use_triton(device: Device | None) -> None:
 
     if reason := triton_kernels.problem(interpreted=device == "cpu"):
         raise (RuntimeError if "TRITON_INTERPRET" in reason else ImportError)(f"teco_kernels: {reason}")
+    triton_kernels.prepare(interpreted=device == "cpu")
     library = torch.library.Library("teco_kernels", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that a kernel is replaced, which is the point
@@ -68,6 +70,12 @@ def triton_device() -> Device | None:
     return _device
 
 
+def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[object]:
+    """Makes the device of the tensors current, as kernels are launched on that."""
+    tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
 def _call(checks: Any, launcher: Callable[..., None], keys: Any, *args: Any) -> None:
     """Let the compiled operator check its arguments; where it would run its kernel, it runs `launcher`."""
     raised: list[BaseException] = []
@@ -78,7 +86,8 @@ def _call(checks: Any, launcher: Callable[..., None], keys: Any, *args: Any) -> 
         if not launched:  # an operator may have several kernels of its own, a launcher does all of it
             launched = True
             try:
-                launcher(*args)
+                with _device_of(args):
+                    launcher(*args)
             except BaseException as error:
                 raised.append(error)
         return not raised
