@@ -4,9 +4,9 @@
 
 Backends: the CPU's kernels; the CUDA kernels, emulated (docs/gpu.md); the Triton kernels, in Triton's interpreter. All
 run the same cases on the same inputs against the same float64 references, and each output is held against the CPU
-backend's too. A backend without a kernel says so through `supports`, and its reason stands in the picture. Emulation and
-interpretation take milliseconds for what a kernel does in microseconds: of the table only the cases of moderate size are
-run, all of those or (--quick) the smallest of each operator and dtype.
+backend's too. A backend without a kernel says so through `supports`, and its reason stands in the picture. Emulation
+and interpretation take milliseconds for what a kernel does in microseconds: of the table only the cases of moderate
+size are run, all of those or (--quick) the smallest of each operator and dtype.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def draw(cells: dict[tuple[str, str, str], Cell], path: Path) -> None:
                         text = f"{len(cell.failed)} fail"
                     axes.text(x + w / 2 - 0.02, y + 0.125, text, ha="center", va="center", color=colour, fontsize=7.5)
         axes.text(0.15, top + 1.05, "Every operator against its float64 reference", fontsize=13, weight="bold")
-        note = "Green: all cases within the contract, and how many. Grey: no kernel, for the reason below. Nothing ran on a GPU."
+        note = "Green: so many cases, all within the contract. Grey: no kernel, by the reason below. None ran on a GPU."
         axes.text(0.15, -0.35, note, color="#495057")
         for i, reason in enumerate(reasons):
             axes.text(0.15, -0.62 - 0.22 * i, f"[{i + 1}] {reason}", color="#495057", fontsize=7)

@@ -25,7 +25,9 @@ def cuda_sizes(ptx: str) -> list[int]:
 def hip_sizes(assembly: str) -> list[int]:
     """Bytes of each explicit argument of the kernel."""
     arguments = assembly[assembly.index("amdhsa.kernels") :].partition(".group_segment_fixed_size")[0]
-    return [int(size) for size in re.findall(r"\.size:\s+(\d+)\s+\.value_kind:\s+(?:by_value|global_buffer)", arguments)]
+    return [
+        int(size) for size in re.findall(r"\.size:\s+(\d+)\s+\.value_kind:\s+(?:by_value|global_buffer)", arguments)
+    ]
 
 
 def main(path: str, targets: str, only: str) -> None:

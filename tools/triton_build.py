@@ -114,7 +114,9 @@ def main() -> None:
     if arguments.check:
         table = json.loads(arguments.check.read_text())
         if table["triton"] != triton.__version__:
-            raise SystemExit(f"triton: expected {table['triton']}, whose registers the table has, got {triton.__version__}")
+            raise SystemExit(
+                f"triton: expected {table['triton']}, whose registers the table has, got {triton.__version__}"
+            )
         wrong = []
         for key, by_target in measure(targets, arguments.only).items():
             for target, taken in by_target.items():

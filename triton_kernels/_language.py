@@ -11,6 +11,8 @@ from typing import Any
 
 from teco_kernels.triton_kernels import is_embedded
 
+__all__ = ["HAS_TRITON", "INTERPRETED", "constexpr", "jit", "problem", "tl"]
+
 #: Whether the package is there.
 HAS_TRITON = find_spec("triton") is not None
 

@@ -59,7 +59,7 @@ def power_of_two(n: int, low: int = 1, high: int = 1 << 20) -> int:
 class Rows(NamedTuple):
     """The leading dimensions of a tensor as rows of its last one, `inner` rows with one stride after the other."""
 
-    count: int
+    num_rows: int
     size: int
     inner: int
     stride: int
@@ -67,7 +67,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(tensor: Tensor) -> Rows:
-    """Rows of a tensor whose last dimension has stride 1; the operator has checked that they have two strides at most."""
+    """Rows of a tensor whose last dimension has stride 1. They have two strides at most, as was checked."""
     size, count = tensor.shape[-1], 1
     inner, stride, outer_stride = 1, size, 0
     for n, s in reversed(list(zip(tensor.shape, tensor.stride(), strict=True))[:-1]):

@@ -29,6 +29,8 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "gfx942": ("hip", "gfx942", 64),
 }
 VARIANTS = ("aligned", "general")
+
+
 @dataclass(frozen=True)
 class Instance:
     """A kernel to be compiled; `launch` is one that needs it."""

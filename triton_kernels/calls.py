@@ -1,7 +1,8 @@
 """Calls that stand for what models ask of the operators: their kernels are compiled ahead of time.
 
-A call names the launcher and its arguments, tensors without memory. Of sizes, kernels depend on no more than which block
-they fit in and whether they are multiples of 16; of the tensors, on dtypes and on which of the optional ones are there.
+A call names the launcher and its arguments, tensors without memory. Of sizes, kernels depend on no more than which
+block they fit in and whether they are multiples of 16; of the tensors, on dtypes and on which of the optional ones are
+there.
 """
 
 from __future__ import annotations
@@ -45,8 +46,10 @@ def _elementwise() -> Iterator[Call]:
         query, key = _empty(TOKENS, 32, 128, dtype=dtype), _empty(TOKENS, 8, 128, dtype=dtype)
         yield "rotary_embedding", (_ids(TOKENS), query, key, _empty(8192, 128), False)
         yield "embedding", (x, _ids(TOKENS), _rows(VOCABULARY, HIDDEN, dtype), None)
-        yield "embedding.gptq", (x, _ids(TOKENS), _packed(HIDDEN, VOCABULARY, 8), None, VOCABULARY, HIDDEN, 8, False,
-                                 None)  # fmt: skip
+        yield (
+            "embedding.gptq",
+            (x, _ids(TOKENS), _packed(HIDDEN, VOCABULARY, 8), None, VOCABULARY, HIDDEN, 8, False, None),
+        )
 
 
 def _matmuls() -> Iterator[Call]:
@@ -62,8 +65,23 @@ def _matmuls() -> Iterator[Call]:
         hidden = _rows(1, HIDDEN, dtype)
         head = _empty(VOCABULARY // 16, HIDDEN, 16, dtype=dtype)
         yield "lm_head_argmax", (_ids(1), _empty(1), _empty(1), hidden, head, None, VOCABULARY)
-        yield "lm_head_argmax.gptq", (_ids(1), _empty(1), None, hidden, _packed(HIDDEN, VOCABULARY, 8), None, None,
-                                      HIDDEN, VOCABULARY, 8, False, False)  # fmt: skip
+        yield (
+            "lm_head_argmax.gptq",
+            (
+                _ids(1),
+                _empty(1),
+                None,
+                hidden,
+                _packed(HIDDEN, VOCABULARY, 8),
+                None,
+                None,
+                HIDDEN,
+                VOCABULARY,
+                8,
+                False,
+                False,
+            ),
+        )
 
 
 def _attention() -> Iterator[Call]:
@@ -73,15 +91,34 @@ def _attention() -> Iterator[Call]:
             scale = None if cache_dtype == dtype else _empty(64, 16, 8)
             heads = _empty(TOKENS, 8, 128, dtype=dtype)
             yield "reshape_and_cache", (heads, heads, cache, cache, _ids(TOKENS), scale, scale)
-            for head_dim in (64, 128) if cache_dtype == dtype else (128,):
+            for head_dim in (64, 128, 256, 512) if cache_dtype == dtype else (128,):
                 query = _empty(TOKENS, 32, head_dim, dtype=dtype)
                 cache = _empty(64, 16, 8, head_dim, dtype=cache_dtype)
                 for starts in (None, _empty(5, dtype=torch.int32)):
                     sequences = TOKENS if starts is None else 4
                     lengths = _empty(sequences, dtype=torch.int32)
                     table = _empty(sequences, 64, dtype=torch.int32)
-                    yield "paged_attention", (query, None, query, cache, cache, table, lengths, starts, None, None,
-                                              scale, scale, 0.125, 0.0, 0, True)  # fmt: skip
+                    yield (
+                        "paged_attention",
+                        (
+                            query,
+                            None,
+                            query,
+                            cache,
+                            cache,
+                            table,
+                            lengths,
+                            starts,
+                            None,
+                            None,
+                            scale,
+                            scale,
+                            0.125,
+                            0.0,
+                            0,
+                            True,
+                        ),
+                    )
         state, lse = _empty(TOKENS, 32, 128, dtype=dtype), _empty(TOKENS, 32)
         yield "merge_attention_states", (state, lse, state, lse, state, lse)
     for dtype in (torch.float16, torch.int8):  # bytes are moved: by the size of an element

@@ -1,7 +1,7 @@
 """Copies whole blocks, within a cache or from one to another.
 
-Bytes: a read and a write of each. A program takes the same 1024 elements of every block, pair after pair, so that a block
-that is written first and read later needs no more than a barrier of the program. Parts of a block are all the
+Bytes: a read and a write of each. A program takes the same 1024 elements of every block, pair after pair, so that a
+block that is written first and read later needs no more than a barrier of the program. Parts of a block are all the
 parallelism there is: for a few pairs of large blocks, as copy-on-write has them, that is enough.
 """
 

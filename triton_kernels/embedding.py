@@ -16,8 +16,9 @@ from teco_kernels.triton_kernels.gptq_layout import layout_arguments, load_heade
 
 
 @jit
-def embedding_kernel(out, token_ids, weight, first_token, vocab_size, size, out_stride, weight_stride,
-                     BLOCK: tl.constexpr):  # fmt: skip
+def embedding_kernel(
+    out, token_ids, weight, first_token, vocab_size, size, out_stride, weight_stride, BLOCK: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(token_ids + token) - first_token
@@ -53,10 +54,7 @@ def gptq_embedding_kernel(
     scale, offset = load_header(group, row % 16)
     words = quad_words(group + 64 + (block % blocks_per_group) * (BITS * 64), place % 32 // 4, row % 16, BITS)
     code = ((words >> (place % 4 * 8).to(tl.uint32)) & 255).to(tl.float32)
-    if MINIMUM:
-        x = scale * code + offset
-    else:
-        x = scale * (code - offset)
+    x = scale * code + offset if MINIMUM else scale * (code - offset)
     x = tl.where(there, x, 0.0)
     i = place
     if input_order is not None:
@@ -69,8 +67,19 @@ def embedding(out: Tensor, token_ids: Tensor, weight: Tensor, first_token: int |
     vocab_size, size = weight.shape
     block = power_of_two(size, 16, 1024)
     grid = (len(token_ids), ceil_div(size, block))
-    launch(embedding_kernel, grid, out, token_ids, weight, first_token or 0, vocab_size, size, out.stride(0),
-           weight.stride(0), BLOCK=block)  # fmt: skip
+    launch(
+        embedding_kernel,
+        grid,
+        out,
+        token_ids,
+        weight,
+        first_token or 0,
+        vocab_size,
+        size,
+        out.stride(0),
+        weight.stride(0),
+        BLOCK=block,
+    )
 
 
 def gptq_embedding(

@@ -11,7 +11,7 @@ from teco_kernels.triton_kernels._language import jit, tl
 
 @jit
 def quad_words(block, quad, column, BITS: tl.constexpr):
-    """Quads `quad` (0 to 7) of columns `column` (of a panel) in the blocks that `block` points to: 4 codes, a byte each.
+    """Quads `quad` (0 to 7) of columns `column` (of a panel) in the blocks that `block` points to: a code to a byte.
 
     A word of 4 bytes holds the same four inputs of several quads; those that share one find it in L1.
     """

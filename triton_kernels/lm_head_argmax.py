@@ -6,8 +6,6 @@ what the tiles left, in their order: 20 bytes for 32 or 64 columns.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -36,25 +34,88 @@ def _store_best(logits, bias, row, column, num_rows, out_features, largest, ids,
 
 
 @jit
-def dense_argmax_kernel(largest, ids, sums, x, weight, bias, num_rows, in_features, out_features, x_stride,
-                        weight_stride, PACKED: tl.constexpr, FP32: tl.constexpr, BLOCK_M: tl.constexpr,
-                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+def dense_argmax_kernel(
+    largest,
+    ids,
+    sums,
+    x,
+    weight,
+    bias,
+    num_rows,
+    in_features,
+    out_features,
+    x_stride,
+    weight_stride,
+    PACKED: tl.constexpr,
+    FP32: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    logits = dense_tile(x, weight, row, column, num_rows, in_features, out_features, x_stride, weight_stride, PACKED,
-                        FP32, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+    logits = dense_tile(
+        x,
+        weight,
+        row,
+        column,
+        num_rows,
+        in_features,
+        out_features,
+        x_stride,
+        weight_stride,
+        PACKED,
+        FP32,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
     _store_best(logits, bias, row, column, num_rows, out_features, largest, ids, sums)
 
 
 @jit
-def gptq_argmax_kernel(largest, ids, sums, x, weight, input_order, bias, num_rows, out_features, x_stride, num_groups,
-                       blocks_per_group, group_bytes, BITS: tl.constexpr, MINIMUM: tl.constexpr, INT8: tl.constexpr,
-                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def gptq_argmax_kernel(
+    largest,
+    ids,
+    sums,
+    x,
+    weight,
+    input_order,
+    bias,
+    num_rows,
+    out_features,
+    x_stride,
+    num_groups,
+    blocks_per_group,
+    group_bytes,
+    BITS: tl.constexpr,
+    MINIMUM: tl.constexpr,
+    INT8: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     # In fp32 whatever the dtype: logits are compared, and given, as exact as they are.
-    logits = gptq_tile(x, weight, input_order, row, column, num_rows, out_features, x_stride, num_groups,
-                       blocks_per_group, group_bytes, BITS, MINIMUM, INT8, True, BLOCK_M, BLOCK_N)  # fmt: skip
+    logits = gptq_tile(
+        x,
+        weight,
+        input_order,
+        row,
+        column,
+        num_rows,
+        out_features,
+        x_stride,
+        num_groups,
+        blocks_per_group,
+        group_bytes,
+        BITS,
+        MINIMUM,
+        INT8,
+        True,
+        BLOCK_M,
+        BLOCK_N,
+    )
     _store_best(logits, bias, row, column, num_rows, out_features, largest, ids, sums)
 
 
@@ -94,15 +155,27 @@ def _merge(
 ) -> None:
     num_tiles, num_rows = largest.shape
     block = power_of_two(num_tiles, 16, 1024)
-    launch(merge_argmax_kernel, (num_rows,), token_ids, logits, logsumexp, largest, ids, sums, num_rows, num_tiles,
-           BLOCK=block)  # fmt: skip
+    launch(
+        merge_argmax_kernel,
+        (num_rows,),
+        token_ids,
+        logits,
+        logsumexp,
+        largest,
+        ids,
+        sums,
+        num_rows,
+        num_tiles,
+        BLOCK=block,
+    )
 
 
-def _workspace(logsumexp: Tensor | None, hidden: Tensor, out_features: int) -> tuple[dict[str, int], list[Any]]:
-    blocks = block_sizes(len(hidden))
+def _workspace(
+    blocks: dict[str, int], logsumexp: Tensor | None, hidden: Tensor, out_features: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
     shape = (ceil_div(out_features, blocks["BLOCK_N"]), len(hidden))
     largest, ids = (torch.empty(shape, dtype=dtype, device=hidden.device) for dtype in (torch.float32, torch.int64))
-    return blocks, [largest, ids, None if logsumexp is None else torch.empty_like(largest)]
+    return largest, ids, None if logsumexp is None else torch.empty_like(largest)
 
 
 def lm_head_argmax(
@@ -115,11 +188,13 @@ def lm_head_argmax(
     out_features: int,
 ) -> None:
     """Launch both kernels."""
-    blocks, workspace = _workspace(logsumexp, hidden, out_features)
     rows, size = hidden.shape
+    constants = dense_arguments(hidden, weight)
+    blocks = block_sizes(rows, constants["FP32"])
+    workspace = _workspace(blocks, logsumexp, hidden, out_features)
     launch(
         dense_argmax_kernel,
-        (len(workspace[0]), ceil_div(rows, blocks["BLOCK_M"])),
+        (ceil_div(out_features, blocks["BLOCK_N"]), ceil_div(rows, blocks["BLOCK_M"])),
         *workspace,
         hidden,
         weight,
@@ -129,7 +204,7 @@ def lm_head_argmax(
         out_features,
         hidden.stride(0),
         weight.stride(0),
-        **dense_arguments(hidden, weight),
+        **constants,
         **blocks,
         num_stages=3,
     )
@@ -151,10 +226,11 @@ def gptq_lm_head_argmax(
     int8_activation: bool,
 ) -> None:
     """Launch both kernels, for a packed head."""
-    blocks, workspace = _workspace(logsumexp, hidden, out_features)
+    blocks = block_sizes(len(hidden), not int8_activation)
+    workspace = _workspace(blocks, logsumexp, hidden, out_features)
     launch(
         gptq_argmax_kernel,
-        (len(workspace[0]), ceil_div(len(hidden), blocks["BLOCK_M"])),
+        (ceil_div(out_features, blocks["BLOCK_N"]), ceil_div(len(hidden), blocks["BLOCK_M"])),
         *workspace,
         hidden,
         weight,

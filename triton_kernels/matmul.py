@@ -5,7 +5,8 @@ never split among programs: a row's bits depend on the tile's shape, and on no o
 
 Block sizes. Up to 16 rows the weight's bytes bound the product, read once per tile of rows: 16 is the least that tensor
 cores take, 32 columns (two panels) leave most programs to a weight. Beyond, 64 x 64 halves what is read per
-multiply-add and keeps the fp32 accumulators at 32 registers to a thread of 4 warps.
+multiply-add and keeps the accumulators at 32 registers to a thread of 4 warps. Products in fp32, which no tensor core
+makes, have all their operands in registers: with 32 x 32 none spills.
 """
 
 from __future__ import annotations
@@ -23,15 +24,30 @@ from teco_kernels.triton_kernels.gptq_layout import codes_of_block, load_header
 FEW_ROWS = 16
 
 
-def block_sizes(rows: int) -> dict[str, int]:
-    """Shape of the tiles, by the number of rows alone."""
-    return {"BLOCK_M": 16, "BLOCK_N": 32} if rows <= FEW_ROWS else {"BLOCK_M": 64, "BLOCK_N": 64}
+def block_sizes(rows: int, fp32: bool) -> dict[str, int]:
+    """Shape of the tiles, by the number of rows and the kind of product alone."""
+    if rows <= FEW_ROWS:
+        return {"BLOCK_M": 16, "BLOCK_N": 32}
+    return {"BLOCK_M": 32, "BLOCK_N": 32} if fp32 else {"BLOCK_M": 64, "BLOCK_N": 64}
 
 
 @jit
-def dense_tile(x, weight, row, column, num_rows, in_features, out_features, x_stride, weight_stride,
-               PACKED: tl.constexpr, FP32: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-               BLOCK_K: tl.constexpr):  # fmt: skip
+def dense_tile(
+    x,
+    weight,
+    row,
+    column,
+    num_rows,
+    in_features,
+    out_features,
+    x_stride,
+    weight_stride,
+    PACKED: tl.constexpr,
+    FP32: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """fp32 [BLOCK_M, BLOCK_N]; `row` and `column` are int64. FP32: multiply in fp32, else in the operands' dtype."""
     if PACKED:  # [panels, in_features, 16]
         outputs = weight + (column // 16) * in_features * 16 + column % 16
@@ -43,10 +59,12 @@ def dense_tile(x, weight, row, column, num_rows, in_features, out_features, x_st
     for first in range(0, in_features, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         there = k < in_features
-        a = tl.load(x + row[:, None] * x_stride + k[None, :], mask=(row < num_rows)[:, None] & there[None, :],
-                    other=0.0)  # fmt: skip
-        b = tl.load(outputs[None, :] + k[:, None] * k_stride, mask=(column < out_features)[None, :] & there[:, None],
-                    other=0.0)  # fmt: skip
+        a = tl.load(
+            x + row[:, None] * x_stride + k[None, :], mask=(row < num_rows)[:, None] & there[None, :], other=0.0
+        )
+        b = tl.load(
+            outputs[None, :] + k[:, None] * k_stride, mask=(column < out_features)[None, :] & there[:, None], other=0.0
+        )
         if FP32:
             a, b = to_float(a), to_float(b)
         sums = tl.dot(operand(a), operand(b), sums, input_precision="ieee")
@@ -54,9 +72,25 @@ def dense_tile(x, weight, row, column, num_rows, in_features, out_features, x_st
 
 
 @jit
-def gptq_tile(x, weight, input_order, row, column, num_rows, out_features, x_stride, num_groups, blocks_per_group,
-              group_bytes, BITS: tl.constexpr, MINIMUM: tl.constexpr, INT8: tl.constexpr, FP32: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def gptq_tile(
+    x,
+    weight,
+    input_order,
+    row,
+    column,
+    num_rows,
+    out_features,
+    x_stride,
+    num_groups,
+    blocks_per_group,
+    group_bytes,
+    BITS: tl.constexpr,
+    MINIMUM: tl.constexpr,
+    INT8: tl.constexpr,
+    FP32: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """The same, a block of 32 inputs to a step: what shares a scale. INT8: integer products of quantised inputs.
 
     Else a weight is made in fp32 and, unless FP32, rounded to the dtype of `x`.
@@ -72,8 +106,9 @@ def gptq_tile(x, weight, input_order, row, column, num_rows, out_features, x_str
         k = b * 32 + tl.arange(0, 32)
         if input_order is not None:
             k = tl.load(input_order + k)
-        a = tl.load(x + row[:, None] * x_stride + k[None, :], mask=(row < num_rows)[:, None] & (k >= 0)[None, :],
-                    other=0.0)  # fmt: skip
+        a = tl.load(
+            x + row[:, None] * x_stride + k[None, :], mask=(row < num_rows)[:, None] & (k >= 0)[None, :], other=0.0
+        )
         if INT8:
             a = to_float(a)
             magnitude = tl.abs(a)

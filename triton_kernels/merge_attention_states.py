@@ -1,7 +1,7 @@
 """Merges two attention states per row (token and head): a program per row.
 
 Bytes: two rows read, one written; bound by bandwidth. Symmetric in a and b, bit for bit: both products are rounded
-before they are added, which is why they are kept from being fused.
+before they are added, which the options of every launch see to (_launch.py).
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ rows have their keys split among up to 32 programs, in multiples of 256 keys tha
 and a second kernel merges what these leave in the workspace, split after split. So bits do not depend on the batch.
 
 Bytes: keys and values that are seen, once per tile of rows. Decode is bound by them, and takes tiles of 16 rows, the
-least that tensor cores multiply. Other calls take 64 rows, which read a key a quarter as often. 64 keys by heads of 64 or
-128 are 8 or 16 KB of 16-bit elements, two of which (keys and values) are in flight; larger heads take 32 keys.
+least that tensor cores multiply. Other calls take up to 64 rows, which read a key a quarter as often. How many keys and
+rows there are to a tile is decided by what fits in registers and in shared memory (`tile_sizes`).
 
 Where one row of a tile sees a key and another does not, the key's value is multiplied by 0 for that other: a NaN or an
 infinity there, which only the first should meet, spoils both. Slots that no row of the tile sees may hold anything.
@@ -25,7 +25,6 @@ from teco_kernels.triton_kernels._launch import ceil_div, launch, power_of_two
 from teco_kernels.triton_kernels.common import (
     finite_or_zero,
     from_float,
-    load_float,
     operand,
     store_float,
     to_float,
@@ -81,8 +80,22 @@ def _dequantize(x, KIND: tl.constexpr, TYPE: tl.constexpr):
 
 
 @jit
-def _write_rows(out, lse, sinks, token, head, there, largest, total, sums, head_dim, num_heads, out_stride,
-                out_head_stride, BLOCK_D: tl.constexpr):  # fmt: skip
+def _write_rows(
+    out,
+    lse,
+    sinks,
+    token,
+    head,
+    there,
+    largest,
+    total,
+    sums,
+    head_dim,
+    num_heads,
+    out_stride,
+    out_head_stride,
+    BLOCK_D: tl.constexpr,
+):
     """Add the sink, normalise, and write out and lse of the rows."""
     weight = tl.full(total.shape, 1.0, tl.float32)
     if sinks is not None:
@@ -208,8 +221,12 @@ def paged_attention_kernel(
         key = tl.load(keys[None, :] + d[:, None], mask=is_used[None, :] & (d < head_dim)[:, None], other=0)
         scores = tl.dot(operand(q), operand(_dequantize(key, KIND, TYPE)), input_precision="ieee") * scale
         if KIND != "float":
-            scales = (key_scale + kv_head * key_scale_head_stride + block * key_scale_block_stride
-                      + slot * key_scale_slot_stride)  # fmt: skip
+            scales = (
+                key_scale
+                + kv_head * key_scale_head_stride
+                + block * key_scale_block_stride
+                + slot * key_scale_slot_stride
+            )
             scores *= tl.load(scales, mask=is_used, other=0.0)[None, :]
         if SOFT_CAP:
             scores = soft_cap * (1.0 - 2.0 / (tl.exp(scores / soft_cap * 2.0) + 1.0))
@@ -224,22 +241,44 @@ def paged_attention_kernel(
         weights = tl.where(is_seen, tl.exp(scores - shift[:, None]), 0.0)
         largest = most
         total = total * correction + tl.sum(weights, axis=1)
-        values = (value_cache + kv_head.to(tl.int64) * value_head_stride + block * value_block_stride
-                  + slot * value_slot_stride)  # fmt: skip
+        values = (
+            value_cache
+            + kv_head.to(tl.int64) * value_head_stride
+            + block * value_block_stride
+            + slot * value_slot_stride
+        )
         value = tl.load(values[:, None] + d[None, :], mask=is_used[:, None] & (d < head_dim)[None, :], other=0)
         if KIND == "float":
             value = _dequantize(value, KIND, TYPE)
         else:  # the scale goes into the value: in fp16, a weight times a scale could be too small
-            scales = (value_scale + kv_head * value_scale_head_stride + block * value_scale_block_stride
-                      + slot * value_scale_slot_stride)  # fmt: skip
+            scales = (
+                value_scale
+                + kv_head * value_scale_head_stride
+                + block * value_scale_block_stride
+                + slot * value_scale_slot_stride
+            )
             scaled = _dequantize(value, KIND, tl.float32) * tl.load(scales, mask=is_used, other=0.0)[:, None]
             value = from_float(scaled, TYPE)
         sums = sums * correction[:, None]
         sums = tl.dot(operand(from_float(weights, TYPE)), operand(value), sums, input_precision="ieee")
 
     if num_splits == 1:
-        _write_rows(out, lse, sinks, token, head, there, largest, total, sums, head_dim, num_heads, out_stride,
-                    out_head_stride, BLOCK_D)  # fmt: skip
+        _write_rows(
+            out,
+            lse,
+            sinks,
+            token,
+            head,
+            there,
+            largest,
+            total,
+            sums,
+            head_dim,
+            num_heads,
+            out_stride,
+            out_head_stride,
+            BLOCK_D,
+        )
     else:
         index = ((seq.to(tl.int64) * tl.num_programs(1) + kv_head) * split_rows + row) * max_splits + split
         state = workspace + index * (head_dim + 2)
@@ -296,8 +335,40 @@ def merge_splits_kernel(
         largest = most
     token = (first_token + row // group).to(tl.int64) + one
     head = (kv_head * group + row % group).to(tl.int64) + one
-    _write_rows(out, lse, sinks, token, head, one == 0, largest, total, sums, head_dim, num_heads, out_stride,
-                out_head_stride, BLOCK_D)  # fmt: skip
+    _write_rows(
+        out,
+        lse,
+        sinks,
+        token,
+        head,
+        one == 0,
+        largest,
+        total,
+        sums,
+        head_dim,
+        num_heads,
+        out_stride,
+        out_head_stride,
+        BLOCK_D,
+    )
+
+
+def tile_sizes(block_d: int, fp32: bool, is_decode: bool) -> dict[str, int]:
+    """Rows and keys of a tile, warps and stages: the most rows, then keys, with which no target spills a register.
+
+    Products in fp32 are made without tensor cores, whose operands all lie in registers: they take a quarter of the
+    tile. The 64 KB of shared memory that gfx942 has are enough for each. See tests/data/triton_resources.json.
+    """
+    if block_d > 256:
+        rows, keys, warps = 16, 16, 8
+    elif fp32:
+        rows, keys, warps = (16, 32 if block_d <= 128 else 16, 8) if is_decode else (32, 16, 8)
+    elif is_decode:
+        rows, keys, warps = 16, 32, 4
+    else:
+        rows, keys, warps = (64, 64, 8) if block_d <= 128 else (32, 32, 8)
+    # Two stages hold the next keys while these are used; of the largest heads there is no room for them.
+    return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": 1 if block_d > 256 else 2}
 
 
 def paged_attention(
@@ -328,14 +399,15 @@ def paged_attention(
     split_rows = max(group, FEW_ROWS)
     max_splits = max(min(ceil_div(max_blocks * block_size, CHUNK_KEYS), MAX_SPLITS), 1)
     block_d = power_of_two(head_dim, 16)
-    block_m = 16 if query_start_loc is None else 64
-    # Every sequence has one tile that is not full, at the most.
-    tiles = num_seqs * ceil_div(group, block_m) if query_start_loc is None else tokens * group // block_m + num_seqs
     kind = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(key_cache.dtype, "float")
-    if kind == "fp8":
-        key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
     # In fp32 where either is, and where 16-bit types differ; else in the query's own, which holds every 8-bit code.
     fp32 = query.dtype == torch.float32 or (kind == "float" and key_cache.dtype != query.dtype)
+    sizes = tile_sizes(block_d, fp32, query_start_loc is None)
+    block_m = sizes["BLOCK_M"]
+    # Every sequence has one tile that is not full, at the most.
+    tiles = num_seqs * ceil_div(group, block_m) if query_start_loc is None else tokens * group // block_m + num_seqs
+    if kind == "fp8":
+        key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
     places = num_seqs * num_kv_heads * split_rows * max_splits if max_splits > 1 else 0
     workspace = torch.empty(places * (head_dim + 2), dtype=torch.float32, device=query.device)
     shared: dict[str, Any] = {"BLOCK_D": block_d, "CHUNK": CHUNK_KEYS, "SPLITS": MAX_SPLITS}
@@ -376,9 +448,8 @@ def paged_attention(
         SOFT_CAP=soft_cap != 0,
         KIND=kind,
         FP32=fp32,
-        BLOCK_M=block_m,
-        BLOCK_N=64 if block_d <= 128 else 32,
         SEQS=128,
+        **sizes,
         **shared,
     )
     if max_splits > 1:

@@ -1,4 +1,4 @@
-"""Random numbers, and draws in proportion to weights that are integers: the numbers and the rule of csrc/cpu/random.h."""
+"""Random numbers, and draws in proportion to weights that are integers: numbers and rule of csrc/cpu/random.h."""
 
 from __future__ import annotations
 

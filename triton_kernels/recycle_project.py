@@ -57,8 +57,18 @@ def recycle_project(
     eps: float,
 ) -> None:
     """Launch the kernels, with a floating projection."""
-    rows = _input(hidden, token_ids, embedding, embedding_order, vocab_size, embedding_bits, embedding_has_minimum,
-                  hidden_norm, embedding_norm, eps)  # fmt: skip
+    rows = _input(
+        hidden,
+        token_ids,
+        embedding,
+        embedding_order,
+        vocab_size,
+        embedding_bits,
+        embedding_has_minimum,
+        hidden_norm,
+        embedding_norm,
+        eps,
+    )
     dense_matmul(out, rows, projection, bias, out_features)
 
 
@@ -78,6 +88,16 @@ def gptq_recycle_project(
 ) -> None:
     """Launch the kernels, with a packed projection; then come the arguments of `gptq_matmul`, and eps."""
     *matmul, eps = matmul_and_eps
-    rows = _input(hidden, token_ids, embedding, embedding_order, vocab_size, embedding_bits, embedding_has_minimum,
-                  hidden_norm, embedding_norm, eps)  # fmt: skip
+    rows = _input(
+        hidden,
+        token_ids,
+        embedding,
+        embedding_order,
+        vocab_size,
+        embedding_bits,
+        embedding_has_minimum,
+        hidden_norm,
+        embedding_norm,
+        eps,
+    )
     gptq_matmul(out, rows, projection, *matmul)

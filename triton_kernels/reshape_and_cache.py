@@ -2,8 +2,8 @@
 
 Bytes: every element is read once and written once, and a scale of 4 bytes per head of an 8-bit cache: bound by
 bandwidth. A head is the block: it fits in the registers of a warp or four, where its scale is found, and is then not
-read again. The codes of 8-bit caches are defined to the bit, so they are made by integer and exactly rounded operations,
-the same on every target; sm_80 and gfx942 have no instruction for float8_e4m3fn.
+read again. The codes of 8-bit caches are defined to the bit, so they are made by integer and exactly rounded
+operations, the same on every target; sm_80 and gfx942 have no instruction for float8_e4m3fn.
 """
 
 from __future__ import annotations
@@ -33,9 +33,25 @@ def _to_float8(x):
 
 
 @jit
-def _store(heads, cache, scales, block, offset, h, head_stride, block_stride, slot_stride, cache_head_stride,
-           scale_block_stride, scale_slot_stride, scale_head_stride, head_dim, LIMIT: tl.constexpr,
-           WRITES_SCALES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _store(
+    heads,
+    cache,
+    scales,
+    block,
+    offset,
+    h,
+    head_stride,
+    block_stride,
+    slot_stride,
+    cache_head_stride,
+    scale_block_stride,
+    scale_slot_stride,
+    scale_head_stride,
+    head_dim,
+    LIMIT: tl.constexpr,
+    WRITES_SCALES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     i = tl.arange(0, BLOCK)
     x = load_float(heads + h * head_stride + i, i < head_dim)
     place = cache + block * block_stride + offset * slot_stride + h * cache_head_stride + i
@@ -98,14 +114,45 @@ def reshape_and_cache_kernel(
     if slot >= 0:
         block, offset = slot // block_size, slot % block_size
         if tl.program_id(2) == 0:
-            _store(key + token * key_stride, key_cache, key_scale, block, offset, h, key_head_stride, key_block_stride,
-                   key_slot_stride, key_cache_head_stride, key_scale_block_stride, key_scale_slot_stride,
-                   key_scale_head_stride, head_dim, LIMIT, WRITES_SCALES, BLOCK)  # fmt: skip
+            _store(
+                key + token * key_stride,
+                key_cache,
+                key_scale,
+                block,
+                offset,
+                h,
+                key_head_stride,
+                key_block_stride,
+                key_slot_stride,
+                key_cache_head_stride,
+                key_scale_block_stride,
+                key_scale_slot_stride,
+                key_scale_head_stride,
+                head_dim,
+                LIMIT,
+                WRITES_SCALES,
+                BLOCK,
+            )
         else:
-            _store(value + token * value_stride, value_cache, value_scale, block, offset, h, value_head_stride,
-                   value_block_stride, value_slot_stride, value_cache_head_stride, value_scale_block_stride,
-                   value_scale_slot_stride, value_scale_head_stride, head_dim, LIMIT, WRITES_SCALES,
-                   BLOCK)  # fmt: skip
+            _store(
+                value + token * value_stride,
+                value_cache,
+                value_scale,
+                block,
+                offset,
+                h,
+                value_head_stride,
+                value_block_stride,
+                value_slot_stride,
+                value_cache_head_stride,
+                value_scale_block_stride,
+                value_scale_slot_stride,
+                value_scale_head_stride,
+                head_dim,
+                LIMIT,
+                WRITES_SCALES,
+                BLOCK,
+            )
 
 
 def scale_strides(scale: Tensor | None) -> tuple[int, ...]:

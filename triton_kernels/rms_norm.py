@@ -1,8 +1,8 @@
 """RMS norm, with or without a residual added first: one program per row.
 
 Bytes: input (and residual) once from memory, out (and the new residual) once to it; the second pass finds the row in L1
-or L2. Bound by bandwidth. A block of 4096 elements is 16 loads of 16 bits to a thread of 8 warps, enough in flight; rows
-that fit are read in one block of their own size. The block depends on the row's length alone, and so do its bits.
+or L2. Bound by bandwidth. A block of 4096 elements is 16 loads of 16 bits to a thread of 8 warps, enough in flight;
+rows that fit are read in one block of their own size. The block depends on the row's length alone, and so do its bits.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _launch(
     inner = rows.inner if rows.outer_stride else out_rows.inner
     launch(
         rms_norm_kernel,
-        (rows.count,),
+        (rows.num_rows,),
         out,
         x,
         weight,

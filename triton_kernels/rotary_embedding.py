@@ -1,8 +1,8 @@
 """Rotary position embedding of query and key, in place: a program per token and 8 heads.
 
 Bytes: every rotated element is read and written once, next to a row of cosines and sines that the heads share: bound by
-bandwidth. 8 heads of 64 pairs are 4 pairs to a thread of 4 warps, whose loads are 8 bytes of 16-bit elements; more heads
-to a program would leave a decode step with too few of them.
+bandwidth. 8 heads of 64 pairs are 4 pairs to a thread of 4 warps, whose loads are 8 bytes of 16-bit elements; more
+heads to a program would leave a decode step with too few of them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,18 @@ HEADS = 8
 
 
 @jit
-def _rotate(x, first_head, num_heads, head_stride, cos, sin, half, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr,
-            BLOCK: tl.constexpr):  # fmt: skip
+def _rotate(
+    x,
+    first_head,
+    num_heads,
+    head_stride,
+    cos,
+    sin,
+    half,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     h, i = first_head + tl.arange(0, HEADS), tl.arange(0, BLOCK)
     there = (h[:, None] < num_heads) & (i[None, :] < half)
     if INTERLEAVED:
@@ -58,11 +68,31 @@ def rotary_embedding_kernel(
     sin = tl.load(row + half + i, mask=i < half, other=0.0)
     query_parts = tl.cdiv(num_query_heads, HEADS)
     if part < query_parts:
-        _rotate(query + token * query_stride, part * HEADS, num_query_heads, query_head_stride, cos, sin, half,
-                INTERLEAVED, HEADS, BLOCK)  # fmt: skip
+        _rotate(
+            query + token * query_stride,
+            part * HEADS,
+            num_query_heads,
+            query_head_stride,
+            cos,
+            sin,
+            half,
+            INTERLEAVED,
+            HEADS,
+            BLOCK,
+        )
     else:
-        _rotate(key + token * key_stride, (part - query_parts) * HEADS, num_kv_heads, key_head_stride, cos, sin, half,
-                INTERLEAVED, HEADS, BLOCK)  # fmt: skip
+        _rotate(
+            key + token * key_stride,
+            (part - query_parts) * HEADS,
+            num_kv_heads,
+            key_head_stride,
+            cos,
+            sin,
+            half,
+            INTERLEAVED,
+            HEADS,
+            BLOCK,
+        )
 
 
 def rotary_embedding(positions: Tensor, query: Tensor, key: Tensor, cos_sin_cache: Tensor, interleaved: bool) -> None:

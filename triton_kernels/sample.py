@@ -4,9 +4,10 @@ Weights are integers in units of 2^-40 of the largest, so that their sums are ex
 arithmetic alone. There is no sort. A filter keeps a prefix of the order "larger logit first, lower id first among
 equals": it ends at a key (the logit's bits, ordered) that is found bit by bit, and after so many tokens that have it.
 
-Bytes: the row twice without filters, 33 times more for each of top-k and top-p, of which all but the first come from L2.
-4096 logits are 16 to a thread of 8 warps; a row is never split, so that its sums need no second kernel. Bound by the
-latency of the passes: a batch of fewer rows than multiprocessors leaves the others idle.
+Bytes: the row twice without filters, 33 times more for each of top-k and top-p, of which all but the first come from
+L2. 2048 logits are 8 to a thread of 8 warps, with which no target spills a register; a row is never split, so that its
+sums need no second kernel. Bound by the latency of the passes: a batch of fewer rows than multiprocessors leaves the
+others idle.
 """
 
 from __future__ import annotations
@@ -151,6 +152,20 @@ def sample(
 ) -> None:
     """Launch the kernel."""
     rows, size = logits.shape
-    block = power_of_two(size, 16, 4096)
-    launch(sample_kernel, (rows,), out, logits, temperature, top_k, top_p, min_p, seed, offset, size, logits.stride(0),
-           BLOCK=block, num_warps=8 if block > 1024 else 4)  # fmt: skip
+    block = power_of_two(size, 16, 2048)
+    launch(
+        sample_kernel,
+        (rows,),
+        out,
+        logits,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seed,
+        offset,
+        size,
+        logits.stride(0),
+        BLOCK=block,
+        num_warps=8 if block > 1024 else 4,
+    )

@@ -26,5 +26,5 @@ def silu_and_mul(out: Tensor, x: Tensor) -> None:
     """Launch the kernel."""
     rows, out_rows = rows_of(x), rows_of(out)
     block = power_of_two(out_rows.size, 16, 1024)
-    grid = (rows.count, ceil_div(out_rows.size, block))
+    grid = (rows.num_rows, ceil_div(out_rows.size, block))
     launch(silu_and_mul_kernel, grid, out, x, out_rows.size, out_rows.stride, rows.stride, BLOCK=block)

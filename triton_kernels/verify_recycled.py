@@ -1,7 +1,7 @@
 """How many recycled tokens stand: those that the target agrees with, or those that the rejection rule accepts.
 
 A program per sequence. The rule looks at two numbers per recycled token and at one or two whole rows where it draws the
-next one, twice (the second time from L2): bound by reading these. Blocks of 4096 probabilities: as in sample.py.
+next one, twice (the second time from L2): bound by reading these. Blocks of 2048 probabilities: as in sample.py.
 """
 
 from __future__ import annotations
@@ -113,8 +113,18 @@ def verify_recycled_sampled_kernel(
 def verify_recycled(out: Tensor, target: Tensor, recycled: Tensor) -> None:
     """Launch the kernel."""
     sequences, num_recycled = recycled.shape
-    launch(verify_recycled_kernel, (sequences,), out, target, recycled, num_recycled, target.stride(0),
-           recycled.stride(0), BLOCK=power_of_two(num_recycled, 16), num_warps=1)  # fmt: skip
+    launch(
+        verify_recycled_kernel,
+        (sequences,),
+        out,
+        target,
+        recycled,
+        num_recycled,
+        target.stride(0),
+        recycled.stride(0),
+        BLOCK=power_of_two(num_recycled, 16),
+        num_warps=1,
+    )
 
 
 def verify_recycled_sampled(
@@ -128,7 +138,7 @@ def verify_recycled_sampled(
 ) -> None:
     """Launch the kernel."""
     sequences, num_recycled, size = recycled_probs.shape
-    block = power_of_two(size, 16, 4096)
+    block = power_of_two(size, 16, 2048)
     launch(
         verify_recycled_sampled_kernel,
         (sequences,),

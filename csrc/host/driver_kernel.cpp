@@ -22,7 +22,7 @@ struct DriverFunctions {
 
 namespace {
 
-constexpr int kMaxDynamicSharedBytes = 8;    // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int kMaxDynamicSharedBytes = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 constexpr int kSharedWithoutAsking = 48 << 10;
 constexpr int kScratchPointers = 2;
 

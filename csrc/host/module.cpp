@@ -1,4 +1,5 @@
-// Host-side classes of the decoder loop, the communicator, and the launcher of embedded kernels. Knows nothing of torch. Docstrings stand in _host.pyi.
+// Host-side classes of the decoder loop, the communicator, and the launcher of embedded kernels. Knows nothing of
+// torch. Docstrings stand in _host.pyi.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

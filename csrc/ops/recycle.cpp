@@ -39,7 +39,12 @@ RecycleInputParams recycle_input(Matmul& projection, const Tensor& out, const Te
   require(projection.in_features == 2 * H.value, "projection: expected 2 * hidden_size = ", 2 * H.value,
           " input features, got ", projection.in_features);
   require(eps >= 0, "eps: expected a value >= 0, got ", eps);
-  Argument(out, "out").on_device_of(hidden, "hidden").same_dtype(hidden, "hidden").shape({&T, &N}).unit_last_stride().written();
+  Argument(out, "out")
+      .on_device_of(hidden, "hidden")
+      .same_dtype(hidden, "hidden")
+      .shape({&T, &N})
+      .unit_last_stride()
+      .written();
   check_apart(out, "out", rows_of(out, "out"), hidden, "hidden", rows_of(hidden, "hidden"), InPlace::kNo);
   const auto* ids = token_ids.const_data_ptr<int64_t>();
   for (int64_t t = 0; is_readable(token_ids) && t < T.value; ++t)
@@ -62,7 +67,11 @@ RecycleInputParams recycle_input(Matmul& projection, const Tensor& out, const Te
     params.packed_embedding.has_minimum = embedding.has_minimum;
     params.packed_embedding.dtype = dtype;
   } else {
-    Argument(embedding.weight, "embedding").on_device_of(hidden, "hidden").floating().shape({&V, &H}).unit_last_stride();
+    Argument(embedding.weight, "embedding")
+        .on_device_of(hidden, "hidden")
+        .floating()
+        .shape({&V, &H})
+        .unit_last_stride();
     params.embedding.token_ids = ids;
     params.embedding.weight = embedding.weight.const_data_ptr();
     params.embedding.tokens = {0, V.value};
@@ -171,7 +180,11 @@ void verify_recycled(Tensor out, Tensor target_token_ids, Tensor recycled_token_
       .dtype(ScalarType::Long)
       .shape({&S, &next})
       .unit_last_stride();
-  Argument(out, "out").on_device_of(recycled_token_ids, "recycled_token_ids").dtype(ScalarType::Int).shape({&S}).contiguous();
+  Argument(out, "out")
+      .on_device_of(recycled_token_ids, "recycled_token_ids")
+      .dtype(ScalarType::Int)
+      .shape({&S})
+      .contiguous();
   const VerifyRecycledParams params = {
       .num_accepted = out.mutable_data_ptr<int32_t>(),
       .target = target_token_ids.const_data_ptr<int64_t>(),
@@ -195,12 +208,31 @@ void verify_recycled_sampled(Tensor num_accepted, Tensor next_token_ids, Tensor 
       .same_dtype(recycled_probs, "recycled_probs")
       .shape({&S, &next, &V})
       .unit_last_stride();
-  Argument(recycled_token_ids, "recycled_token_ids").on_device_of(recycled_probs, "recycled_probs").dtype(ScalarType::Long).shape({&S, &k});
+  Argument(recycled_token_ids, "recycled_token_ids")
+      .on_device_of(recycled_probs, "recycled_probs")
+      .dtype(ScalarType::Long)
+      .shape({&S, &k});
   Argument(recycled_token_ids, "recycled_token_ids").unit_last_stride();
-  Argument(seed, "seed").on_device_of(recycled_probs, "recycled_probs").dtype(ScalarType::Long).shape({&S}).contiguous();
-  Argument(offset, "offset").on_device_of(recycled_probs, "recycled_probs").dtype(ScalarType::Long).shape({&S}).contiguous();
-  Argument(num_accepted, "out[0]").on_device_of(recycled_probs, "recycled_probs").dtype(ScalarType::Int).shape({&S}).contiguous();
-  Argument(next_token_ids, "out[1]").on_device_of(recycled_probs, "recycled_probs").dtype(ScalarType::Long).shape({&S}).contiguous();
+  Argument(seed, "seed")
+      .on_device_of(recycled_probs, "recycled_probs")
+      .dtype(ScalarType::Long)
+      .shape({&S})
+      .contiguous();
+  Argument(offset, "offset")
+      .on_device_of(recycled_probs, "recycled_probs")
+      .dtype(ScalarType::Long)
+      .shape({&S})
+      .contiguous();
+  Argument(num_accepted, "out[0]")
+      .on_device_of(recycled_probs, "recycled_probs")
+      .dtype(ScalarType::Int)
+      .shape({&S})
+      .contiguous();
+  Argument(next_token_ids, "out[1]")
+      .on_device_of(recycled_probs, "recycled_probs")
+      .dtype(ScalarType::Long)
+      .shape({&S})
+      .contiguous();
   require(V.value >= 1 && V.value <= kMaxVocabSize, "target_probs: expected V from 1 to 2^22, got ", V.value);
   const auto* ids = recycled_token_ids.const_data_ptr<int64_t>();
   for (int64_t s = 0; is_readable(recycled_token_ids) && s < S.value; ++s)

@@ -37,8 +37,8 @@ void sample(Tensor out, Tensor logits, Tensor temperature, Tensor top_k, Tensor 
   const SampleParams params = {
       .token_ids = token_ids,
       .logits = logits.const_data_ptr(),
-      .temperature =
-          per_row<float>(temperature, "temperature", logits, ScalarType::Float, S, "a finite value >= 0", is_temperature),
+      .temperature = per_row<float>(temperature, "temperature", logits, ScalarType::Float, S, "a finite value >= 0",
+                                    is_temperature),
       .top_k = per_row<int64_t>(top_k, "top_k", logits, ScalarType::Long, S, "a value >= 1, or 0 or -1 for all",
                                 [](int64_t x) { return x >= -1; }),
       .top_p = per_row<float>(top_p, "top_p", logits, ScalarType::Float, S, "0 < top_p <= 1",
