@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import teco_kernels as tk
+from teco_kernels.ops.plan import Plan
 from teco_kernels.ops.support import operators
 from teco_kernels.ops.triton_backend import triton_device, use_triton
 from teco_kernels.testing import TOLERANCE, Case, all_cases, run_case
