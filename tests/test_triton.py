@@ -120,7 +120,7 @@ def test_arguments_are_checked() -> None:
         with pytest.raises(ValueError, match="in row 1"):
             tk.sample(torch.tensor([[1.0, 2.0], [torch.nan, 0.0]]), seed=0, offset=0)
         with pytest.raises(ValueError, match="cannot be recorded"):
-            Plan(lambda: tk.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-6))
+            Plan(lambda: tk.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-6), None)
 
 
 @needs_triton
