@@ -353,20 +353,22 @@ def merge_splits_kernel(
     )
 
 
-def tile_sizes(block_d: int, fp32: bool, is_decode: bool) -> dict[str, int]:
+def tile_sizes(block_d: int, kind: str, fp32: bool, is_decode: bool) -> dict[str, int]:
     """Rows and keys of a tile, warps and stages: the most rows, then keys, with which no target spills a register.
 
     Products in fp32 are made without tensor cores, whose operands all lie in registers: they take a quarter of the
-    tile. The 64 KB of shared memory that gfx942 has are enough for each. See tests/data/triton_resources.json.
+    tile. Elements of 8 bits take registers to be converted. The 64 KB of shared memory that gfx942 has are enough for
+    each. See tests/data/triton_resources.json; with heads of 512 in fp32, NVIDIA's assembler spills up to 40 bytes.
     """
     if block_d > 256:
         rows, keys, warps = 16, 16, 8
-    elif fp32:
-        rows, keys, warps = (16, 32 if block_d <= 128 else 16, 8) if is_decode else (32, 16, 8)
     elif is_decode:
-        rows, keys, warps = 16, 32, 4
+        rows, keys = 16, 16 if fp32 and block_d > 128 else 32
+        warps = 8 if fp32 or kind == "fp8" else 4
+    elif fp32 or kind != "float" or block_d > 128:
+        rows, keys, warps = 32, 16, 8
     else:
-        rows, keys, warps = (64, 64, 8) if block_d <= 128 else (32, 32, 8)
+        rows, keys, warps = 64, 64, 8
     # Two stages hold the next keys while these are used; of the largest heads there is no room for them.
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": 1 if block_d > 256 else 2}
 
@@ -402,7 +404,7 @@ def paged_attention(
     kind = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(key_cache.dtype, "float")
     # In fp32 where either is, and where 16-bit types differ; else in the query's own, which holds every 8-bit code.
     fp32 = query.dtype == torch.float32 or (kind == "float" and key_cache.dtype != query.dtype)
-    sizes = tile_sizes(block_d, fp32, query_start_loc is None)
+    sizes = tile_sizes(block_d, kind, fp32, query_start_loc is None)
     block_m = sizes["BLOCK_M"]
     # Every sequence has one tile that is not full, at the most.
     tiles = num_seqs * ceil_div(group, block_m) if query_start_loc is None else tokens * group // block_m + num_seqs
