@@ -201,6 +201,27 @@ def test_resources() -> None:
 
 
 @needs_triton
+@pytest.mark.triton
+def test_integers_that_are_one() -> None:
+    """Compiled just in time, an integer argument that is 1 is a constant: every kernel compiles where all are."""
+    program = """
+from teco_kernels.triton_kernels.ahead_of_time import instances
+seen = set()
+for instance in instances():
+    launch = instance.launch
+    kind = (launch.kernel.__name__, *(a is None for a in launch.args), launch.constants.get("KIND"),
+            launch.constants.get("BITS"), launch.constants.get("INT8"), launch.constants.get("FP32"))
+    if kind not in seen:
+        seen.add(kind)
+        instance.compile("sm_90", "ones")
+print(len({kind[0] for kind in seen}))
+"""
+    compiled = run("-c", program)
+    assert compiled.returncode == 0, compiled.stderr
+    assert compiled.stdout == "18\n"
+
+
+@needs_triton
 def test_resources_of_some() -> None:
     """The same for the kernels of one operator, in every run of the tests."""
     check = run("tools/triton_build.py", "--check", "tests/data/triton_resources.json", "--only", "merge_splits")

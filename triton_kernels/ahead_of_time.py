@@ -47,14 +47,17 @@ class Instance:
         aligned, parameters = variant == "aligned", []
         for value in self.launch.args:
             kind = argument_type(value)
-            if kind == "int":
+            if kind == "int" and variant != "ones":
                 parameters.append(("i32" if aligned else "i64", aligned and is_multiple_of_16(value)))
-            elif kind != "none":
+            elif kind not in ("int", "none"):
                 parameters.append(("fp32" if kind == "float" else kind, aligned and kind.startswith("*")))
         return parameters
 
     def compile(self, target: str, variant: str) -> Any:
-        """Compile for a target; what Triton returns, with ``asm`` and ``metadata``."""
+        """Compile for a target; what Triton returns, with ``asm`` and ``metadata``.
+
+        The variant "ones" has a constant 1 for every integer, as the just-in-time compiler makes of those that are 1.
+        """
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -65,9 +68,14 @@ class Instance:
         constants: dict[str, Any] = dict(self.launch.constants)
         parameters = iter(self.parameters(variant))
         for index, name in enumerate(names):
-            if name in constants or self.launch.args[index] is None:
+            if name not in constants:
+                value = self.launch.args[index]
+                if value is None:
+                    constants[name] = None
+                elif variant == "ones" and argument_type(value) == "int":
+                    constants[name] = 1
+            if name in constants:
                 signature[name] = "constexpr"
-                constants.setdefault(name, None)
                 continue
             signature[name], multiple = next(parameters)
             if multiple:

@@ -47,11 +47,6 @@ void run_caller_launch() {
   if (!next_launch()) throw std::runtime_error("a kernel launched from Python failed");
 }
 
-void fail_without_kernel(const Tensor& tensor) {
-  if (tensor.is_cpu()) fail("ValueError", "there is no CUDA kernel of this operator");
-  fail("ValueError", "there is no CUDA kernel of this operator in this build");
-}
-
 bool emulates_cuda() {
   return emulated_kernels != nullptr;
 }

@@ -24,9 +24,6 @@ CallerLaunch caller_launch();
 // Launches it.
 void run_caller_launch();
 
-// Fails for a tensor on a device without kernels.
-[[noreturn]] void fail_without_kernel(const Tensor& tensor);
-
 // Whether the values of a tensor can be looked at without waiting for a device.
 inline bool is_readable(const Tensor& tensor) {
   return tensor.is_cpu();

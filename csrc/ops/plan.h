@@ -23,7 +23,7 @@ void record(KernelCall call);
 template <class Params>
 void launch(const Tensor& tensor, void (*kernel)(const Params&, int), const std::type_identity_t<Params>& params) {
   if (caller_launch()) return run_caller_launch();
-  if (emulates_cuda() || !tensor.is_cpu()) fail_without_kernel(tensor);
+  require(tensor.is_cpu() && !emulates_cuda(), "there is no CUDA kernel of this operator in this build");
   if (recording()) record([kernel, params](int num_threads) { kernel(params, num_threads); });
   kernel(params, num_threads());
 }

@@ -29,12 +29,14 @@ struct EmbeddingArgument {
 
 // Checks all tensors, and enters what the projection has to do with them.
 template <class Matmul>
-RecycleInputParams recycle_input(Matmul& projection, const Tensor& out, const Tensor& hidden, const Tensor& token_ids,
-                                 const EmbeddingArgument& embedding, const Tensor& hidden_norm,
+RecycleInputParams recycle_input(Matmul& projection, const Tensor& weight, const Tensor& out, const Tensor& hidden,
+                                 const Tensor& token_ids, const EmbeddingArgument& embedding, const Tensor& hidden_norm,
                                  const Tensor& embedding_norm, double eps) {
   Size T{"T"}, H{"hidden_size"}, V{"vocab_size", embedding.vocab_size, nullptr},
       N{"out_features", projection.out_features, "projection"};
   Argument(hidden, "hidden").floating().shape({&T, &H}).unit_last_stride();
+  Argument(weight, "projection").on_device_of(hidden, "hidden");
+  Argument(embedding.weight, "embedding").on_device_of(hidden, "hidden");
   Argument(token_ids, "token_ids").on_device_of(hidden, "hidden").dtype(ScalarType::Long).shape({&T}).contiguous();
   require(projection.in_features == 2 * H.value, "projection: expected 2 * hidden_size = ", 2 * H.value,
           " input features, got ", projection.in_features);
@@ -67,11 +69,7 @@ RecycleInputParams recycle_input(Matmul& projection, const Tensor& out, const Te
     params.packed_embedding.has_minimum = embedding.has_minimum;
     params.packed_embedding.dtype = dtype;
   } else {
-    Argument(embedding.weight, "embedding")
-        .on_device_of(hidden, "hidden")
-        .floating()
-        .shape({&V, &H})
-        .unit_last_stride();
+    Argument(embedding.weight, "embedding").floating().shape({&V, &H}).unit_last_stride();
     params.embedding.token_ids = ids;
     params.embedding.weight = embedding.weight.const_data_ptr();
     params.embedding.tokens = {0, V.value};
@@ -95,10 +93,11 @@ RecycleInputParams recycle_input(Matmul& projection, const Tensor& out, const Te
 
 // Checks all tensors, and enters the rows that the head multiplies.
 template <class Matmul>
-ArgmaxParams argmax_params(Matmul& head, const Tensor& token_ids, const Tensor& logits,
+ArgmaxParams argmax_params(Matmul& head, const Tensor& weight, const Tensor& token_ids, const Tensor& logits,
                            const std::optional<Tensor>& logsumexp, const Tensor& hidden) {
   Size T{"T"}, H{"hidden_size", head.in_features, "weight"};
   Argument(hidden, "hidden").floating().shape({&T, &H}).unit_last_stride();
+  Argument(weight, "weight").on_device_of(hidden, "hidden");
   Argument(token_ids, "out[0]").on_device_of(hidden, "hidden").dtype(ScalarType::Long).shape({&T}).contiguous();
   Argument(logits, "out[1]").on_device_of(hidden, "hidden").dtype(ScalarType::Float).shape({&T}).contiguous();
   require(head.out_features >= 1 && head.out_features < int64_t{1} << 32,
@@ -133,9 +132,10 @@ void recycle_project(Tensor out, Tensor hidden, Tensor token_ids, Tensor embeddi
                      bool embedding_has_minimum, Tensor hidden_norm, Tensor embedding_norm, Tensor projection,
                      std::optional<Tensor> bias, int64_t out_features, double eps) {
   DenseMatmulParams matmul = dense_weight(projection, "projection", bias, out_features);
-  const RecycleInputParams input = recycle_input(
-      matmul, out, hidden, token_ids, {embedding, embedding_order, vocab_size, embedding_bits, embedding_has_minimum},
-      hidden_norm, embedding_norm, eps);
+  const RecycleInputParams input =
+      recycle_input(matmul, projection, out, hidden, token_ids,
+                    {embedding, embedding_order, vocab_size, embedding_bits, embedding_has_minimum}, hidden_norm,
+                    embedding_norm, eps);
   if (out_features > 0) launch(hidden, cpu::kernels()->recycle_project, {input, matmul});
 }
 
@@ -146,16 +146,17 @@ void gptq_recycle_project(Tensor out, Tensor hidden, Tensor token_ids, Tensor em
                           int64_t out_features, int64_t bits, bool has_minimum, bool int8_activation, double eps) {
   GptqMatmulParams matmul =
       gptq_weight(projection, input_order, bias, in_features, out_features, bits, has_minimum, int8_activation);
-  const RecycleInputParams input = recycle_input(
-      matmul, out, hidden, token_ids, {embedding, embedding_order, vocab_size, embedding_bits, embedding_has_minimum},
-      hidden_norm, embedding_norm, eps);
+  const RecycleInputParams input =
+      recycle_input(matmul, projection, out, hidden, token_ids,
+                    {embedding, embedding_order, vocab_size, embedding_bits, embedding_has_minimum}, hidden_norm,
+                    embedding_norm, eps);
   launch(hidden, cpu::kernels()->gptq_recycle_project, {input, matmul});
 }
 
 void lm_head_argmax(Tensor token_ids, Tensor logits, std::optional<Tensor> logsumexp, Tensor hidden, Tensor weight,
                     std::optional<Tensor> bias, int64_t out_features) {
   DenseMatmulParams head = dense_weight(weight, "weight", bias, out_features);
-  const ArgmaxParams argmax = argmax_params(head, token_ids, logits, logsumexp, hidden);
+  const ArgmaxParams argmax = argmax_params(head, weight, token_ids, logits, logsumexp, hidden);
   launch(hidden, cpu::kernels()->lm_head_argmax, {argmax, head});
   check_no_nan(token_ids, argmax, head.num_rows);
 }
@@ -165,7 +166,7 @@ void gptq_lm_head_argmax(Tensor token_ids, Tensor logits, std::optional<Tensor> 
                          int64_t out_features, int64_t bits, bool has_minimum, bool int8_activation) {
   GptqMatmulParams head =
       gptq_weight(weight, input_order, bias, in_features, out_features, bits, has_minimum, int8_activation);
-  const ArgmaxParams argmax = argmax_params(head, token_ids, logits, logsumexp, hidden);
+  const ArgmaxParams argmax = argmax_params(head, weight, token_ids, logits, logsumexp, hidden);
   launch(hidden, cpu::kernels()->gptq_lm_head_argmax, {argmax, head});
   check_no_nan(token_ids, argmax, head.num_rows);
 }
