@@ -59,17 +59,19 @@ def launchers() -> dict[str, Callable[..., None]]:
 
 
 def prepare(interpreted: bool) -> None:
-    """Choose how kernels run: those of the build as they are, all others compiled by Triton, if it is there."""
+    """Choose how kernels run: those of the build as they are, all others compiled by Triton; or all interpreted.
+
+    Raises
+    ------
+    ImportError
+        When Triton is not installed, and for a GPU, nothing was compiled ahead of time either.
+    RuntimeError
+        When Triton was imported for the other of both.
+    """
     from teco_kernels.triton_kernels import _language, _launch, embedded
 
+    _language.require(interpreted)
     if interpreted or not is_embedded():
         _launch.launch_with(None)
     else:
         _launch.launch_with(embedded.runner(EMBEDDED, _launch.compile_and_run if _language.HAS_TRITON else None))
-
-
-def problem(interpreted: bool) -> str:
-    """Why kernels cannot run, on the CPU by Triton's interpreter or else on a GPU; empty when they can."""
-    from teco_kernels.triton_kernels import _language
-
-    return _language.problem(interpreted)

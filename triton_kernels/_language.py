@@ -5,13 +5,12 @@ Kernels that were compiled ahead of time run without Triton: their functions are
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from typing import Any
 
 from teco_kernels.triton_kernels import is_embedded
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "constexpr", "jit", "problem", "tl"]
+__all__ = ["HAS_TRITON", "INTERPRETED", "constexpr", "jit", "require", "tl"]
 
 #: Whether the package is there.
 HAS_TRITON = find_spec("triton") is not None
@@ -48,15 +47,20 @@ _IS_INTERPRETED = _interprets()
 INTERPRETED = constexpr(_IS_INTERPRETED)
 
 
-def problem(interpreted: bool) -> str:
-    """Why kernels cannot run, interpreted on the CPU or not; empty when they can."""
+def require(interpreted: bool) -> None:
+    """Raise when kernels cannot run in this process, interpreted on the CPU or not."""
     if interpreted and not HAS_TRITON:
-        return "the Triton interpreter needs the package triton; pip install 'teco_kernels[triton]'"
-    if interpreted and not _IS_INTERPRETED:
-        late = os.environ.get("TRITON_INTERPRET") == "1"
-        return "TRITON_INTERPRET=1 must be set before triton is imported" + (", it was set after" if late else "")
+        raise ImportError(
+            "teco_kernels: the Triton interpreter needs the package triton; pip install 'teco_kernels[triton]'"
+        )
     if not interpreted and not HAS_TRITON and not is_embedded():
-        return "kernels for a GPU need the package triton (pip install 'teco_kernels[triton]'), or to be in the build"
+        raise ImportError(
+            "teco_kernels: Triton kernels for a GPU need the package triton (pip install 'teco_kernels[triton]'), "
+            "or a build that embeds them"
+        )
+    if interpreted and not _IS_INTERPRETED:
+        raise RuntimeError("teco_kernels: TRITON_INTERPRET=1 must be set before triton is imported")
     if not interpreted and _IS_INTERPRETED:
-        return "Triton was imported with TRITON_INTERPRET=1; its kernels do not run on a GPU in this process"
-    return ""
+        raise RuntimeError(
+            "teco_kernels: Triton was imported with TRITON_INTERPRET=1; its kernels do not run on a GPU in this process"
+        )
