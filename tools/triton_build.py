@@ -3,6 +3,7 @@
     python tools/triton_build.py --output kernels.zip     what `TECO_TRITON_AOT=1` makes a build do
     python tools/triton_build.py --resources table.json   registers, spills and shared memory of the aligned variants
     python tools/triton_build.py --check table.json       the same, compared
+    python tools/triton_build.py --markdown table.json    a line per kernel, as docs/triton.md has it
 
 Needs teco_kernels and the package triton; no GPU, no driver. Spills and registers are read from the cubins by the
 cuobjdump that comes with triton, and for AMD from the notes that the compiler leaves in its assembly.
@@ -87,6 +88,21 @@ def measure(targets: list[str], only: str = "") -> dict[str, dict[str, Resources
     return table
 
 
+def markdown(table: dict[str, dict[str, Resources]], targets: list[str]) -> str:
+    """By kernel: how many instances, and the most that one of them takes on each target."""
+    by_kernel: dict[str, list[dict[str, Resources]]] = {}
+    for key, by_target in table.items():
+        by_kernel.setdefault(key.partition("(")[0].removesuffix("_kernel"), []).append(by_target)
+    lines = [f"| kernel | instances | registers ({', '.join(targets)}) | shared bytes |", "|---|---|---|---|"]
+    for kernel, instances in sorted(by_kernel.items()):
+
+        def most(what: str, rows: list[dict[str, Resources]] = instances) -> str:
+            return ", ".join(str(max(row[target][what] for row in rows)) for target in targets)
+
+        lines.append(f"| `{kernel}` | {len(instances)} | {most('registers')} | {most('shared_bytes')} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Do what the arguments say."""
     from teco_kernels.triton_kernels.ahead_of_time import TARGETS, VARIANTS, write
@@ -95,6 +111,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--resources", type=Path)
     parser.add_argument("--check", type=Path)
+    parser.add_argument("--markdown", type=Path)
     every = os.environ.get("TECO_TRITON_TARGETS") or ",".join(TARGETS)
     parser.add_argument("--targets", default=every, help=f"some of {', '.join(TARGETS)} (default: %(default)s)")
     parser.add_argument("--only", default="", help="kernels whose key holds this")
@@ -112,6 +129,8 @@ def main() -> None:
     if arguments.resources:
         table = {"triton": triton.__version__, "kernels": measure(targets, arguments.only)}
         arguments.resources.write_text(json.dumps(table, indent=1) + "\n")
+    if arguments.markdown:
+        print(markdown(json.loads(arguments.markdown.read_text())["kernels"], targets))
     if arguments.check:
         table = json.loads(arguments.check.read_text())
         if table["triton"] != triton.__version__:
