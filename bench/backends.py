@@ -199,8 +199,9 @@ def main() -> None:
         print(f"{cell.operator:24} {cell.backend:20} {cell.dtype:6} {numbers if cell.passed else cell.reason}")
         for name in cell.failed:
             print(f"    FAILS {name}")
+    # JSON has no infinity.
     table = [{**asdict(cell), "apart": min(cell.apart, 1e9), "worst": min(cell.worst, 1e9)} for cell in cells.values()]
-    arguments.json.write_text(json.dumps(table, indent=1) + "\n")
+    arguments.json.write_text("[\n" + ",\n".join(map(json.dumps, table)) + "\n]\n")
     draw(cells, arguments.png)
     sys.exit(any(cell.failed for cell in cells.values()))
 

@@ -127,8 +127,9 @@ def main() -> None:
         write(kernels, arguments.output)
         print(f"{len(kernels)} kernels, {arguments.output.stat().st_size / 1e6:.1f} MB in {arguments.output}")
     if arguments.resources:
-        table = {"triton": triton.__version__, "kernels": measure(targets, arguments.only)}
-        arguments.resources.write_text(json.dumps(table, indent=1) + "\n")
+        measured = measure(targets, arguments.only)
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(by_target)}" for key, by_target in measured.items())
+        arguments.resources.write_text(f'{{"triton": "{triton.__version__}", "kernels": {{\n{lines}\n}}}}\n')
     if arguments.markdown:
         print(markdown(json.loads(arguments.markdown.read_text())["kernels"], targets))
     if arguments.check:
