@@ -202,8 +202,8 @@ def test_resources() -> None:
 
 @needs_triton
 @pytest.mark.triton
-def test_integers_that_are_one() -> None:
-    """Compiled just in time, an integer argument that is 1 is a constant: every kernel compiles where all are."""
+def test_other_variants() -> None:
+    """Compiled just in time, an integer that is 1 is a constant: every kernel compiles where all are, and "general"."""
     program = """
 from teco_kernels.triton_kernels.ahead_of_time import instances
 seen = set()
@@ -214,6 +214,7 @@ for instance in instances():
     if kind not in seen:
         seen.add(kind)
         instance.compile("sm_90", "ones")
+        instance.compile("sm_90", "general")
 print(len({kind[0] for kind in seen}))
 """
     compiled = run("-c", program)

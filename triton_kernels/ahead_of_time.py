@@ -2,7 +2,7 @@
 
 An instance is a kernel with the dtypes of its tensors and the values of its constants. It is compiled in two variants:
 "aligned", for tensors that begin at multiples of 16 bytes, integers of 32 bits, and those integers multiples of 16 that
-are so in the call; and "general", for all others.
+are so in the call; and "general", for all others, with strides of 64 bits.
 """
 
 from __future__ import annotations
@@ -45,10 +45,12 @@ class Instance:
     def parameters(self, variant: str) -> list[tuple[str, bool]]:
         """Of every argument that is passed at run time: its type, and whether it is a multiple of 16."""
         aligned, parameters = variant == "aligned", []
-        for value in self.launch.args:
+        for name, value in zip(self.launch.kernel.arg_names, self.launch.args, strict=False):
             kind = argument_type(value)
             if kind == "int" and variant != "ones":
-                parameters.append(("i32" if aligned else "i64", aligned and is_multiple_of_16(value)))
+                # Sizes are of 32 bits, as they are just in time; strides count the elements of whole tensors.
+                is_wide = not aligned and name.endswith("stride")
+                parameters.append(("i64" if is_wide else "i32", aligned and is_multiple_of_16(value)))
             elif kind not in ("int", "none"):
                 parameters.append(("fp32" if kind == "float" else kind, aligned and kind.startswith("*")))
         return parameters
