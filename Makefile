@@ -48,6 +48,12 @@ cuda-check: $(VENV)/.test-tools ## compile the CUDA kernels for every architectu
 cuda-mutations: $(VENV)/.test-tools ## plant mistakes in the CUDA kernels and tell which are caught (docs/gpu.md)
 	$(BIN)/python tests/cuda_mutations.py
 
+triton-check: $(VENV)/.triton ## compile the Triton kernels for every GPU, and interpret all cases (docs/triton.md)
+	$(BIN)/python -m pytest -q --triton tests/test_triton.py tests/test_triton_build.py
+
+triton-matrix: $(VENV)/.triton ## hold every operator of every backend against the contract, and draw the picture of docs/triton.md
+	$(BIN)/python bench/backends.py
+
 lint: $(VENV)/.lint-tools ## ruff, mypy, clang-format: report only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -73,6 +79,11 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.test-tools: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -e '.[test]'
+	touch $@
+
+# A GB, which only these two need: without it the tests of the Triton kernels are skipped, and say so.
+$(VENV)/.triton: $(VENV)/.test-tools
+	$(BIN)/python -m pip install -q -e '.[triton]'
 	touch $@
 
 $(VENV)/.lint-tools: $(VENV)/.test-tools
@@ -103,4 +114,4 @@ $(VLLM_VENV)/.plugin: $(VLLM_VENV)/.vllm $(SOURCES)
 	$(@D)/bin/python -m pip install -q "$(TORCH)" -e . pytest
 	touch $@
 
-.PHONY: help demo test test-vllm verify bench bench-peers quality cuda-check cuda-mutations lint format clean
+.PHONY: help demo test test-vllm verify bench bench-peers quality cuda-check cuda-mutations triton-check triton-matrix lint format clean

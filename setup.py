@@ -3,10 +3,15 @@
 `_C.so`   operators, registered through LibTorch's stable ABI; loaded with torch.ops.load_library.
 `_host`   host-side classes of the decoder loop and the communicator, a pybind11 module that knows nothing of torch;
           linked against `_C`, which holds the communicator's code and the kernels that it calls.
+
+With TECO_TRITON_AOT=1 in the environment, the Triton kernels are compiled too, for every target, and become part of the
+package (docs/triton.md). That needs the package triton, and torch, where the build runs: `--no-build-isolation`.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +33,16 @@ class NinjaBuild(build_ext):
     def build_extensions(self) -> None:
         outputs = {ext.name.split(".")[-1]: Path(self.get_ext_fullpath(ext.name)) for ext in self.extensions}
         native_build.build(outputs, verbose=bool(self.verbose))
+        if os.environ.get("TECO_TRITON_AOT") == "1":
+            self._compile_triton_kernels(outputs["_C"].parent)
+
+    def _compile_triton_kernels(self, package: Path) -> None:
+        """With the package as it was just built: its own launchers say what is to be compiled."""
+        command = [sys.executable, str(Path(__file__).resolve().parent / "tools" / "triton_build.py")]
+        command += ["--output", str(package / "triton_kernels" / "kernels.zip")]
+        path = os.pathsep.join([str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        if subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode != 0:
+            raise SystemExit("teco_kernels: TECO_TRITON_AOT=1: the Triton kernels were not compiled, see above")
 
 
 setup(

@@ -168,7 +168,7 @@ STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CPU, m) {
   m.impl("_read_probe", TORCH_BOX(&read_probe));
 }
 
-#ifdef TECO_WITH_CUDA
+// In any build: what a build has no CUDA kernels of may be launched by the caller (ops/backend.h).
 STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CUDA, m) {
   m.impl("embedding", TORCH_BOX(&embedding));
   m.impl("embedding.gptq", TORCH_BOX(&gptq_embedding));
@@ -176,13 +176,20 @@ STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CUDA, m) {
   m.impl("fused_add_rms_norm", TORCH_BOX(&fused_add_rms_norm));
   m.impl("silu_and_mul", TORCH_BOX(&silu_and_mul));
   m.impl("rotary_embedding", TORCH_BOX(&rotary_embedding));
+  m.impl("sample", TORCH_BOX(&sample));
+  m.impl("dense_matmul", TORCH_BOX(&dense_matmul));
   m.impl("gptq_matmul", TORCH_BOX(&gptq_matmul));
   m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache));
   m.impl("copy_blocks", TORCH_BOX(&copy_blocks));
   m.impl("swap_blocks", TORCH_BOX(&swap_blocks));
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("merge_attention_states", TORCH_BOX(&merge_attention_states));
+  m.impl("recycle_project", TORCH_BOX(&recycle_project));
+  m.impl("recycle_project.gptq", TORCH_BOX(&gptq_recycle_project));
+  m.impl("lm_head_argmax", TORCH_BOX(&lm_head_argmax));
+  m.impl("lm_head_argmax.gptq", TORCH_BOX(&gptq_lm_head_argmax));
+  m.impl("verify_recycled", TORCH_BOX(&verify_recycled));
+  m.impl("verify_recycled_sampled", TORCH_BOX(&verify_recycled_sampled));
 }
-#endif
 
 }  // namespace teco::ops

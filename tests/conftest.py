@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# Triton decides when it is imported whether it interprets its kernels or compiles them. This process interprets;
+# compilation has processes of its own.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
@@ -12,6 +17,7 @@ import torch
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--stress", action="store_true", help="also run tests that take many minutes")
     parser.addoption("--nvcc", action="store_true", help="also run tests that compile the CUDA kernels for GPUs")
+    parser.addoption("--triton", action="store_true", help="also compile all Triton kernels and interpret all cases")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -19,6 +25,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("stress"):
                 item.add_marker(pytest.mark.skip(reason="takes many minutes; asked for with --stress"))
+    if not config.getoption("--triton"):
+        for item in items:
+            if item.get_closest_marker("triton"):
+                item.add_marker(pytest.mark.skip(reason="takes many minutes; asked for with --triton"))
     if not config.getoption("--nvcc"):
         for item in items:
             if item.get_closest_marker("nvcc"):

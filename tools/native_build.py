@@ -48,8 +48,8 @@ INSTRUCTION_SETS = {
 }
 # These files of csrc/cpu are compiled once, for the lowest instruction set: they run before one is chosen.
 BASELINE_ONLY = {"dispatch.cpp", "thread_pool.cpp"}
-# These two of the operator layer differ in a build with CUDA kernels.
-KNOW_OF_CUDA = {"ops.cpp", "backend.cpp"}
+# This one of the operator layer differs in a build with CUDA kernels.
+KNOWS_OF_CUDA = "backend.cpp"
 # By this name _host finds the operators' library, which the package has loaded by then. No path leads to it.
 OPERATORS_SONAME = "libteco_kernels_operators.so"
 
@@ -126,7 +126,7 @@ def _operator_objects(ninja: NinjaFile, torch: Path, with_cuda: bool) -> list[st
     sources = [CSRC / "ops.cpp", *sorted((CSRC / "ops").glob("*.cpp"))]
     objects = []
     for source in sources:
-        knows_of_cuda = ["-DTECO_WITH_CUDA"] if with_cuda and source.name in KNOW_OF_CUDA else []
+        knows_of_cuda = ["-DTECO_WITH_CUDA"] if with_cuda and source.name == KNOWS_OF_CUDA else []
         objects.append(ninja.compile(source, COMMON_FLAGS + include + torch_flags + knows_of_cuda))
     objects += [ninja.compile(source, COMMON_FLAGS + include) for source in sorted((CSRC / "comm").glob("*.cpp"))]
     variants = INSTRUCTION_SETS.get(platform.machine(), {"baseline": []})

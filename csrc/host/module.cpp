@@ -1,9 +1,11 @@
-// Host-side classes of the decoder loop, and the communicator. Knows nothing of torch. Docstrings stand in _host.pyi.
+// Host-side classes of the decoder loop, the communicator, and the launcher of embedded kernels. Knows nothing of
+// torch. Docstrings stand in _host.pyi.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "host/block_pool.h"
 #include "host/communicator.h"
+#include "host/driver_kernel.h"
 
 namespace py = pybind11;
 
@@ -44,6 +46,16 @@ PYBIND11_MODULE(_host, m) {
       .def_property_readonly("num_evictions", &BlockPool::num_evictions)
       .def_property_readonly("queried_tokens", &BlockPool::queried_tokens)
       .def_property_readonly("hit_tokens", &BlockPool::hit_tokens);
+
+  using teco::host::DriverKernel;
+  py::class_<DriverKernel>(m, "DriverKernel")
+      .def(py::init([](const std::string& library, bool is_hip, const py::bytes& image, const std::string& name,
+                       const std::string& parameters, int block_threads, int shared_bytes) {
+             return DriverKernel(library, is_hip, image, name, parameters, block_threads, shared_bytes);
+           }),
+           py::arg("library"), py::arg("is_hip"), py::arg("image"), py::arg("name"), py::arg("parameters"),
+           py::arg("block_threads"), py::arg("shared_bytes"))
+      .def("launch", &DriverKernel::launch, py::arg("grid"), py::arg("stream"), py::arg("arguments"));
 
   teco::host::bind_communicator(m);
 }

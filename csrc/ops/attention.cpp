@@ -141,10 +141,11 @@ void paged_attention(Tensor out, std::optional<Tensor> lse, Tensor query, Tensor
   };
   if (is_readable(query)) check_sequences(params, max_blocks.value, num_blocks.value);
   if (T.value == 0 || Hq.value == 0) return;
-  if (const cuda::KernelTable* table = cuda_kernels_for(query)) {
+  const cuda::KernelTable* table = cuda_kernels_for(query);
+  if (table && !caller_launch()) {
     launch_with_workspace(*table, query, params, max_blocks.value * B.value);
   } else {
-    launch(cpu::kernels()->paged_attention, params);
+    launch(query, cpu::kernels()->paged_attention, params);
   }
 }
 

@@ -26,6 +26,8 @@ const KernelTable* compiled_kernels() {
 
 const KernelTable* emulated_kernels = nullptr;
 
+thread_local CallerLaunch next_launch = nullptr;
+
 void check(cuda::Status status) {
   if (status) throw std::runtime_error(status);
 }
@@ -35,6 +37,15 @@ void* current_stream(int32_t device_index) {
 }
 
 }  // namespace
+
+CallerLaunch caller_launch() {
+  return next_launch;
+}
+
+void run_caller_launch() {
+  require(!recording(), "kernels that are launched from Python cannot be recorded in a plan");
+  if (!next_launch()) throw std::runtime_error("a kernel launched from Python failed");
+}
 
 bool emulates_cuda() {
   return emulated_kernels != nullptr;
@@ -70,3 +81,8 @@ std::string cuda_operators() {
 }
 
 }  // namespace teco::ops
+
+// For Python's ctypes: through the dispatcher it would cost as much as the operator's own checks.
+extern "C" __attribute__((visibility("default"))) void teco_launch_next(bool (*launch)()) {
+  teco::ops::next_launch = launch;
+}

@@ -1,5 +1,6 @@
 // Where a call goes: tensors on a CUDA device to the CUDA kernels, those on the CPU to the CPU's kernels or, while that
-// is switched on, to the emulated CUDA kernels.
+// is switched on, to the emulated CUDA kernels. A caller with kernels of its own (Triton's, which Python launches) has
+// them launched in place of these.
 #pragma once
 
 #include <functional>
@@ -15,6 +16,13 @@ const cuda::KernelTable* cuda_kernels_for(const Tensor& tensor);
 
 // Whether tensors of the CPU go to the emulated CUDA kernels.
 bool emulates_cuda();
+
+// A caller's kernel, to which it has given the arguments itself; false when it failed, of which the caller knows more.
+using CallerLaunch = bool (*)();
+// The kernel that this thread's next operator is to launch once it has checked its arguments; null: a backend's.
+CallerLaunch caller_launch();
+// Launches it.
+void run_caller_launch();
 
 // Whether the values of a tensor can be looked at without waiting for a device.
 inline bool is_readable(const Tensor& tensor) {

@@ -133,7 +133,7 @@ void all_reduce(Tensor out, Tensor input, int64_t comm) {
   const CollectiveParams params = sum_params(out, input, comm, input.numel());
   check_like(out, "out", input);
   check_apart_from(out, "out", input, "input", InPlace::kYes);
-  launch(run_all_reduce, params);
+  launch(input, run_all_reduce, params);
 }
 
 void all_reduce_rms_norm(Tensor out, Tensor residual_out, Tensor input, Tensor residual, Tensor weight, double eps,
@@ -167,7 +167,7 @@ void all_reduce_rms_norm(Tensor out, Tensor residual_out, Tensor input, Tensor r
   params.hidden_size = hidden_size.value;
   params.num_rows = hidden_size.value ? input.numel() / hidden_size.value : 0;
   params.eps = static_cast<float>(eps);
-  launch(run_all_reduce_rms_norm, params);
+  launch(input, run_all_reduce_rms_norm, params);
 }
 
 void all_gather(Tensor out, Tensor input, int64_t comm) {
@@ -179,7 +179,7 @@ void all_gather(Tensor out, Tensor input, int64_t comm) {
   const auto* own_row =
       static_cast<const char*>(params.out) + params.comm->rank() * params.count * params.element_bytes;
   if (params.input != own_row) check_apart_from(out, "out", input, "input", InPlace::kNo);
-  launch(run_all_gather, params);
+  launch(input, run_all_gather, params);
 }
 
 void reduce_scatter(Tensor out, Tensor input, int64_t comm) {
@@ -190,7 +190,7 @@ void reduce_scatter(Tensor out, Tensor input, int64_t comm) {
   require(same_sizes(out, 0, input, 1), "out: expected shape ", shape_text(input, 1), ", a row of input, got ",
           shape_text(out, 0));
   check_apart_from(out, "out", input, "input", InPlace::kNo);
-  launch(run_reduce_scatter, params);
+  launch(input, run_reduce_scatter, params);
 }
 
 void broadcast(Tensor out, Tensor input, int64_t root, int64_t comm) {
@@ -200,7 +200,7 @@ void broadcast(Tensor out, Tensor input, int64_t root, int64_t comm) {
   check_like(out, "out", input);
   check_apart_from(out, "out", input, "input", InPlace::kYes);
   params.root = static_cast<int>(root);
-  launch(run_broadcast, params);
+  launch(input, run_broadcast, params);
 }
 
 }  // namespace teco::ops

@@ -43,7 +43,7 @@ void set_sections(GptqMatmulParams& params, int64_t section_size) {
 void dense_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t out_features) {
   DenseMatmulParams params = dense_weight(weight, "weight", bias, out_features);
   set_operands(params, out, input, weight);
-  if (out_features > 0) launch(cpu::kernels()->dense_matmul, params);
+  if (out_features > 0) launch(input, cpu::kernels()->dense_matmul, params);
 }
 
 void sparse24_matmul(Tensor out, Tensor input, Tensor values, Tensor indices, std::optional<Tensor> bias,
@@ -62,7 +62,7 @@ void sparse24_matmul(Tensor out, Tensor input, Tensor values, Tensor indices, st
   params.out_features = out_features;
   params.value_dtype = to_dtype(values.scalar_type(), "values");
   set_operands(params, out, input, values);
-  if (out_features > 0) launch(cpu::kernels()->sparse24_matmul, params);
+  if (out_features > 0) launch(input, cpu::kernels()->sparse24_matmul, params);
 }
 
 void gptq_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> input_order, std::optional<Tensor> bias,
@@ -74,7 +74,8 @@ void gptq_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> 
   const bool exact_out = section_size != 0 && out.scalar_type() == ScalarType::Double;
   set_operands(params, out, input, weight, exact_out);
   if (exact_out) params.exact_out = static_cast<double*>(std::exchange(params.out, nullptr));
-  require(section_size == 0 || !cuda_kernels_for(input), "section_size: there is no CUDA kernel that takes sections");
+  require(section_size == 0 || !(cuda_kernels_for(input) || caller_launch()),
+          "section_size: only the CPU's own kernel takes sections");
   launch(input, [](const auto& kernels) { return kernels.gptq_matmul; }, params);
 }
 

@@ -14,7 +14,7 @@ const float* check_bias(const std::optional<Tensor>& bias, const Tensor& weight,
 DenseMatmulParams dense_weight(const Tensor& weight, const char* name, const std::optional<Tensor>& bias,
                                int64_t out_features) {
   Size in_features{"in_features"};
-  Argument(weight, name).on_cpu().floating();
+  Argument(weight, name).floating();
   const bool is_packed = weight.dim() != 2;
   if (is_packed) {
     Size panels{"num_panels", num_panels(out_features), "out_features"}, columns{"16", kPanel, nullptr};

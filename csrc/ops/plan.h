@@ -20,10 +20,11 @@ bool recording();
 void record(KernelCall call);
 
 // The end of every operator: runs the kernel, and makes it part of the plan that is being recorded. This is for those
-// that only the CPU backend has.
+// that only the CPU backend has; `tensor` is one of the arguments.
 template <class Params>
-void launch(void (*kernel)(const Params&, int), const std::type_identity_t<Params>& params) {
-  if (emulates_cuda()) fail("ValueError", "there is no CUDA kernel of this operator");
+void launch(const Tensor& tensor, void (*kernel)(const Params&, int), const std::type_identity_t<Params>& params) {
+  if (caller_launch()) return run_caller_launch();
+  require(tensor.is_cpu() && !emulates_cuda(), "there is no CUDA kernel of this operator in this build");
   const auto run = [kernel, params](int num_threads) {
     count_kernel_call<Params>();
     kernel(params, num_threads);
@@ -32,12 +33,12 @@ void launch(void (*kernel)(const Params&, int), const std::type_identity_t<Param
   run(num_threads());
 }
 
-// This is for those that several backends have: `select` takes the operator's kernel out of a backend's table,
-// `tensor` is one of the arguments.
+// This is for those that several backends have: `select` takes the operator's kernel out of a backend's table.
 template <class Select, class Params>
 void launch(const Tensor& tensor, Select select, const Params& params) {
+  if (caller_launch()) return run_caller_launch();
   const cuda::KernelTable* table = cuda_kernels_for(tensor);
-  if (!table) return launch(select(*cpu::kernels()), params);
+  if (!table) return launch(tensor, select(*cpu::kernels()), params);
   run_on_stream(tensor, [kernel = select(*table), params](void* stream) {
     count_kernel_call<Params>();
     return kernel(params, stream);

@@ -14,10 +14,11 @@ constexpr int64_t kMaxVocabSize = 1 << 22;
 
 // The values of a tensor with one element per row, each of which must satisfy `valid`.
 template <class T, class Valid>
-const T* per_row(const Tensor& tensor, const char* name, ScalarType type, Size& S, const char* expected, Valid valid) {
-  Argument(tensor, name).on_cpu().dtype(type).shape({&S}).contiguous();
+const T* per_row(const Tensor& tensor, const char* name, const Tensor& logits, ScalarType type, Size& S,
+                 const char* expected, Valid valid) {
+  Argument(tensor, name).on_device_of(logits, "logits").dtype(type).shape({&S}).contiguous();
   const T* values = static_cast<const T*>(tensor.const_data_ptr());
-  for (int64_t r = 0; r < S.value; ++r)
+  for (int64_t r = 0; is_readable(tensor) && r < S.value; ++r)
     require(valid(values[r]), name, ": expected ", expected, ", got ", values[r], " in row ", r);
   return values;
 }
@@ -27,8 +28,8 @@ const T* per_row(const Tensor& tensor, const char* name, ScalarType type, Size& 
 void sample(Tensor out, Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed,
             Tensor offset) {
   Size S{"S"}, V{"V"};
-  Argument(logits, "logits").on_cpu().floating().shape({&S, &V}).unit_last_stride();
-  Argument(out, "out").on_cpu().dtype(ScalarType::Long).shape({&S}).contiguous();
+  Argument(logits, "logits").floating().shape({&S, &V}).unit_last_stride();
+  Argument(out, "out").on_device_of(logits, "logits").dtype(ScalarType::Long).shape({&S}).contiguous();
   require(V.value >= 1 && V.value <= kMaxVocabSize, "logits: expected V from 1 to 2^22, got ", V.value);
   const auto any = [](int64_t) { return true; };
   const auto is_temperature = [](float x) { return x >= 0 && x <= std::numeric_limits<float>::max(); };
@@ -36,23 +37,23 @@ void sample(Tensor out, Tensor logits, Tensor temperature, Tensor top_k, Tensor 
   const SampleParams params = {
       .token_ids = token_ids,
       .logits = logits.const_data_ptr(),
-      .temperature =
-          per_row<float>(temperature, "temperature", ScalarType::Float, S, "a finite value >= 0", is_temperature),
-      .top_k = per_row<int64_t>(top_k, "top_k", ScalarType::Long, S, "a value >= 1, or 0 or -1 for all",
+      .temperature = per_row<float>(temperature, "temperature", logits, ScalarType::Float, S, "a finite value >= 0",
+                                    is_temperature),
+      .top_k = per_row<int64_t>(top_k, "top_k", logits, ScalarType::Long, S, "a value >= 1, or 0 or -1 for all",
                                 [](int64_t x) { return x >= -1; }),
-      .top_p = per_row<float>(top_p, "top_p", ScalarType::Float, S, "0 < top_p <= 1",
+      .top_p = per_row<float>(top_p, "top_p", logits, ScalarType::Float, S, "0 < top_p <= 1",
                               [](float x) { return x > 0 && x <= 1; }),
-      .min_p = per_row<float>(min_p, "min_p", ScalarType::Float, S, "0 <= min_p <= 1",
+      .min_p = per_row<float>(min_p, "min_p", logits, ScalarType::Float, S, "0 <= min_p <= 1",
                               [](float x) { return x >= 0 && x <= 1; }),
-      .seed = per_row<int64_t>(seed, "seed", ScalarType::Long, S, "an integer", any),
-      .offset = per_row<int64_t>(offset, "offset", ScalarType::Long, S, "an integer", any),
+      .seed = per_row<int64_t>(seed, "seed", logits, ScalarType::Long, S, "an integer", any),
+      .offset = per_row<int64_t>(offset, "offset", logits, ScalarType::Long, S, "an integer", any),
       .num_rows = S.value,
       .vocab_size = V.value,
       .logits_stride = logits.stride(0),
       .dtype = to_dtype(logits.scalar_type(), "logits"),
   };
-  launch(cpu::kernels()->sample, params);
-  for (int64_t r = 0; r < S.value; ++r)
+  launch(logits, cpu::kernels()->sample, params);
+  for (int64_t r = 0; is_readable(out) && r < S.value; ++r)
     require(token_ids[r] != kInvalidRow,
             "logits: expected numbers and -inf, with one number at least, got NaN, +inf or "
             "nothing but -inf in row ",

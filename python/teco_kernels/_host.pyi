@@ -218,3 +218,43 @@ class Communicator:
     @staticmethod
     def one_shot_bytes(world_size: int) -> int:
         """Largest tensor that every rank adds up for itself."""
+
+class DriverKernel:
+    """A kernel that was compiled ahead of time, launched through the driver of the GPU.
+
+    The driver's library is opened when the first kernel of it is loaded, and never linked.
+
+    Parameters
+    ----------
+    library : str
+        The driver's library, such as ``libcuda.so.1``.
+    is_hip : bool
+        Whether its functions are HIP's.
+    image : bytes
+        A cubin or hsaco; loaded into the current context, for as long as the process lives.
+    name : str
+        Of the kernel in the image.
+    parameters : str
+        A character per parameter: "p" a pointer, "i" and "l" integers of 32 and 64 bits, "f" fp32. Two pointers to
+        scratch memory, which Triton's kernels take behind them, are not counted, and null.
+    block_threads, shared_bytes : int
+        Threads of a program, and its shared memory.
+
+    Raises
+    ------
+    RuntimeError
+        When the library, a function of it or the kernel is missing, or the driver reports an error.
+    """
+
+    def __init__(
+        self,
+        library: str,
+        is_hip: bool,
+        image: bytes,
+        name: str,
+        parameters: str,
+        block_threads: int,
+        shared_bytes: int,
+    ) -> None: ...
+    def launch(self, grid: tuple[int, int, int], stream: int, arguments: Sequence[int | float]) -> None:
+        """Enqueue the kernel. ValueError when arguments do not fit the parameters; RuntimeError by the driver."""

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from teco_kernels import triton_kernels
 from teco_kernels.ops import _library
 from teco_kernels.ops.cache import ELEMENT_MAX
 from teco_kernels.ops.packing import BITS, codes_per_period
 from teco_kernels.ops.sparse24 import GROUP
+from teco_kernels.ops.triton_backend import triton_device
 
 #: Every backend of the package's design, compiled into this build or not.
 BACKENDS = ("cpu", "cuda", "triton")
@@ -20,6 +22,7 @@ BACKENDS = ("cpu", "cuda", "triton")
 #: Largest head_dim that `paged_attention` takes.
 MAX_HEAD_DIM = 512
 
+_COLLECTIVES = ("all_reduce", "all_reduce_rms_norm", "all_gather", "reduce_scatter", "broadcast")
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -91,15 +94,28 @@ def _backend_problem(op: str, backend: str) -> str:
     if backend not in BACKENDS:
         return f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}"
     if backend == "triton":
-        present = find_spec("teco_kernels.triton_kernels") is not None
-        return "" if present else "backend: the Triton kernels are not part of this build"
+        return _triton_problem(op)
     if _library.has_kernel(op, backend):
         return ""
     return f"backend: no {backend} kernel of {op} is compiled into this build"
 
 
+def _triton_problem(op: str) -> str:
+    if op in _COLLECTIVES:
+        return f"backend: there is no Triton kernel of {op}: ranks would have to map each other's GPU memory"
+    if op not in triton_kernels.OPERATORS:
+        return f"backend: there is no Triton kernel of {op}"
+    if find_spec("triton") is None and not triton_kernels.is_embedded():
+        return "backend: expected the package triton, or a build with Triton kernels compiled ahead of time"
+    return ""
+
+
 def _device_problem(backend: str, device: torch.device) -> str:
-    on_cpu = backend == "cpu" or (backend == "cuda" and _library.emulates_cuda())
+    on_cpu = (
+        backend == "cpu"
+        or (backend == "cuda" and _library.emulates_cuda())
+        or (backend == "triton" and triton_device() == "cpu")
+    )
     expected = "cpu" if on_cpu else "cuda"
     if device.type != expected:
         return f"device: backend {backend} works on {expected} tensors, got {device}"

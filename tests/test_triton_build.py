@@ -1,0 +1,243 @@
+"""Triton kernels compiled ahead of time, without a GPU: what they take, and how the package's own launcher packs it."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import struct
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from teco_kernels import _host
+from teco_kernels.triton_kernels._launch import Launch
+from teco_kernels.triton_kernels.embedded import Embedded, fits, target_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+import native_build
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="triton is not installed (pip install -e '.[triton]')"
+)
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """A process that compiles: this one interprets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+class FakeDriver:
+    """The library of fake_driver.c: what was launched last."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self.library = ctypes.CDLL(self.path)
+
+    def number(self, name: str, kind: Any = ctypes.c_int) -> Any:
+        return kind.in_dll(self.library, name).value
+
+    def numbers(self, name: str, count: int, kind: Any = ctypes.c_uint) -> list[int]:
+        return list((kind * count).in_dll(self.library, name))
+
+    def expect(self, sizes: list[int], error: int = 0) -> None:
+        (ctypes.c_int * 64).in_dll(self.library, "fake_sizes")[:] = [*sizes, *[0] * (64 - len(sizes))]
+        ctypes.c_int.in_dll(self.library, "fake_error").value = error
+
+    def values(self, count: int) -> list[int]:
+        return self.numbers("fake_values", count, ctypes.c_uint64)
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> FakeDriver:
+    path = tmp_path_factory.mktemp("driver") / "libfake.so"
+    source = Path(__file__).parent / "fake_driver.c"
+    compiler = native_build.compiler().split()
+    subprocess.run([*compiler, "-x", "c", "-shared", "-fPIC", "-o", str(path), str(source)], check=True)
+    return FakeDriver(path)
+
+
+@pytest.mark.parametrize("is_hip", [False, True])
+def test_arguments_are_packed(driver: FakeDriver, is_hip: bool, tmp_path: Path) -> None:
+    """Each at its own width, then two null pointers; grid, block, shared memory and stream as they were given."""
+    library = tmp_path / f"lib{is_hip}.so"  # a driver is known by the name of its library
+    library.symlink_to(driver.path)
+    kernel = _host.DriverKernel(str(library), is_hip, b"image", "a_kernel", "pilf", 96, 60000)
+    assert driver.number("fake_name", ctypes.c_char * 256) == b"a_kernel"
+    if not is_hip:
+        assert driver.number("fake_attribute") == 8
+        assert driver.number("fake_attribute_value") == 60000
+    driver.expect([8, 4, 8, 4, 8, 8])
+    kernel.launch((3, 2, 1), 77, [2**63 - 1, -5, -(2**40), 0.5])
+    values = driver.values(7)
+    assert values[0] == 2**63 - 1
+    assert values[1] == 2**32 - 5
+    assert values[2] == 2**64 - 2**40
+    assert values[3] == struct.unpack("<I", struct.pack("<f", 0.5))[0]
+    assert values[4:] == [0, 0, 0]
+    assert driver.numbers("fake_grid", 3) == [3, 2, 1]
+    assert driver.numbers("fake_block", 3) == [96, 1, 1]
+    assert driver.number("fake_shared") == 60000
+    assert driver.number("fake_stream", ctypes.c_void_p) == 77
+
+
+def test_wrong_launches(driver: FakeDriver) -> None:
+    kernel = _host.DriverKernel(driver.path, False, b"image", "a_kernel", "pi", 32, 0)
+    with pytest.raises(ValueError, match="expected 2 arguments, got 1"):
+        kernel.launch((1, 1, 1), 0, [0])
+    with pytest.raises(ValueError, match="argument 1: expected an integer of 32 bits"):
+        kernel.launch((1, 1, 1), 0, [0, 2**31])
+    with pytest.raises(ValueError, match="argument 0: expected an integer"):
+        kernel.launch((1, 1, 1), 0, [0.5, 1])
+    with pytest.raises(ValueError, match="expected a grid of 1 to"):
+        kernel.launch((0, 1, 1), 0, [0, 1])
+    with pytest.raises(ValueError, match='expected characters of "pilf"'):
+        _host.DriverKernel(driver.path, False, b"image", "a_kernel", "x", 32, 0)
+    driver.expect([8, 4], error=700)
+    with pytest.raises(RuntimeError, match="the launch of kernel a_kernel failed with error 700"):
+        kernel.launch((1, 1, 1), 0, [0, 1])
+    with pytest.raises(RuntimeError, match="loading the module of kernel a_kernel failed with error 700"):
+        _host.DriverKernel(driver.path, False, b"image", "a_kernel", "pi", 32, 0)
+    driver.expect([])
+    with pytest.raises(RuntimeError, match="no-such-driver"):
+        _host.DriverKernel("no-such-driver.so", False, b"image", "a_kernel", "pi", 32, 0)
+
+
+def test_what_fits() -> None:
+    entry = {"parameters": "pil", "multiples_of_16": [True, True, False]}
+    memory = torch.empty(64, dtype=torch.uint8)
+    aligned = memory[-memory.data_ptr() % 16 :]
+    assert fits(entry, [aligned, 32, 2**40])
+    assert not fits(entry, [aligned[1:], 32, 1])
+    assert not fits(entry, [aligned, 33, 1])
+    assert not fits(entry, [aligned, 2**31, 1])
+    assert [target_of(*c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))] == [
+        "sm_80",
+        "sm_80",
+        "sm_90",
+        "sm_100",
+        "sm_120",
+    ]
+
+
+@needs_triton
+def test_launches_agree_with_the_compiled_kernel(driver: FakeDriver, tmp_path: Path) -> None:
+    """From a launch by an operator to the driver: the variant that fits, and a value for each parameter of its code."""
+    from teco_kernels.triton_kernels import _launch
+    from teco_kernels.triton_kernels.silu_and_mul import silu_and_mul
+
+    archive = tmp_path / "kernels.zip"
+    compiled = run("tests/compiled_triton.py", str(archive), ",".join(TARGETS), "silu_and_mul_kernel(*fp16")
+    assert compiled.returncode == 0, compiled.stderr
+    kernels = json.loads(compiled.stdout)
+    assert len(kernels) == 2 * len(TARGETS)
+    sizes = {"p": 8, "i": 4, "l": 8, "f": 4}
+    for kernel in kernels:
+        assert kernel["sizes"] == [*(sizes[letter] for letter in kernel["parameters"]), 8, 8], kernel["target"]
+
+    x = torch.empty(3, 2048, dtype=torch.float16)
+    launches: list[Launch] = []
+    _launch.launch_with(launches.append)
+    try:
+        silu_and_mul(x[:, :1024], x)
+        silu_and_mul(torch.empty(3, 1030, dtype=torch.float16)[:, :1024], x)  # a stride that is no multiple of 16
+    finally:
+        _launch.launch_with(None)
+    library = tmp_path / "libembedded.so"
+    library.symlink_to(driver.path)
+    embedded = Embedded(archive, str(library))
+    for launch, variant in zip(launches, ("aligned", "general"), strict=True):
+        (kernel,) = (k for k in kernels if k["target"] == "sm_90" and k["variant"] == variant)
+        driver.expect(kernel["sizes"])
+        assert embedded.run(launch, "sm_90", 0, 5)
+        assert driver.number("fake_name", ctypes.c_char * 256).decode() == kernel["name"]
+        assert driver.values(7) == [launch.args[0].data_ptr(), x.data_ptr(), *launch.args[2:], 0, 0]
+        assert driver.numbers("fake_grid", 3) == [3, 1, 1]
+        assert driver.numbers("fake_block", 3) == [kernel["block_threads"], 1, 1] == [128, 1, 1]
+        assert driver.number("fake_shared") == kernel["shared_bytes"]
+    assert not embedded.run(launches[0], "sm_75", 0, 5)
+    other = launches[0]._replace(constants={"BLOCK": 512})
+    assert not embedded.run(other, "sm_90", 0, 5)
+
+    # And once more in a process that has no Triton: a kernel is then no more than a name.
+    without = run("-c", _WITHOUT_TRITON, str(archive), driver.path)
+    assert without.returncode == 0, without.stderr
+    assert without.stdout == "False True\n"
+
+
+_WITHOUT_TRITON = """
+import importlib.util, sys
+from pathlib import Path
+sys.modules["triton"] = None
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "triton" else find(name, package)
+import torch
+from teco_kernels.triton_kernels import _language, _launch
+from teco_kernels.triton_kernels.embedded import Embedded
+from teco_kernels.triton_kernels.silu_and_mul import silu_and_mul
+embedded = Embedded(Path(sys.argv[1]), sys.argv[2])
+_launch.launch_with(lambda launch: print(_language.HAS_TRITON, embedded.run(launch, "sm_90", 0, 0)))
+silu_and_mul(torch.empty(3, 1024, dtype=torch.float16), torch.empty(3, 2048, dtype=torch.float16))
+"""
+
+#: Bytes of shared memory that a program can have.
+SHARED_LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
+
+
+@needs_triton
+@pytest.mark.triton
+def test_resources() -> None:
+    """All kernels compile for all targets, and take what the table says."""
+    check = run("tools/triton_build.py", "--check", "tests/data/triton_resources.json")
+    assert check.returncode == 0, check.stdout + check.stderr
+
+
+@needs_triton
+@pytest.mark.triton
+def test_other_variants() -> None:
+    """Compiled just in time, an integer that is 1 is a constant: every kernel compiles where all are, and "general"."""
+    program = """
+from teco_kernels.triton_kernels.ahead_of_time import instances
+seen = set()
+for instance in instances():
+    launch = instance.launch
+    kind = (launch.kernel.__name__, *(a is None for a in launch.args), launch.constants.get("KIND"),
+            launch.constants.get("BITS"), launch.constants.get("INT8"), launch.constants.get("FP32"))
+    if kind not in seen:
+        seen.add(kind)
+        instance.compile("sm_90", "ones")
+        instance.compile("sm_90", "general")
+print(len({kind[0] for kind in seen}))
+"""
+    compiled = run("-c", program)
+    assert compiled.returncode == 0, compiled.stderr
+    assert compiled.stdout == "18\n"
+
+
+@needs_triton
+def test_resources_of_some() -> None:
+    """The same for the kernels of one operator, in every run of the tests."""
+    check = run("tools/triton_build.py", "--check", "tests/data/triton_resources.json", "--only", "silu_and_mul")
+    assert check.returncode == 0, check.stdout + check.stderr
+
+
+def test_no_kernel_spills() -> None:
+    """By the table; and shared memory is what a program can have.
+
+    The exception: attention in fp32 over heads of 512, whose registers NVIDIA's assembler limits to 128.
+    """
+    table = json.loads((ROOT / "tests/data/triton_resources.json").read_text())["kernels"]
+    assert all(set(by_target) == set(TARGETS) for by_target in table.values())
+    for kernel, by_target in table.items():
+        for target, taken in by_target.items():
+            allowed = 40 if "FP32=True" in kernel and "BLOCK_D=512" in kernel else 0
+            assert taken["spilled_bytes"] <= allowed, (kernel, target)
+            assert taken["shared_bytes"] <= SHARED_LIMITS[target], (kernel, target)

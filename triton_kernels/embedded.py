@@ -1,0 +1,138 @@
+"""Launches kernels that were compiled ahead of time and lie in the package: without Triton, without a compiler."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import torch
+from torch import Tensor
+
+from teco_kernels import _host
+from teco_kernels.triton_kernels._launch import Launch
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+def argument_type(value: Any) -> str:
+    """As the key of an instance has it: what a kernel is compiled for, whatever the value of an integer is."""
+    if isinstance(value, Tensor):
+        return "*" + _TYPES[value.dtype]
+    return "none" if value is None else "float" if isinstance(value, float) else "int"
+
+
+def key_of(launch: Launch) -> str:
+    """Names the instance that a launch needs."""
+    types = ",".join(map(argument_type, launch.args))
+    constants = ",".join(f"{name}={value}" for name, value in launch.constants.items())
+    return f"{launch.kernel.__name__}({types}; {constants}; {launch.num_warps} warps)"
+
+
+def is_multiple_of_16(value: Any) -> bool:
+    """Whether code for multiples of 16 fits an argument."""
+    if isinstance(value, Tensor):
+        return value.data_ptr() % 16 == 0
+    return isinstance(value, int) and value % 16 == 0
+
+
+def fits(entry: dict[str, Any], arguments: list[Any]) -> bool:
+    """Whether arguments are what a kernel was compiled for: multiples of 16, and integers of its width."""
+    for kind, multiple, value in zip(entry["parameters"], entry["multiples_of_16"], arguments, strict=True):
+        if multiple and not is_multiple_of_16(value):
+            return False
+        if kind == "i" and not -(2**31) <= value < 2**31:
+            return False
+    return True
+
+
+def target_of(major: int, minor: int) -> str:
+    """The target whose code a CUDA device of this compute capability runs.
+
+    Within 8.x, code for 8.0 runs on all. From 9.0 on Triton compiles for one capability alone.
+    """
+    return "sm_80" if major == 8 else f"sm_{major}{minor}"
+
+
+class Embedded:
+    """The kernels of an archive, for the devices of this process.
+
+    Parameters
+    ----------
+    path : Path
+        As `ahead_of_time.write` writes it.
+    library : str
+        The driver's; by default that of the CUDA or HIP that torch is built for.
+    """
+
+    def __init__(self, path: Path, library: str | None = None) -> None:
+        self._archive = ZipFile(path)
+        self._is_hip = torch.version.hip is not None
+        self._library = library or ("libamdhip64.so" if self._is_hip else "libcuda.so.1")
+        self._entries: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for entry in json.loads(self._archive.read("index.json")):
+            self._entries.setdefault((entry["target"], entry["key"]), []).append(entry)
+        self._loaded: dict[tuple[int, str], _host.DriverKernel] = {}
+
+    def run(self, launch: Launch, target: str, device: int, stream: int) -> bool:
+        """Launch on the current device, whose number and target these are; False when there is no such kernel."""
+        arguments = [value for value in launch.args if value is not None]
+        for entry in self._entries.get((target, key_of(launch)), ()):
+            if fits(entry, arguments):
+                kernel = self._loaded.get((device, entry["file"])) or self._load(entry, device)
+                x, y, z = (*launch.grid, 1, 1)[:3]
+                kernel.launch((x, y, z), stream, [v.data_ptr() if isinstance(v, Tensor) else v for v in arguments])
+                return True
+        return False
+
+    def _load(self, entry: dict[str, Any], device: int) -> _host.DriverKernel:
+        kernel = _host.DriverKernel(
+            self._library,
+            self._is_hip,
+            self._archive.read(entry["file"]),
+            entry["name"],
+            entry["parameters"],
+            entry["block_threads"],
+            entry["shared_bytes"],
+        )
+        self._loaded[device, entry["file"]] = kernel
+        return kernel
+
+
+@cache
+def device_target(device: int) -> str:
+    """The target of a device of this process."""
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    return target_of(*torch.cuda.get_device_capability(device))
+
+
+def runner(path: Path, otherwise: Callable[[Launch], None] | None) -> Callable[[Launch], None]:
+    """What launches the kernels of an archive, and hands those that are not in it to `otherwise`."""
+    embedded = Embedded(path)
+
+    def run(launch: Launch) -> None:
+        device = torch.cuda.current_device()
+        target = device_target(device)
+        if embedded.run(launch, target, device, torch.cuda.current_stream().cuda_stream):
+            return
+        if otherwise is None:
+            raise RuntimeError(
+                f"teco_kernels: expected a kernel compiled ahead of time for {key_of(launch)} on {target}, "
+                "this build has none; pip install 'teco_kernels[triton]' to compile it when it is needed"
+            )
+        otherwise(launch)
+
+    return run
