@@ -71,6 +71,7 @@ def gptq_matmul(
     bits: int,
     has_minimum: bool,
     int8_activation: bool,
+    section_size: int = 0,  # the operator refuses others
 ) -> None:
     """Launch the kernel."""
     rows, fp32 = rows_of(x), x.dtype == torch.float32
