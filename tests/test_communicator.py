@@ -430,6 +430,11 @@ def test_a_death_on_one_host_is_an_error_on_all(dying: int) -> None:
     assert all(isinstance(result, str) for result in results), results
 
 
+def test_more_ranks_than_share_memory_in_all() -> None:
+    for backend, _ in ranks.run(on_hosts, 10, [0] * 5 + [1] * 5, 40):
+        assert backend == "hierarchy"
+
+
 def test_memory_has_no_name_and_is_the_users_own() -> None:
     segment = _host.Segment.create(2)
     status = os.fstat(segment.descriptor)
@@ -555,13 +560,17 @@ def test_waiting_hears_signals() -> None:
 def forks(comm: tk.Communicator) -> float:
     child = os.fork()
     if child == 0:
-        comm.close()
-        os._exit(0)
+        try:
+            tk.all_reduce(torch.ones(1), comm)
+        except tk.CommunicatorError as error:
+            comm.close()
+            os._exit(0 if "forked" in str(error) else 2)
+        os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
     return tk.all_reduce(torch.ones(1), comm).item()
 
 
-def test_a_forked_child_closes_nothing() -> None:
+def test_a_forked_child_takes_no_part_and_closes_nothing() -> None:
     assert ranks.run(forks, 2) == [2.0, 2.0]
 
 

@@ -27,7 +27,8 @@ def random_codes(
     in_features: int, out_features: int, generator: torch.Generator, *, bits: int, group_size: int, act_order: bool
 ) -> dict[str, Tensor]:
     """The tensors of one layer, of about the size of a layer's weights."""
-    num_groups = 1 if group_size == -1 else in_features // group_size
+    group_size = in_features if group_size == -1 else group_size
+    num_groups = -(-in_features // group_size)
     word = torch.iinfo(torch.int32)
 
     def words(*shape: int) -> Tensor:
@@ -38,7 +39,7 @@ def random_codes(
         "qzeros": words(num_groups, out_features * bits // 32),
         "scales": (torch.rand(num_groups, out_features, generator=generator) * 0.8 / 2**bits).half(),
     }
-    groups = torch.arange(in_features) * num_groups // in_features
+    groups = torch.arange(in_features) // group_size
     if act_order:
         groups = groups[torch.randperm(in_features, generator=generator)]
     return tensors | {"g_idx": groups.to(torch.int32)}

@@ -260,18 +260,39 @@ def test_logits_are_close_and_do_not_depend_on_company(shared: tuple[LLM, LLM]) 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("group_size", [32, 64, -1])
-def test_bits_do_not_depend_on_the_number_of_ranks(group_size: int, dtype: str, tmp_path: Path) -> None:
-    """With int8 activations: partial sums are exact. A section, of 64 inputs, has two groups, one, or a part of one."""
-    sizes = SIZES | {"intermediate_size": 320, "attention_bias": True, "mlp_bias": True}
+@pytest.mark.parametrize(
+    ("intermediate", "group_size"), [(320, 32), (320, 64), (320, -1), (1056, 64), (1056, -1), (416, 64), (320, 96)]
+)
+def test_bits_do_not_depend_on_the_number_of_ranks(
+    intermediate: int, group_size: int, dtype: str, tmp_path: Path
+) -> None:
+    """With int8 activations: partial sums are exact."""
+    sizes = SIZES | {"intermediate_size": intermediate, "attention_bias": True, "mlp_bias": True}
     model = save_model(tmp_path / "plain", random_model("llama", **sizes))
     quantise(model, tmp_path / "gptq", settings={"group_size": group_size})
-    logits = []
+    logits, exact = [], []
     for world_size in (1, 2, 3):
         with start(tmp_path / "gptq", world_size, dtype=dtype) as llm:
+            layer = llm.engine.model.stack.layers[0]
+            exact.append((layer.output.section_size, layer.down.section_size))
             logits.append([logits_of(llm, PROMPTS[0] * 3), logits_of(llm, PROMPTS[2], [3, 1, 1, 2])])
-    for one, several in itertools.product(logits[:1], logits[1:]):
-        assert all(map(torch.equal, one, several))
+    assert exact[0] == exact[1] == exact[2]
+    divides = intermediate % (group_size if group_size > 0 else intermediate) == 0
+    assert (exact[0][1] is not None) == divides
+    if divides and exact[0][0]:
+        for one, several in itertools.product(logits[:1], logits[1:]):
+            assert all(map(torch.equal, one, several))
+
+
+@pytest.mark.parametrize("intermediate", [200, 64])
+def test_layers_without_exact_sums_run_on_ranks(intermediate: int, tmp_path: Path) -> None:
+    """A last group that is shorter; too few channels for sections of 32 on each rank."""
+    model = save_model(tmp_path / "plain", random_model("llama", **SIZES | {"intermediate_size": intermediate}))
+    quantise(model, tmp_path / "gptq", settings={"group_size": 64 if intermediate == 200 else 32})
+    for world_size in (1, 2, 3):
+        with start(tmp_path / "gptq", world_size) as llm:
+            assert llm.engine.model.stack.layers[0].down.section_size is None
+            assert len(tokens(llm, SEVERAL_PARAMS["greedy"])) == len(PROMPTS)
 
 
 SEVERAL_PARAMS = {

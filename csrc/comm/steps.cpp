@@ -1,5 +1,6 @@
 #include "comm/steps.h"
 
+#include <pthread.h>
 #include <sched.h>
 #include <unistd.h>
 
@@ -30,6 +31,15 @@ constexpr std::chrono::milliseconds kNap{10};
 
 bool (*interrupt_check)() = nullptr;
 
+// How many forks lie between this process and the one that loaded the library.
+std::atomic<int> forks{0};
+
+int count_forks() {
+  static const int registered = ::pthread_atfork(nullptr, nullptr, [] { ++forks; });
+  static_cast<void>(registered);
+  return forks;
+}
+
 std::string describe(const Call& call) {
   static constexpr const char* kNames[] = {"all_reduce", "all_reduce_rms_norm", "all_gather", "reduce_scatter",
                                            "broadcast"};
@@ -55,9 +65,11 @@ Steps::Steps(Layout& layout, int rank, int world_size, const std::vector<pid_t>&
       peers_(pids),
       timeout_(timeout),
       spins_(spins_of(world_size)),
+      forks_(count_forks()),
       step_(layout.header.ranks[rank].arrived.load()) {}
 
 void Steps::begin() {
+  if (forks_ != forks) fail("this process was forked from that of the rank, and may not act in its place");
   if (ended()) fail_as_ended();
   ++step_;
 }
@@ -71,6 +83,7 @@ void Steps::arrive(const Call& call) {
 }
 
 void Steps::wait() {
+  Clock::time_point started{};  // of the first sleep
   for (int rank = 0; rank < world_size_; ++rank) {
     if (rank == rank_) continue;
     for (int spins = 0; !has_arrived(rank); ++spins) {
@@ -79,7 +92,7 @@ void Steps::wait() {
       } else if (spins < spins_ + kYields) {
         ::sched_yield();
       } else {
-        sleep_until_arrival(rank);
+        sleep_until_arrival(rank, started);
         break;
       }
     }
@@ -92,9 +105,9 @@ bool Steps::has_arrived(int rank) const {
   return static_cast<int32_t>(arrived - step_) >= 0;
 }
 
-void Steps::sleep_until_arrival(int rank) {
+void Steps::sleep_until_arrival(int rank, Clock::time_point& started) {
   RankFlags& other = layout_.header.ranks[rank];
-  const auto started = Clock::now();
+  if (started == Clock::time_point{}) started = Clock::now();
   other.sleepers.fetch_add(1, std::memory_order_seq_cst);
   struct Awake {
     std::atomic<uint32_t>& sleepers;

@@ -37,7 +37,7 @@ class Steps {
 
  private:
   bool has_arrived(int rank) const;
-  void sleep_until_arrival(int rank);
+  void sleep_until_arrival(int rank, std::chrono::steady_clock::time_point& started);
   void check_call(int rank);
   [[noreturn]] void fail(const std::string& text) const;
   [[noreturn]] void fail_as_ended() const;
@@ -47,6 +47,7 @@ class Steps {
   const Peers peers_;
   const std::chrono::nanoseconds timeout_;
   const int spins_;
+  const int forks_;  // when it was made
   Step step_;
 };
 

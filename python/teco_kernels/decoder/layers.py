@@ -246,7 +246,7 @@ def load_layer(
     def columns(names: list[str], sizes: list[int], outputs: list[range], bias: bool) -> Linear:
         return load.linear([prefix + name for name in names], hidden, sizes, bias=bias, outputs=outputs)
 
-    def rows(name: str, in_features: int, inputs: range, section_size: int, bias: bool) -> Linear:
+    def rows(name: str, in_features: int, inputs: range, section_size: int | None, bias: bool) -> Linear:
         names = [prefix + name]
         return load.linear(names, in_features, [hidden], bias=bias, inputs=inputs, section_size=section_size)
 

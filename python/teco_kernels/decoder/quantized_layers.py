@@ -14,6 +14,7 @@ from torch import Tensor
 from teco_kernels.decoder.loader import Tensors
 from teco_kernels.decoder.parts import cover, select_groups
 from teco_kernels.ops import GPTQWeight
+from teco_kernels.ops.gptq import BLOCK
 from teco_kernels.ops.packing import (
     BITS,
     ZeroPointFormat,
@@ -101,6 +102,25 @@ class QuantizedLayers:
             return make(**tensors)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file}: layer {name!r}: {error}") from None
+
+    def group_size(self, name: str, in_features: int, out_features: int) -> int | None:
+        """Inputs of a group, where all groups of the layer are equal and one after the other; else None."""
+        source = self._source
+        shape, first = (out_features, in_features), slice(0, 1)
+        if source.blocks(f"{name}.weight", shape, first, first) is not None:
+            size = BLOCK  # of all formats that are kept as they are stored
+        elif not source.has(f"{name}.qweight"):
+            return None
+        elif self._method == "awq":
+            size = self._settings["group_size"]
+            size = in_features if size == -1 else size
+        else:
+            _, groups, _ = self._gptq_format(name, in_features, out_features)
+            size = -(-in_features // groups)
+            g_idx = self._g_idx(name, in_features)
+            if g_idx is not None and not torch.equal(g_idx.long(), torch.arange(in_features) // size):
+                return None
+        return size if in_features % size == 0 else None
 
     def _gptq(self, name: str, in_features: int, out_features: int) -> dict[str, Any]:
         """Arguments of `GPTQWeight.from_checkpoint`."""

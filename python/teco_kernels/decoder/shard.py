@@ -8,8 +8,8 @@ from typing import Protocol
 
 from teco_kernels.decoder.config import ModelConfig
 
-#: Borders lie between the panels of outputs that matmuls work on.
-PANEL = 16
+#: Borders lie between the blocks of inputs that quantised matmuls give a scale, and between the panels of outputs.
+BLOCK, PANEL = 32, 16
 # Of the channels of the MLP: powers of two from the block of inputs that quantised matmuls give a scale up to where the
 # additions of sections cost nearly nothing.
 _CHANNEL_SECTIONS = (256, 128, 64, 32)
@@ -78,7 +78,7 @@ class Shard:
             world_size=world_size,
             kv_heads=kv_heads,
             heads=times(kv_heads, group),
-            intermediate=split(config.intermediate_size, world_size, channel_section(config))[rank],
+            intermediate=split(config.intermediate_size, world_size, channel_section(config) or BLOCK)[rank],
             vocabulary=range(rank * stride, min((rank + 1) * stride, config.vocab_size)),
             vocabulary_stride=stride,
         )
@@ -93,12 +93,15 @@ class Shard:
         )
 
 
-def channel_section(shape: LayerShape) -> int:
-    """Channels of the MLP that are summed apart (see `gptq_matmul`), and that no number of ranks divides."""
+def channel_section(shape: LayerShape) -> int | None:
+    """Channels of the MLP that are summed apart (see `gptq_matmul`), and that no number of ranks divides.
+
+    None where there are too few for that.
+    """
     for size in _CHANNEL_SECTIONS:
         if size * shape.num_kv_heads <= shape.intermediate_size:
             return size
-    return _CHANNEL_SECTIONS[-1]
+    return None
 
 
 def head_section(shape: LayerShape) -> int:

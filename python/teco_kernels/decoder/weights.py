@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -37,18 +38,12 @@ class Linear:
     activation : {"exact", "int8"}
         For GPTQ weights, as in `gptq_matmul`.
     section_size : int, optional
-        Sections to sum apart where all weights allow it, see `gptq_matmul`.
-
-    Attributes
-    ----------
-    section_size : int or None
-        None where a weight does not.
+        Of GPTQ weights with int8 activations, see `gptq_matmul`.
     """
 
     def __init__(self, weights: Sequence[Weight], activation: Activation, section_size: int | None = None) -> None:
-        split = None if section_size is None else _split_groups(weights, activation, section_size)
-        self.section_size = None if split is None else section_size
-        self.weights = _merge_gptq(weights if split is None else split)
+        self.weights = _merge_gptq(weights)
+        self.section_size = section_size
         self.activation: Activation = activation
         self._sizes = [weight.out_features for weight in self.weights]
         self.nbytes = sum(weight.nbytes for weight in self.weights)
@@ -74,21 +69,6 @@ class Linear:
             else:
                 dense_matmul(x, weight, out=columns)
         return out
-
-
-def _split_groups(weights: Sequence[Weight], activation: Activation, section_size: int) -> list[Weight] | None:
-    """Weights whose groups are not cut by sections; None where that cannot be."""
-    if activation != "int8" or section_size % BLOCK:
-        return None
-    split: list[Weight] = []
-    for weight in weights:
-        if not isinstance(weight, GPTQWeight):
-            return None
-        try:
-            split.append(weight.split_groups(section_size))
-        except ValueError:
-            return None
-    return split
 
 
 def _merge_gptq(weights: Sequence[Weight]) -> list[Weight]:
@@ -199,7 +179,7 @@ class WeightLoader:
         outputs : sequence of range, optional
             Give only these of each.
         section_size : int, optional
-            As in `Linear`.
+            Sum sections of so many inputs apart, where the whole layers allow it: then every part of them does so.
         """
         kept = slice(0, in_features) if inputs is None else slice(inputs.start, inputs.stop)
         parts = [range(size) for size in out_features] if outputs is None else outputs
@@ -208,13 +188,25 @@ class WeightLoader:
             for name, size, part in zip(names, out_features, parts, strict=True)
         ]
         quantised = [self._quantised(*layer) for layer in layers]
+        group_size = None if section_size is None else self._group_size_in_sections(layers, section_size)
         if self._dequantize or all(weight is None for weight in quantised):
             return Linear([self._dense(layers, quantised)], self._activation)
         weights: list[Weight] = [
             self._dense([layer], [None]) if weight is None else weight
             for layer, weight in zip(layers, quantised, strict=True)
         ]
-        return Linear(weights, self._activation, section_size)
+        if group_size is None:
+            return Linear(weights, self._activation)
+        split = [weight.split_groups(group_size) for weight in weights if isinstance(weight, GPTQWeight)]
+        return Linear(split, self._activation, section_size)
+
+    def _group_size_in_sections(self, layers: Sequence[_Layer], section_size: int) -> int | None:
+        """Of groups that neither sections nor ranks cut; None where the layers' sums cannot be made of sections."""
+        sizes = [self._layers.group_size(layer.name, layer.in_features, layer.out_features) for layer in layers]
+        known = [size for size in sizes if size is not None]
+        size = math.gcd(section_size, *known)
+        fits = self._activation == "int8" and len(known) == len(sizes) and size % BLOCK == 0
+        return size if fits else None
 
     def _quantised(
         self, name: str, in_features: int, out_features: int, bias: bool, inputs: slice, outputs: slice

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -236,15 +235,11 @@ class GPTQWeight:
         bias = None if self.bias is None else self.bias[outputs]
         return replace(self, packed=packed, out_features=len(outputs), bias=bias)
 
-    def split_groups(self, unit: int) -> GPTQWeight:
-        """The same weight in the largest equal groups whose size divides `unit`, a multiple of 32.
-
-        ValueError where that takes an order of the inputs, or groups of no whole blocks.
-        """
+    def split_groups(self, size: int) -> GPTQWeight:
+        """The same weight in groups of `size` inputs, a multiple of 32 that divides those it has."""
         group_size = self.in_features // self.packed.shape[1]
-        size = math.gcd(group_size, unit)
-        if self.input_order is not None or size % BLOCK:
-            raise ValueError(f"unit: groups of {group_size} inputs cannot be split at multiples of {unit}")
+        if self.input_order is not None or size % BLOCK or group_size % size:
+            raise ValueError(f"size: groups of {group_size} inputs cannot be split into groups of {size}")
         times = group_size // size
         if times == 1:
             return self
@@ -404,7 +399,8 @@ def gptq_matmul(
     section_size : int, optional
         With "int8" and without an `input_order`, on the CPU: inputs of a section, a multiple of the group size.
         Sections are summed apart, in fp32, these sums rounded to multiples of 2^-32 and added in fp64, as is the bias:
-        exactly, up to 2^21, so that it does not matter which are added first. The last section may be shorter.
+        exactly, up to 2^21, so that it does not matter which are added first. The last section may be shorter. The
+        absolute error is 2^-33 per section: inputs that small lose their bits.
     out : Tensor, optional
         ``[..., out_features]``, dtype of `x`; written and returned. Must not overlap `x`. With sections it may be fp64:
         exact sums, which others, of other sections, can be added to; rounded to fp32, their sum has the bits of a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 from pathlib import Path
@@ -18,6 +19,7 @@ from teco_kernels.ops import collectives
 from teco_kernels.parallel.process_group import wait
 
 _MESSAGE_BYTES = 1024
+_numbers = itertools.count()
 #: Why ranks cannot all share memory, when some still may.
 SEVERAL_HOSTS = "the ranks are on several hosts, or do not see one another's processes"
 
@@ -89,48 +91,69 @@ def problem_here() -> str:
 
 
 def connect(group: dist.ProcessGroup, timeout: float, registered_bytes: int) -> tuple[_host.Communicator | None, str]:
-    """The native communicator of this rank, or None and the reason, which all ranks share.
-
-    Rank 0 makes the memory, without a name, so that nothing is left of it whoever dies when; the others open it by its
-    descriptor in rank 0, which is closed once all have done so.
-    """
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    if world_size > _host.MAX_RANKS:
-        return None, f"{world_size} ranks are more than {_host.MAX_RANKS}"
+    """The native communicator of this rank, or None and the reason, which all ranks share."""
     if "cpu" not in {device.type for device in group._device_types}:
         return None, "the group has no backend for the cpu"
-
-    here = {"host": _host_identity(), "pid": os.getpid(), "problem": problem_here()}
-    everyone = _exchange(group, here, timeout)
-    if len({message["host"] for message in everyone}) > 1:
+    hosts = hosts_of(group, timeout)
+    if len(hosts) > 1:
         return None, SEVERAL_HOSTS
+    native, reason, _ = connect_within(hosts, group, timeout, registered_bytes)
+    return native, reason
+
+
+def connect_within(
+    hosts: list[list[int]], group: dist.ProcessGroup, timeout: float, registered_bytes: int = 0
+) -> tuple[_host.Communicator | None, str, int]:
+    """Connect the ranks of each host; all ranks of the group call it.
+
+    The first rank of a host makes the memory, without a name, so that nothing is left of it whoever dies when; the
+    others open it by its descriptor in the first one, which is closed once all have done so.
+
+    Returns
+    -------
+    native : Communicator or None
+        Of this rank's host; None on all ranks where one could not.
+    reason : str
+        Why, which all ranks share.
+    number : int
+        The same on all ranks, another one for each call that rank 0 has made.
+    """
+    rank = dist.get_rank(group)
+    ranks = next(ranks for ranks in hosts if rank in ranks)
+    if len(ranks) > _host.MAX_RANKS:
+        return None, f"{len(ranks)} ranks are more than {_host.MAX_RANKS}", 0
+
+    here = {"pid": os.getpid(), "problem": problem_here(), "number": next(_numbers)}
+    everyone = _exchange(group, here, timeout)
+    number = everyone[0]["number"]
     if reason := _first_problem(everyone):
-        return None, reason
+        return None, reason, number
 
     native, segment = None, None
     offer: dict[str, Any] = {"problem": ""}
-    if rank == 0:
+    if rank == ranks[0]:
         try:
-            segment = _host.Segment.create(world_size, registered_bytes)
+            segment = _host.Segment.create(len(ranks), registered_bytes)
             offer |= {"descriptor": segment.descriptor, "token": segment.token}
         except RuntimeError as error:
             offer["problem"] = str(error)
-    offer = _exchange(group, offer, timeout)[0]
-    outcome = {"problem": offer["problem"]}
-    pids = [message["pid"] for message in everyone]
-    if not offer["problem"]:
+    offers = _exchange(group, offer, timeout)
+    outcome = {"problem": _first_problem(offers)}
+    pids = [everyone[member]["pid"] for member in ranks]
+    if not outcome["problem"]:
         try:
             if segment is None:
+                offer = offers[ranks[0]]
                 found = offer["descriptor"], offer["token"]
-                segment = _host.Segment.open(pids[0], *found, world_size, registered_bytes)
-            native = _host.Communicator(segment, rank, pids, timeout)
+                segment = _host.Segment.open(pids[0], *found, len(ranks), registered_bytes)
+            native = _host.Communicator(segment, ranks.index(rank), pids, timeout)
         except RuntimeError as error:
             outcome["problem"] = str(error)
-    reason = agree(group, outcome["problem"], timeout)
+    reason = _first_problem(_exchange(group, outcome, timeout))
     if native is None or reason:
-        return None, reason
+        return None, reason, number
     native.close_descriptor()
-    return native, ""
+    return native, "", number
 
 
 def hosts_of(group: dist.ProcessGroup, timeout: float) -> list[list[int]]:
@@ -141,13 +164,11 @@ def hosts_of(group: dist.ProcessGroup, timeout: float) -> list[list[int]]:
     return list(hosts.values())
 
 
-def agree(group: dist.ProcessGroup, problem: str, timeout: float) -> str:
-    """The first rank's problem that has one, by all ranks; empty when none has."""
-    return _first_problem(_exchange(group, {"problem": problem}, timeout))
-
-
 def _first_problem(messages: list[dict[str, Any]]) -> str:
-    return next((f"rank {rank}: {m['problem']}" for rank, m in enumerate(messages) if m["problem"]), "")
+    for rank, message in enumerate(messages):
+        if problem := message["problem"]:
+            return problem if problem.startswith("rank ") else f"rank {rank}: {problem}"
+    return ""
 
 
 def _host_identity() -> str:
@@ -164,7 +185,9 @@ def _host_identity() -> str:
 
 def _exchange(group: dist.ProcessGroup, message: dict[str, Any], timeout: float) -> list[dict[str, Any]]:
     """The messages of all ranks."""
-    data = json.dumps(message).encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES)
+    if "problem" in message:
+        message = message | {"problem": message["problem"][: _MESSAGE_BYTES // 8]}  # a character may take six bytes
+    data = json.dumps(message).encode().ljust(_MESSAGE_BYTES)
     sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     received = torch.empty(dist.get_world_size(group), _MESSAGE_BYTES, dtype=torch.uint8)
     try:
