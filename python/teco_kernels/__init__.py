@@ -32,7 +32,7 @@ from teco_kernels.ops import (
 )
 
 if TYPE_CHECKING:
-    from teco_kernels.decoder import LLM, CompletionOutput, RequestOutput, SamplingParams
+    from teco_kernels.decoder import LLM, AsyncEngine, CompletionOutput, RequestOutput, SamplingParams
     from teco_kernels.parallel import (
         Communicator,
         CommunicatorError,
@@ -50,6 +50,7 @@ __version__ = "0.1.0"
 # the operators never loads them.
 _LAZY = {
     "LLM": "teco_kernels.decoder",
+    "AsyncEngine": "teco_kernels.decoder",
     "SamplingParams": "teco_kernels.decoder",
     "RequestOutput": "teco_kernels.decoder",
     "CompletionOutput": "teco_kernels.decoder",
@@ -67,6 +68,7 @@ _LAZY = {
 
 __all__ = [
     "LLM",
+    "AsyncEngine",
     "Communicator",
     "CommunicatorError",
     "CompletionOutput",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from teco_kernels.decoder.async_engine import AsyncEngine, Stream
+from teco_kernels.decoder.engine_thread import EngineClosedError, QueueFullError, StepError
 from teco_kernels.decoder.llm import LLM
 from teco_kernels.decoder.sampling_params import (
     CompletionOutput,
@@ -14,10 +16,15 @@ from teco_kernels.decoder.sampling_params import (
 
 __all__ = [
     "LLM",
+    "AsyncEngine",
     "CompletionOutput",
+    "EngineClosedError",
     "Logprob",
+    "QueueFullError",
     "RequestError",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "StepError",
+    "Stream",
 ]

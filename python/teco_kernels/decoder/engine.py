@@ -207,10 +207,21 @@ class Engine:
             )
         return wanted
 
-    def abort_request(self, request_id: str) -> None:
-        """Drop a request; unknown and finished ones are ignored."""
-        if request_id in self._requests:
-            self._end(self._requests[request_id], "abort")
+    def abort_request(self, request_id: str) -> RequestOutput | None:
+        """Drop a request, and give what it has come to; None for unknown and finished ones."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        self._end(request, "abort")
+        return request.take_output()
+
+    def held_blocks(self) -> dict[str, list[list[int]]]:
+        """KV blocks of the running requests' answers, by request; answers that share a block all list it."""
+        held: dict[str, list[list[int]]] = {}
+        for sequence in self.scheduler.running:
+            request, _ = self._request_of[sequence]
+            held.setdefault(request.request_id, []).append(list(sequence.blocks))
+        return held
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:

@@ -333,14 +333,14 @@ class LLM:
 
     def _add(self, prompt: Prompt, params: SamplingParams) -> str:
         request_id = str(next(self._ids))
-        plain = _unwrapped(prompt)
+        plain = unwrapped(prompt)
         text = plain if isinstance(plain, str) else None
         self.engine.add_request(request_id, self._encode(plain), params, text)
         self._inboxes[request_id] = deque()
         return request_id
 
     def _encode(self, prompt: Prompt) -> Sequence[int]:
-        plain = _unwrapped(prompt)
+        plain = unwrapped(prompt)
         return self.tokenizer.encode(plain) if isinstance(plain, str) else plain
 
     def _step(self) -> list[str]:
@@ -427,7 +427,7 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _unwrapped(prompt: Prompt) -> str | Sequence[int]:
+def unwrapped(prompt: Prompt) -> str | Sequence[int]:
     """What is in one of vLLM's dictionaries; anything else as it is."""
     if not isinstance(prompt, Mapping):
         return prompt
