@@ -78,7 +78,8 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 $(VENV)/.test-tools: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -e '.[test]'
+	$(BIN)/python -m pip install -q -e '.[test,test-serve]'
+	$(BIN)/python -m pip install -q --no-deps text-generation
 	touch $@
 
 # A GB, which only these two need: without it the tests of the Triton kernels are skipped, and say so.

@@ -220,7 +220,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeLLM:
         llm.options = options
         return llm
 
-    monkeypatch.setattr("teco_kernels.cli.model._load", load)
+    monkeypatch.setattr("teco_kernels.cli.model.load_model", load)
     return llm
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from teco_kernels.cli import machine, model, training  # noqa: F401  (their commands enter `app` in this order)
+from teco_kernels.cli import machine, model, serving, training  # noqa: F401  (their commands enter `app` in this order)
 from teco_kernels.cli.command import app
 
 

@@ -88,7 +88,7 @@ def generate(
         stop=stop,
         ignore_eos=ignore_eos,
     )
-    llm = _load(
+    llm = load_model(
         model,
         dtype=dtype,
         max_model_len=max_model_len,
@@ -135,7 +135,7 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    llm = _load(
+    llm = load_model(
         model,
         dtype=dtype,
         max_model_len=max_model_len,
@@ -183,7 +183,7 @@ def score(
     from teco_kernels.cli import tables
 
     text = (sys.stdin.read() if str(file) == "-" else _read_text(file))[:max_chars]
-    llm = _load(
+    llm = load_model(
         model,
         dtype=dtype,
         max_model_len=max_model_len,
@@ -333,7 +333,7 @@ def demo(
 
     path = default_quantized_model()
     before, _ = machine.process_memory()
-    llm = _load(path, max_num_seqs=1, num_threads=threads, recycle_head="auto")
+    llm = load_model(path, max_num_seqs=1, num_threads=threads, recycle_head="auto")
     typer.secho(prompt, nl=False, bold=True)
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     output = _stream(llm, prompt, params)
@@ -343,7 +343,7 @@ def demo(
         Console().print("", tables.run_table(rows))
 
 
-def _load(path: Path, **options: Any) -> LLM:
+def load_model(path: Path, **options: Any) -> LLM:
     """The model, with a word on stderr while a person waits for it."""
     if not path.exists():
         raise FileNotFoundError(2, "No such file or directory", str(path))
