@@ -424,22 +424,25 @@ def test_the_page_in_a_browser(llm: LLM, tmp_path: Path) -> None:
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     if browser_path is None:
         pytest.skip("no Chromium was found")
-    with serving(llm) as server, playwright.sync_playwright() as play:
-        with play.chromium.launch(executable_path=browser_path, args=["--no-sandbox"]) as browser:
-            page = browser.new_page()
-            problems: list[str] = []
-            page.on("pageerror", lambda error: problems.append(str(error)))
-            page.on("request", lambda request: problems.append(request.url) if server.url not in request.url else None)
-            page.goto(server.url)
-            page.click("#go")
-            page.wait_for_function("document.getElementById('speed').textContent.includes('tokens/s')", timeout=20_000)
-            page.wait_for_function("document.getElementById('cache').children.length > 0", timeout=20_000)
-            expected = server.http.post(
-                "/v1/completions", json={"model": "tiny", "prompt": PROMPT, "max_tokens": 64, "temperature": 0}
-            ).json()["choices"][0]["text"]
-            assert page.evaluate("document.getElementById('answer').textContent") == expected
-            page.screenshot(path=tmp_path / "page.png")
-            assert not problems
+    with (
+        serving(llm) as server,
+        playwright.sync_playwright() as play,
+        play.chromium.launch(executable_path=browser_path, args=["--no-sandbox"]) as browser,
+    ):
+        page = browser.new_page()
+        problems: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: problems.append(request.url) if server.url not in request.url else None)
+        page.goto(server.url)
+        page.click("#go")
+        page.wait_for_function("document.getElementById('speed').textContent.includes('tokens/s')", timeout=20_000)
+        page.wait_for_function("document.getElementById('cache').children.length > 0", timeout=20_000)
+        expected = server.http.post(
+            "/v1/completions", json={"model": "tiny", "prompt": PROMPT, "max_tokens": 64, "temperature": 0}
+        ).json()["choices"][0]["text"]
+        assert page.evaluate("document.getElementById('answer').textContent") == expected
+        page.screenshot(path=tmp_path / "page.png")
+        assert not problems
 
 
 def test_failed_engine_is_unhealthy(llm: LLM, monkeypatch: Any) -> None:
