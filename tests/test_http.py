@@ -18,6 +18,7 @@ import pytest
 from tiny_models import random_model, save_model, tiny_tokenizer
 
 from teco_kernels import LLM, AsyncEngine, SamplingParams
+from teco_kernels.ops import kernel_calls
 
 for _module in ("fastapi", "uvicorn", "prometheus_client", "httpx", "openai"):
     pytest.importorskip(_module, reason=f"{_module} is not installed: pip install 'teco_kernels[test-serve]'")
@@ -346,6 +347,12 @@ def test_eight_clients_at_once(server: Any) -> None:
     wait_until_free(server)
 
 
+def test_our_kernels_answer(server: Any, client: openai.OpenAI) -> None:
+    before = kernel_calls("paged_attention")
+    client.completions.create(model="tiny", prompt=PROMPT, max_tokens=5, extra_body={"ignore_eos": True})
+    assert kernel_calls("paged_attention") - before == 5 * 3  # steps, layers
+
+
 def test_metrics(server: Any) -> None:
     server.http.post("/v1/completions", json=LONG | {"max_tokens": 3})
     from prometheus_client.parser import text_string_to_metric_families
@@ -435,8 +442,8 @@ def test_the_page_in_a_browser(llm: LLM, tmp_path: Path) -> None:
         page.on("request", lambda request: problems.append(request.url) if server.url not in request.url else None)
         page.goto(server.url)
         page.click("#go")
-        page.wait_for_function("document.getElementById('speed').textContent.includes('tokens/s')", timeout=20_000)
-        page.wait_for_function("document.getElementById('cache').children.length > 0", timeout=20_000)
+        page.locator("#speed", has_text="tokens/s").wait_for(timeout=20_000)
+        page.locator("#cache i").first.wait_for(timeout=20_000)
         expected = server.http.post(
             "/v1/completions", json={"model": "tiny", "prompt": PROMPT, "max_tokens": 64, "temperature": 0}
         ).json()["choices"][0]["text"]
