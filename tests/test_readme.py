@@ -41,11 +41,15 @@ def test_shell_lines_are_understood() -> None:
 @pytest.mark.model
 def test_lines_about_a_model_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder with a model/ and a text.txt, as they suppose; calibration learns from the text of the cache."""
+    pytest.importorskip("fastapi", reason="the server's packages are not installed")
+    monkeypatch.setattr(
+        "teco_kernels.integrations.http.serve", lambda engine, settings, **address: print(settings, address)
+    )
     monkeypatch.chdir(tmp_path)
     save_model(Path("model"), random_model(hidden_size=128, intermediate_size=128, num_hidden_layers=1))
     Path("text.txt").write_text("The capital of France is Paris.")
     lines = [words[1:] for words in shell_lines() if words[0] == "teco-kernels" and "model/" in words]
-    assert [words[0] for words in lines] == ["generate", "chat", "score", "quantize", "prune"]
+    assert [words[0] for words in lines] == ["generate", "chat", "serve", "score", "quantize", "prune"]
     for words in lines:
         result = CliRunner().invoke(app, words, input="Hello\n")
         assert result.exit_code == 0, (words, result.output, result.exception)
