@@ -11,7 +11,7 @@ from torch import Tensor
 from teco_kernels._host import CommunicatorError
 from teco_kernels.parallel.hierarchy import HierarchyTransport, connect_hosts
 from teco_kernels.parallel.process_group import ProcessGroupTransport
-from teco_kernels.parallel.shared_memory import SEVERAL_HOSTS, SharedMemoryTransport, connect
+from teco_kernels.parallel.shared_memory import SEVERAL_HOSTS, SharedMemoryTransport, connect_within, hosts_of
 
 __all__ = ["DEFAULT_TIMEOUT", "Communicator", "CommunicatorError"]
 
@@ -132,16 +132,7 @@ class Communicator:
         group = dist.group.WORLD if group is None else group
         if group is None:
             raise ValueError("group: expected a process group, or torch.distributed to be initialised")
-        native, reason = connect(group, timeout, registered_bytes)
-        transport: Transport
-        if native is not None:
-            transport = SharedMemoryTransport(native, registered_bytes)
-        else:
-            several, why = (
-                connect_hosts(group, timeout, registered_bytes) if reason == SEVERAL_HOSTS else (None, reason)
-            )
-            transport = several or ProcessGroupTransport(group, timeout, registered_bytes)
-            reason = why or reason
+        transport, reason = _choose_transport(group, timeout, registered_bytes)
         return cls(transport, dist.get_rank(group), dist.get_world_size(group), timeout, reason)
 
     @classmethod
@@ -169,3 +160,17 @@ class Communicator:
 
     def __repr__(self) -> str:
         return f"Communicator(rank {self.rank} of {self.world_size}, {self.backend})"
+
+
+def _choose_transport(group: dist.ProcessGroup, timeout: float, registered_bytes: int) -> tuple[Transport, str]:
+    """What carries the data, and why it is not memory alone; all ranks choose the same."""
+    chosen: Transport | None = None
+    if "cpu" not in {device.type for device in group._device_types}:
+        reason = "the group has no backend for the cpu"
+    elif len(hosts := hosts_of(group, timeout)) == 1:
+        native, reason, _ = connect_within(hosts, group, timeout, registered_bytes)
+        chosen = None if native is None else SharedMemoryTransport(native, registered_bytes)
+    else:
+        chosen, problem = connect_hosts(hosts, group, timeout, registered_bytes)
+        reason = problem or SEVERAL_HOSTS
+    return chosen or ProcessGroupTransport(group, timeout, registered_bytes), reason

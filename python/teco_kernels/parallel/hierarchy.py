@@ -18,7 +18,7 @@ from teco_kernels._host import CommunicatorError
 from teco_kernels.ops import fused_add_rms_norm
 from teco_kernels.parallel.arguments import check_copy, check_norm, check_root, check_rows, check_sum
 from teco_kernels.parallel.process_group import add_rows, wait
-from teco_kernels.parallel.shared_memory import SEVERAL_HOSTS, SharedMemoryTransport, connect_within, hosts_of
+from teco_kernels.parallel.shared_memory import SEVERAL_HOSTS, SharedMemoryTransport, connect_within
 
 
 class Leaders:
@@ -97,7 +97,7 @@ class HierarchyTransport:
     ) -> None:
         self._hosts = hosts
         self._rank, self._world_size = rank, sum(map(len, hosts))
-        self._host = next(index for index, ranks in enumerate(hosts) if rank in ranks)
+        self._host = self._host_of(rank)
         self._local, self._across = local, across
         self.registered = torch.empty(registered_bytes, dtype=torch.uint8)  # as good as any
 
@@ -135,7 +135,7 @@ class HierarchyTransport:
         """Write the root's tensor."""
         check_root(root, self._world_size)
         check_copy(out, x, x.shape)
-        host = next(index for index, ranks in enumerate(self._hosts) if root in ranks)
+        host = self._host_of(root)
         if host == self._host:  # to its leader, and all others there
             self._local.broadcast(out, x, self._hosts[host].index(root))
         self._lead(lambda leaders: leaders.broadcast(out, host))
@@ -145,6 +145,9 @@ class HierarchyTransport:
     def close(self) -> None:
         """Take part no more."""
         self._local.close()
+
+    def _host_of(self, rank: int) -> int:
+        return next(index for index, ranks in enumerate(self._hosts) if rank in ranks)
 
     def _sum(self, x: Tensor) -> Tensor:
         """fp32, or fp64 of fp64."""
@@ -174,11 +177,10 @@ class HierarchyTransport:
 
 
 def connect_hosts(
-    group: dist.ProcessGroup, timeout: float, registered_bytes: int
+    hosts: list[list[int]], group: dist.ProcessGroup, timeout: float, registered_bytes: int
 ) -> tuple[HierarchyTransport | None, str]:
     """The transport of this rank, or None and the reason, which all ranks share."""
     rank = dist.get_rank(group)
-    hosts = hosts_of(group, timeout)
     if len({len(ranks) for ranks in hosts}) > 1:
         return None, f"{SEVERAL_HOSTS}: not as many on each"
     if len(hosts[0]) == 1:

@@ -90,17 +90,6 @@ def problem_here() -> str:
     return ""
 
 
-def connect(group: dist.ProcessGroup, timeout: float, registered_bytes: int) -> tuple[_host.Communicator | None, str]:
-    """The native communicator of this rank, or None and the reason, which all ranks share."""
-    if "cpu" not in {device.type for device in group._device_types}:
-        return None, "the group has no backend for the cpu"
-    hosts = hosts_of(group, timeout)
-    if len(hosts) > 1:
-        return None, SEVERAL_HOSTS
-    native, reason, _ = connect_within(hosts, group, timeout, registered_bytes)
-    return native, reason
-
-
 def connect_within(
     hosts: list[list[int]], group: dist.ProcessGroup, timeout: float, registered_bytes: int = 0
 ) -> tuple[_host.Communicator | None, str, int]:
