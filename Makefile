@@ -66,7 +66,7 @@ format: $(VENV)/.lint-tools ## ruff and clang-format: rewrite
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu')
 
 clean: ## remove what was built here (the cache of models stays)
-	rm -rf build $(VENV) $(PEERS_VENV) $(VLLM_VENV) python/teco_kernels/*.so python/*.egg-info
+	rm -rf build $(VENV) $(PEERS_VENV) $(VLLM_VENV) python/teco_kernels/*.so python/teco_kernels/include python/*.egg-info
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

@@ -1,7 +1,8 @@
-"""Compiles the two native modules with ninja; everything else about the package is in pyproject.toml.
+"""Compiles the native libraries with ninja; everything else about the package is in pyproject.toml.
 
-`_C.so`   operators, registered through LibTorch's stable ABI; loaded with torch.ops.load_library.
-`_host`   host-side classes of the decoder loop and the communicator, a pybind11 module that knows nothing of torch;
+`libteco_kernels.so`  the CPU's kernels, and the C interface to them (docs/c-api.md); knows neither torch nor Python.
+`_C.so`  operators, registered through LibTorch's stable ABI; loaded with torch.ops.load_library.
+`_host`  host-side classes of the decoder loop and the communicator, a pybind11 module that knows nothing of torch;
           linked against `_C`, which holds the communicator's code and the kernels that it calls.
 
 With TECO_TRITON_AOT=1 in the environment, the Triton kernels are compiled too, for every target, and become part of the
@@ -11,6 +12,7 @@ package (docs/triton.md). That needs the package triton, and torch, where the bu
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,12 +23,15 @@ from setuptools.command.build_ext import build_ext
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
 import native_build
 
+# What a build makes beside the libraries, in the package.
+BESIDE_EXTENSIONS = ("include/teco_kernels.h", "triton_kernels/kernels.zip")
+
 
 class NinjaBuild(build_ext):
     """build_ext that hands all compilation to ninja: incremental, parallel, safe to interrupt."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname.split(".")[-1] == "_C":
+        if fullname.split(".")[-1] in ("_C", native_build.KERNELS_NAME):
             return str(Path(*fullname.split("."))) + ".so"
         return super().get_ext_filename(fullname)
 
@@ -35,6 +40,16 @@ class NinjaBuild(build_ext):
         native_build.build(outputs, verbose=bool(self.verbose))
         if os.environ.get("TECO_TRITON_AOT") == "1":
             self._compile_triton_kernels(outputs["_C"].parent)
+
+    def copy_extensions_to_source(self) -> None:
+        """Also what is not an extension, for builds in place and editable ones."""
+        super().copy_extensions_to_source()
+        built = Path(self.build_lib) / "teco_kernels"
+        package = Path(self.get_finalized_command("build_py").get_package_dir("teco_kernels"))
+        for name in BESIDE_EXTENSIONS:
+            if (built / name).exists():
+                (package / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(built / name, package / name)
 
     def _compile_triton_kernels(self, package: Path) -> None:
         """With the package as it was just built: its own launchers say what is to be compiled."""
@@ -46,6 +61,6 @@ class NinjaBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("teco_kernels._C", sources=[]), Extension("teco_kernels._host", sources=[])],
+    ext_modules=[Extension(f"teco_kernels.{name}", []) for name in (native_build.KERNELS_NAME, "_C", "_host")],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -311,11 +311,4 @@ struct MergeAttentionStatesParams {
   DType dtype;  // of out, out_a and out_b
 };
 
-// Reads memory and does nothing with it: the machine's bandwidth, see cpu/ceilings.cpp.
-struct ReadProbeParams {
-  const void* data;
-  int64_t num_bytes;
-  int64_t num_streams;  // 1, 2, 4 or 8 per thread
-};
-
 }  // namespace teco

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -50,8 +49,8 @@ def hot_loops() -> dict[str, Loop]:
     """By function, its loop with most multiplications."""
     if shutil.which("objdump") is None:
         pytest.skip("objdump is not installed")
-    (library,) = Path(teco_kernels.__file__).parent.glob("_C*.so")
-    command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", "--section=.text", str(library)]
+    command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", "--section=.text"]
+    command.append(teco_kernels.get_library())
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     functions: dict[str, list[Instruction]] = {}
     code: list[Instruction] = []

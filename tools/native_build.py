@@ -52,6 +52,8 @@ BASELINE_ONLY = {"dispatch.cpp", "thread_pool.cpp"}
 KNOWS_OF_CUDA = "backend.cpp"
 # By this name _host finds the operators' library, which the package has loaded by then. No path leads to it.
 OPERATORS_SONAME = "libteco_kernels_operators.so"
+# The kernels, and the C interface to them: `_C` finds them where it lies itself.
+KERNELS_NAME = "libteco_kernels"
 
 
 def compiler() -> str:
@@ -129,6 +131,13 @@ def _operator_objects(ninja: NinjaFile, torch: Path, with_cuda: bool) -> list[st
         knows_of_cuda = ["-DTECO_WITH_CUDA"] if with_cuda and source.name == KNOWS_OF_CUDA else []
         objects.append(ninja.compile(source, COMMON_FLAGS + include + torch_flags + knows_of_cuda))
     objects += [ninja.compile(source, COMMON_FLAGS + include) for source in sorted((CSRC / "comm").glob("*.cpp"))]
+    return objects
+
+
+def _kernel_objects(ninja: NinjaFile) -> list[str]:
+    include = [f"-I{CSRC}"]
+    c_flags = [*COMMON_FLAGS, *include, f"-I{BUILD / 'include'}"]
+    objects = [ninja.compile(source, c_flags) for source in sorted((CSRC / "capi").glob("*.cpp"))]
     variants = INSTRUCTION_SETS.get(platform.machine(), {"baseline": []})
     available = [f"-DTECO_HAVE_{name.upper()}" for name in variants]
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
@@ -166,17 +175,25 @@ def run_ninja(ninja: NinjaFile, folder: Path, verbose: bool = False) -> None:
 
 
 def build(outputs: dict[str, Path], verbose: bool = False) -> None:
-    """Compile and link the modules named in `outputs` ("_C", "_host") to the given paths."""
-    import cuda_build  # which builds on this module
+    """Compile and link the libraries named in `outputs` (KERNELS_NAME, "_C", "_host") to the given paths.
+
+    Beside the first of them comes `include/teco_kernels.h`.
+    """
+    import cuda_build  # these two build on this module
+    from c_header import write_header
 
     torch = _torch()
     nvcc = cuda_build.wanted_nvcc(torch)
     ninja = NinjaFile(compiler())
-    modules = {"_C": BUILD / "_C.so", "_host": BUILD / "_host.so"}
+    modules = {name: BUILD / f"{name}.so" for name in (KERNELS_NAME, "_C", "_host")}
+    write_header(BUILD / "include" / "teco_kernels.h")
     torch_libs = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", "-ldl", "-pthread"]
     objects, cuda_libs = cuda_build.add_kernels(ninja, nvcc) if nvcc else ([], [])
     objects += _operator_objects(ninja, torch, with_cuda=nvcc is not None)
-    ninja.link(modules["_C"], objects, [*torch_libs, *cuda_libs, f"-Wl,-soname,{OPERATORS_SONAME}"])
+    kernels = modules[KERNELS_NAME]
+    ninja.link(kernels, _kernel_objects(ninja), ["-pthread", f"-Wl,-soname,{kernels.name}", "-Wl,--no-undefined"])
+    names = [f"-Wl,-soname,{OPERATORS_SONAME}", "-Wl,-rpath,$ORIGIN"]
+    ninja.link(modules["_C"], [*objects, str(kernels)], [*torch_libs, *cuda_libs, *names])
     ninja.link(modules["_host"], [*_host_objects(ninja), str(modules["_C"])], [])
     run_ninja(ninja, BUILD, verbose)
     for name, output in outputs.items():
@@ -185,3 +202,4 @@ def build(outputs: dict[str, Path], verbose: bool = False) -> None:
         staging = output.with_suffix(".new")
         shutil.copy2(modules[name], staging)
         staging.replace(output)
+    write_header(outputs[KERNELS_NAME].parent / "include" / "teco_kernels.h")

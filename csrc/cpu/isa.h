@@ -5,6 +5,8 @@ namespace teco::cpu {
 
 struct KernelTable;
 
+#pragma GCC visibility push(default)  // for the operators of torch, which are another library
+
 // The table of the widest instruction set that was compiled, that this processor has, and that TECO_CPU_ISA allows
 // (picked once). Null when TECO_CPU_ISA names none of them; isa_problem() then says why.
 const KernelTable* kernels();
@@ -14,5 +16,7 @@ const char* isa_problem();
 const char* isa_choices();
 // All that were compiled, also those that this processor lacks.
 const char* isa_compiled();
+
+#pragma GCC visibility pop
 
 }  // namespace teco::cpu

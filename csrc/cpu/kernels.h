@@ -5,6 +5,13 @@
 
 namespace teco::cpu {
 
+// Reads memory and does nothing with it: the machine's bandwidth, see ceilings.cpp.
+struct ReadProbeParams {
+  const void* data;
+  int64_t num_bytes;
+  int64_t num_streams;  // 1, 2, 4 or 8 per thread
+};
+
 struct KernelTable {
   void (*embedding)(const EmbeddingParams&, int num_threads);
   void (*gptq_embedding)(const GptqEmbeddingParams&, int num_threads);

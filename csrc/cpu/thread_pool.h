@@ -6,6 +6,8 @@
 
 namespace teco::cpu {
 
+#pragma GCC visibility push(default)  // for the operators of torch, which are another library
+
 // Runs body(context, begin, end) over [0, count) in chunks of at least `grain`, on the calling thread and up to
 // num_threads - 1 workers; returns when all of it is done. Chunks are taken dynamically, so a kernel's result must not
 // depend on how its range is cut. Called from inside a body, or while another thread uses the pool, it runs inline.
@@ -18,5 +20,7 @@ void run_parallel(int64_t count, int64_t grain, int num_threads, void (*body)(vo
 // Throws a runtime_error, in the form of ops/checks.h, when there is no memory.
 enum class Scratch : int { kShared, kTask, kCaller };
 void* thread_scratch(Scratch kind, size_t bytes);
+
+#pragma GCC visibility pop
 
 }  // namespace teco::cpu

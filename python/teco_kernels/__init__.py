@@ -32,6 +32,7 @@ from teco_kernels.ops import (
 )
 
 if TYPE_CHECKING:
+    from teco_kernels.c_api import get_include, get_library
     from teco_kernels.decoder import LLM, AsyncEngine, CompletionOutput, RequestOutput, SamplingParams
     from teco_kernels.parallel import (
         Communicator,
@@ -49,6 +50,8 @@ __version__ = "0.1.0"
 # The decoder loop pulls in tokenizers and safetensors, the communicator torch.distributed: an engine that only wants
 # the operators never loads them.
 _LAZY = {
+    "get_include": "teco_kernels.c_api",
+    "get_library": "teco_kernels.c_api",
     "LLM": "teco_kernels.decoder",
     "AsyncEngine": "teco_kernels.decoder",
     "SamplingParams": "teco_kernels.decoder",
@@ -86,6 +89,8 @@ __all__ = [
     "dense_matmul",
     "embedding",
     "fused_add_rms_norm",
+    "get_include",
+    "get_library",
     "gptq_matmul",
     "gptq_quantize",
     "lm_head_argmax",
