@@ -78,15 +78,16 @@ class Contestant:
                 process.wait()
 
 
+def python_ranks(name: str, folder: Path, world_size: int) -> Contestant:
+    """This package, "teco", or torch's "gloo"."""
+    worker = [sys.executable, str(RANK), name, str(folder), str(world_size)]
+    return Contestant(name, [[*worker, "--rank", str(rank)] for rank in range(world_size)], folder, world_size)
+
+
 def contestants(folder: Path, world_size: int, mpi_python: str | None) -> Iterator[Contestant]:
     """All that can be had."""
-
-    def ranks(name: str) -> list[list[str]]:
-        worker = [sys.executable, str(RANK), name, str(folder), str(world_size)]
-        return [[*worker, "--rank", str(rank)] for rank in range(world_size)]
-
     for name in ("teco", "gloo"):
-        yield Contestant(name, ranks(name), folder, world_size)
+        yield python_ranks(name, folder, world_size)
     if mpi_python is None:
         return
     mpirun = shutil.which("mpirun")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 from test_gptq_directory import VARIANTS, quantise, quantise_awq
 from test_recycle_head import HEADS, Attentive, random_head
@@ -567,3 +568,34 @@ def test_torchrun_with_another_number_of_ranks(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
     with pytest.raises(ValueError, match="tensor_parallel_size: expected 4, the ranks of the default process group"):
         start(gptq_path, 2)
+
+
+def load_alike(_: Any, paths: list[str], max_num_seqs: list[int]) -> str:
+    """Share a model with the group's other ranks; what became of it."""
+    rank = torch.distributed.get_rank()
+    try:
+        options = {"max_model_len": 128, "tensor_parallel_timeout": 20.0, "num_threads": 1}
+        with LLM(paths[rank], tensor_parallel_size=len(paths), max_num_seqs=max_num_seqs[rank], **options):
+            return "loaded"
+    except SystemExit:
+        return "served"
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The same, but for a few steps of training."""
+    folder = tmp_path_factory.mktemp("two-models")
+    model = random_model(**SIZES)
+    first = save_model(folder / "first", model)
+    model.model.norm.weight.data *= 1.001
+    return [str(first), str(save_model(folder / "second", model))]
+
+
+def test_ranks_of_a_group_have_one_model(two_models: list[str]) -> None:
+    assert ranks.run(load_alike, 2, two_models[:1] * 2, [4, 4]) == ["loaded", "served"]
+    message = "LLM: expected the same model on every rank, rank 1 differs from rank 0"
+    assert ranks.run(load_alike, 2, two_models, [4, 4]) == [message] * 2
+    message = "LLM: expected the same arguments on every rank, rank 1 differs from rank 0"
+    assert ranks.run(load_alike, 2, two_models[:1] * 2, [4, 5]) == [message] * 2

@@ -395,9 +395,9 @@ def _meet_ranks(source: Source, options: RankOptions, size: int, num_threads: in
         return Ranks.start(
             source.path, options, size, num_threads=num_threads, registered_bytes=shared, timeout=timeout
         )
-    found.check_options(options)
+    found.check_alike(source, options)
     if found.comm.rank > 0:
-        serve(source, options, found.comm, found.messages)
+        serve(source, options, found.comm, found.messages, found.meet)
         found.end()
         raise SystemExit(0)
     return found

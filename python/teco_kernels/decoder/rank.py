@@ -102,7 +102,7 @@ def serve(
     options: RankOptions,
     comm: Communicator,
     messages: StepMessages,
-    loaded: Callable[[], object] = lambda: None,
+    loaded: Callable[[], object],
 ) -> None:
     """Load a part, call `loaded`, and run the steps of rank 0 until it says that no more will come.
 

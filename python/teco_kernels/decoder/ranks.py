@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from teco_kernels import _host
+from teco_kernels.decoder.loader import Source
 from teco_kernels.decoder.rank import RankOptions
 from teco_kernels.decoder.step_messages import StepMessages
 from teco_kernels.parallel.collectives import all_gather
@@ -44,10 +45,10 @@ class Ranks:
         For the steps.
     messages : StepMessages
         Over a communicator of its own: between steps there may be hours.
+    loading : Communicator
+        To wait in, as long as it takes, until all have loaded their parts.
     processes : sequence of Popen
         Those that were started here: of ranks 1, 2, ...
-    loading : Communicator, optional
-        To wait in, as long as it takes, until all have loaded their parts.
     natives : sequence of _host.Communicator
         Of these, where their memory may still be open for others to join.
     leave : callable
@@ -56,8 +57,8 @@ class Ranks:
 
     comm: Communicator
     messages: StepMessages
+    loading: Communicator
     processes: Sequence[subprocess.Popen[bytes]] = ()
-    loading: Communicator | None = None
     natives: Sequence[_host.Communicator] = ()
     leave: Callable[[], object] = lambda: None
 
@@ -140,7 +141,7 @@ class Ranks:
             timeout = timeouts.get(name, math.inf)
             natives.append(_host.Communicator(segment, rank, pids, timeout))
             comms[name] = Communicator(SharedMemoryTransport(natives[-1], size), rank, len(pids), timeout, "")
-        return cls(comms["comm"], StepMessages(comms["messages"]), processes, comms["loading"], natives)
+        return cls(comms["comm"], StepMessages(comms["messages"]), comms["loading"], processes, natives)
 
     @classmethod
     def find(cls, world_size: int, *, registered_bytes: int, timeout: float) -> Ranks | None:
@@ -164,22 +165,30 @@ class Ranks:
         group = dist.new_group(timeout=timedelta(days=365))
         patience = timeout if dist.get_rank() == 0 else math.inf
         messages = StepMessages(Communicator.from_process_group(group, timeout=patience))
+        loading = Communicator.from_process_group(group, timeout=math.inf)
         # Without a group, all are destroyed.
-        return cls(comm, messages, leave=lambda: dist.destroy_process_group(None if is_own else group))
+        return cls(comm, messages, loading, leave=lambda: dist.destroy_process_group(None if is_own else group))
 
-    def check_options(self, options: RankOptions) -> None:
-        """Raise ValueError, on every rank, where ranks were given different ones."""
-        own = zlib.crc32(json.dumps(options.to_dict(), sort_keys=True).encode())
-        everyone = all_gather(torch.tensor([own]), self.comm).flatten().tolist()
-        if (odd := next((rank for rank, other in enumerate(everyone) if other != everyone[0]), None)) is not None:
-            raise ValueError(f"LLM: expected the same arguments on every rank, got others on rank {odd} than on rank 0")
+    def check_alike(self, source: Source, options: RankOptions) -> None:
+        """Raise ValueError, on every rank, where ranks were given other options or another model.
+
+        A model is told by its config and its last norm, which a fine-tuned one does not share.
+        """
+        norm = source.tensor("model.norm.weight", (source.config.hidden_size,))
+        parts = {
+            "arguments": json.dumps(options.to_dict(), sort_keys=True).encode(),
+            "model": repr(source.config).encode() + norm.double().numpy().tobytes(),
+        }
+        own = torch.tensor([zlib.crc32(part) for part in parts.values()])
+        for name, everyone in zip(parts, all_gather(own, self.comm).t().tolist(), strict=True):
+            if (odd := next((rank for rank, other in enumerate(everyone) if other != everyone[0]), None)) is not None:
+                raise ValueError(f"LLM: expected the same {name} on every rank, rank {odd} differs from rank 0")
 
     def meet(self) -> None:
         """Wait until all ranks have loaded their parts; CommunicatorError when one ends before."""
-        if self.loading is not None:
-            all_gather(torch.zeros(1), self.loading)
-            for native in self.natives:
-                native.close_descriptor()
+        all_gather(torch.zeros(1), self.loading)
+        for native in self.natives:
+            native.close_descriptor()
 
     def end(self) -> None:
         """Let the other ranks end, and wait for those that were started here; on these, leave."""
@@ -189,8 +198,7 @@ class Ranks:
                     self.messages.send_end()
                 all_gather(torch.zeros(1), self.comm)  # all have heard it
         for comm in (self.messages.comm, self.comm, self.loading):
-            if comm is not None:
-                comm.close()
+            comm.close()
         _end_processes(self.processes)
         with contextlib.suppress(RuntimeError):  # of ranks that are gone
             self.leave()
