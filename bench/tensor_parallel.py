@@ -5,9 +5,9 @@
     python bench/tensor_parallel.py MODEL --ranks 1 2 4 --heads 8 4
 
 A decode step of one request. The prediction: what one rank takes with one thread, times the share of the bytes that the
-slowest rank reads in each phase between two collectives, as many times as ranks take turns on a core, but not less than what one process takes with a thread on
-every core, as the memory is one for all; a collective per phase, which is timed by itself on as many ranks; and what is
-spent outside of a step's plan.
+slowest rank reads in each phase between two collectives, as many times as ranks take turns on a core, but not less than
+what one process takes with a thread on every core, as the memory is one for all; a collective per phase, which is timed
+by itself on as many ranks; and what is spent outside of a step's plan.
 """
 
 from __future__ import annotations
