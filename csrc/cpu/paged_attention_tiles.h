@@ -14,21 +14,16 @@ typedef float F32x2 __attribute__((vector_size(8)));
 
 constexpr int kMaxTileRows = 4;
 
-// Keys of a score tile, and vectors of head_dim of a value tile.
+// Keys of a score tile, and vectors of head_dim of a value tile. With 32 registers, four rows make 16 sums.
+#if defined(TECO_ISA_AVX512)
+template <int R>
+constexpr int kTileWidth = R == 1 ? 8 : 4;
+#else
 template <int R>
 constexpr int kTileWidth = R == 1   ? 8
                            : R == 4 ? 2
                                     : 4;
-
-// Keeps a loaded vector in its register: as an operand in memory it would be loaded once per use, and loads are as
-// scarce as fmas here.
-inline void hold(F32x8& v) {
-#if defined(TECO_ISA_AVX2)
-  asm("" : "+x"(v));
-#else
-  static_cast<void>(v);
 #endif
-}
 
 // Each step adds lanes of two vectors at once; both halves of the result belong to one of them each.
 inline F32x8 add_halves(F32x8 a, F32x8 b) {  // i with i + 4: [a a a a b b b b]
@@ -57,7 +52,13 @@ inline F32x4 reduce_four(const F32x8* v) {
 
 template <int R>
 inline void store_scores(const F32x8* sums, float* scores, int64_t stride) {
-  if constexpr (R == 3) {
+  if constexpr (R * kTileWidth<R> == 16) {
+    for (int i = 0; i < 2; ++i) {
+      const F32x8 s = reduce_eight(sums + 8 * i);
+      store_bits(scores + 2 * i * stride, F32x4(__builtin_shufflevector(s, s, 0, 1, 2, 3)));
+      store_bits(scores + (2 * i + 1) * stride, F32x4(__builtin_shufflevector(s, s, 4, 5, 6, 7)));
+    }
+  } else if constexpr (R == 3) {
     const F32x8 s = reduce_eight(sums);
     store_bits(scores, F32x4(__builtin_shufflevector(s, s, 0, 1, 2, 3)));
     store_bits(scores + stride, F32x4(__builtin_shufflevector(s, s, 4, 5, 6, 7)));
@@ -107,11 +108,12 @@ template <class K, int R>
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         q[r] = load(query + r * head_dim + d);
-        hold(q[r]);
+        keep_in_register(q[r]);
       }
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
-        const F32x8 k = load(keys[j + c] + d);
+        F32x8 k = load(keys[j + c] + d);
+        keep_in_register(k);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) sum[r * C + c] = fma(q[r], k, sum[r * C + c]);
       }

@@ -68,7 +68,7 @@ inline HalfF32 to_single(WideF64 x) {
 #endif
 
 // Ties the value to a register: GCC otherwise reassociates sums of unrolled loops and spills the tile, or loads a
-// vector once per use.
+// vector once per use, where loads are as scarce as fmas.
 template <class V>
 inline void keep_in_register(V& v) {
 #if defined(TECO_ISA_AVX512)
