@@ -44,6 +44,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
+@pytest.fixture
+def nothing_left_in_shared_memory() -> Iterator[None]:
+    """Communicators leave nothing in /dev/shm, whatever becomes of them."""
+
+    def names() -> set[str]:  # but for the semaphores of Python's multiprocessing: any program may have those
+        return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")}
+
+    before = names()
+    yield
+    assert names() <= before
+
+
 @pytest.fixture(scope="session")
 def default_gguf() -> Path:
     """The real model as a GGUF file; fetched once, then from the cache."""
