@@ -76,14 +76,14 @@ def test_verify_one_operator(tmp_path: Path) -> None:
     assert all(case["ok"] and case["errors"]["output 0"] <= case["max_error"] for case in report["cases"])
 
 
-def _broken_case(fails: bool) -> Case:
+def _broken_case(fails: bool, operator: str = "silu_and_mul") -> Case:
     def function(x: torch.Tensor) -> torch.Tensor:
         if fails:
             raise RuntimeError("out of luck: expected shape [n, m]")
         return x * torch.nan
 
     return Case(
-        operator="broken",
+        operator=operator,
         params={"fails": fails},
         dtype=torch.float32,
         make_inputs=lambda generator: {"x": torch.ones(3)},
@@ -105,6 +105,16 @@ def test_verify_reports_failures_and_goes_on(tmp_path: Path, monkeypatch: pytest
     report = json.loads(file.read_text())
     assert [case["ok"] for case in report["cases"]] == [False, False]
     assert report["cases"][1]["errors"] == {"output 0": None}
+
+
+def test_verify_tells_what_it_did_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teco_kernels.testing.all_cases", lambda: [_broken_case(True, "no_kernel")])
+    file = tmp_path / "report.json"
+    output = run("verify", "--json", str(file)).stdout
+    assert "not run, 1 cases of no_kernel: op: " in output
+    assert "0 of 0 cases passed" in output
+    report = json.loads(file.read_text())
+    assert (report["passed"], report["failed"], report["unsupported"]) == (0, 0, 1)
 
 
 def test_bench_quick(tmp_path: Path) -> None:
@@ -134,7 +144,7 @@ def test_bench_quick(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["verify", "--device", "cuda"], 1, "teco-kernels: device: this build has kernels for cpu only, got 'cuda'"),
+        (["verify", "--device", "cuda"], 1, "teco-kernels: device: this torch sees no GPU"),
         (["verify", "--operator", "rms_morn"], 2, "teco-kernels: --operator: expected one of embedding, "),
         (["bench", "--json", "/nowhere/report.json"], 1, "teco-kernels: /nowhere: No such directory"),
         (["verify", "--json", "/nowhere/report.json"], 1, "teco-kernels: /nowhere: No such directory"),

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from teco_kernels.ops import _library
 from teco_kernels.testing import Case, all_cases, run_case
+from teco_kernels.testing.case import map_tensors
 
 CASES = list(all_cases())
 # opcheck and compilation look at schemas and shapes, not at numbers: the small cases of each operator are enough.
@@ -53,6 +55,21 @@ def test_compiles_without_graph_break(case: Case) -> None:
     eager, traced = case.outputs(case.function, inputs), case.outputs(compiled, inputs)
     for name, expected in eager.items():
         assert torch.equal(traced[name], expected), name
+
+
+@pytest.mark.parametrize("operator", dict.fromkeys(case.operator for case in SMALL))
+def test_calls_stay_on_the_device_of_their_tensors(operator: str) -> None:
+    """Of a GPU that is not there: no call makes a tensor elsewhere, or looks at values."""
+    mode = FakeTensorMode(allow_non_fake_inputs=False)
+    gpu = torch.device("cuda:0")
+    for case in SMALL:
+        if case.operator != operator:
+            continue
+        inputs = map_tensors(case.inputs(), lambda tensor: FakeTensor(mode, tensor.to("meta"), gpu))
+        with mode:
+            result = case.function(**inputs)
+        returned = () if result is None else result if isinstance(result, tuple) else (result,)
+        assert all(tensor.device == gpu for tensor in returned), case.name
 
 
 @pytest.mark.skipif("TECO_CPU_ISA" in os.environ, reason="already running under a forced instruction set")

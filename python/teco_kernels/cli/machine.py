@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +43,10 @@ def info(
 @app.command()
 def verify(
     operator: Operator = None,
-    device: Annotated[str, typer.Option(help="Whose kernels to check.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Whose kernels to check: cpu or cuda.")] = "cpu",
+    triton: Annotated[
+        bool, typer.Option("--triton", help="The Triton kernels; on the CPU with TRITON_INTERPRET=1, slowly.")
+    ] = False,
     json_file: JsonFile = None,
     threads: Threads = None,
 ) -> None:
@@ -50,15 +54,14 @@ def verify(
     from teco_kernels.cli import tables
     from teco_kernels.testing import verify as verification
 
-    if device not in verification.DEVICES:
-        raise ValueError(f"device: this build has kernels for {', '.join(verification.DEVICES)} only, got {device!r}")
+    verification.check_device(device)
     check_folders(json_file)
     cases = _chosen_cases(operator)
     set_threads(threads)
     results = []
     with _progress() as progress:
         task = progress.add_task("", total=len(cases))
-        for case, result in zip(cases, verification.verify(cases), strict=True):
+        for case, result in zip(cases, verification.verify(cases, device=device, triton=triton), strict=True):
             results.append(result)
             failed = sum(not result.ok for result in results)
             text = f"{case.operator}" + (f"  [red]{failed} failed" if failed else "")
@@ -71,9 +74,13 @@ def verify(
         console.print(
             f"[bold red]failed[/] {escape(f'{result.case.name}: {problem}')}", highlight=False, soft_wrap=True
         )
-    console.print(f"{len(results) - len(failures)} of {len(results)} cases passed")
+    reasons = Counter(f"{result.case.operator}: {result.unsupported}" for result in results if result.unsupported)
+    for reason, count in reasons.items():
+        console.print(f"not run, {count} cases of {reason}", highlight=False, markup=False, soft_wrap=True)
+    num_run = len(results) - reasons.total()
+    console.print(f"{num_run - len(failures)} of {num_run} cases passed")
     if json_file:
-        json_file.write_text(json.dumps(verification.report(results, device), indent=2) + "\n")
+        json_file.write_text(json.dumps(verification.report(results, device, triton), indent=2) + "\n")
         console.print(f"report: {json_file}", highlight=False, markup=False)
     if failures:
         raise typer.Exit(1)

@@ -77,6 +77,8 @@ def verify_table(results: Iterable[CaseResult]) -> Table:
     groups: dict[tuple[str, str, float], list[CaseResult]] = {}
     for result in results:
         case = result.case
+        if result.unsupported:
+            continue
         groups.setdefault((case.operator, short_dtype(case.dtype), case.max_error), []).append(result)
     operators = list(dict.fromkeys(operator for operator, _, _ in groups))
     shown = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -73,13 +73,28 @@ class Case:
         """The keyword arguments of the call; the same for the same seed."""
         return self.make_inputs(torch.Generator().manual_seed(seed))
 
-    def outputs(self, function: Callable[..., Any], inputs: Inputs) -> dict[str, torch.Tensor]:
-        """Call `function` on a copy of the inputs and collect all it returned and wrote."""
-        inputs = copy.deepcopy(inputs)
+    def outputs(self, function: Callable[..., Any], inputs: Inputs, device: str = "cpu") -> dict[str, torch.Tensor]:
+        """Call `function` on a copy of the inputs, on this device, and collect all it returned and wrote."""
+        inputs = map_tensors(copy.deepcopy(inputs), lambda tensor: tensor.to(device))
         result = function(**inputs)
         returned = () if result is None else result if isinstance(result, tuple) else (result,)
         named = {f"output {index}": tensor for index, tensor in enumerate(returned)}
-        return named | {name: inputs[name] for name in self.mutates}
+        named |= {name: inputs[name] for name in self.mutates}
+        return {name: tensor.cpu() for name, tensor in named.items()}
+
+
+def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same with every tensor replaced, in weights, tuples and dicts too."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        return tuple(map_tensors(item, function) for item in value)
+    if isinstance(value, dict):
+        return {name: map_tensors(item, function) for name, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: map_tensors(getattr(value, field.name), function) for field in fields(value)}
+        return replace(value, **parts)
+    return value
 
 
 def short_dtype(dtype: object) -> str:
@@ -111,11 +126,12 @@ def _short_params(params: Mapping[str, Any]) -> Iterator[str]:
 
 @dataclass
 class CaseResult:
-    """Relative error of each output of a case, or what the call raised."""
+    """Relative error of each output of a case, or what the call raised, or why there is no kernel for it."""
 
     case: Case
     errors: dict[str, float] = field(default_factory=dict)
     exception: str | None = None
+    unsupported: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -128,10 +144,10 @@ class CaseResult:
         return max(self.errors.values(), default=0.0)
 
 
-def run_case(case: Case, seed: int = 0) -> CaseResult:
-    """Run the operator and its reference on the same inputs and compare all outputs."""
+def run_case(case: Case, seed: int = 0, device: str = "cpu") -> CaseResult:
+    """Run the operator, on this device, and its reference, on the CPU, on the same inputs and compare all outputs."""
     inputs = case.inputs(seed)
-    actual, expected = case.outputs(case.function, inputs), case.outputs(case.reference, inputs)
+    actual, expected = case.outputs(case.function, inputs, device), case.outputs(case.reference, inputs)
     result = CaseResult(case)
     for name, reference in expected.items():
         out = actual[name]
