@@ -1,12 +1,10 @@
 // Where things lie in a packed GPTQ weight; the layout itself is described at GptqMatmulParams.
 #pragma once
 
-#include "cuda/device.h"
+#include "cuda/matmul.h"
 
 namespace teco::cuda {
 
-constexpr int kPanel = 16;            // columns
-constexpr int kBlock = 32;            // inputs
 constexpr int64_t kHeaderBytes = 64;  // fp16 scale[16], fp16 offset[16]: zero points, or minima
 
 template <int kBits, bool kMinimum>

@@ -78,7 +78,7 @@ __device__ __forceinline__ void multiply_exact(uint32_t codes, int q, const Head
 }
 
 template <int kBits, bool kMinimum, bool kInt8, int kRows>
-__global__ void __launch_bounds__(kThreads, 3) gptq_matmul_kernel(GptqMatmulParams p) {
+__global__ void __launch_bounds__(kThreads, 3) gptq_matmul_kernel(GptqMatmulParams p, PanelBest best) {
   Shared<kRows>& memory = shared<Shared<kRows>>();
   const GptqLayout layout(p);
   const int64_t panel = blockIdx.x, first_row = static_cast<int64_t>(blockIdx.y) * kRows;
@@ -136,34 +136,38 @@ __global__ void __launch_bounds__(kThreads, 3) gptq_matmul_kernel(GptqMatmulPara
     if (half == 0) memory.sum[warp_id()][r][column] = sum;
   }
   __syncthreads();
-  for (int i = thread_id(); i < rows * kPanel; i += kThreads) {
-    const int64_t out_column = panel * kPanel + i % kPanel;
-    if (out_column >= p.out_features) continue;
-    float sum = 0.f;
+  // Whole warps, so that the lanes of a row can be added up.
+  for (int i = thread_id(); i < larger(kRows * kPanel, kWarpSize); i += kThreads) {
+    float sum[1] = {};
+    if (i < rows * kPanel)
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += memory.sum[w][i / kPanel][i % kPanel];
-    if (p.bias) sum += p.bias[out_column];
-    store_float(p.out, (first_row + i / kPanel) * p.out_stride + out_column, sum, p.dtype);
+      for (int w = 0; w < kWarps; ++w) sum[0] += memory.sum[w][i / kPanel][i % kPanel];
+    take_panel<kPanel>(p, best, i < rows * kPanel ? first_row + i / kPanel : p.num_rows, panel, sum,
+                       [&](int) { return i % kPanel; });
   }
 }
 
 }  // namespace
 
-Status gptq_matmul(const GptqMatmulParams& p, void* stream) {
+Status multiply_gptq(const GptqMatmulParams& p, const PanelBest& best, void* stream) {
   const auto panels = static_cast<unsigned>(ceil_div<int64_t>(p.out_features, kPanel));
   if (p.num_rows == 0 || panels == 0) return nullptr;
   if (p.num_rows > kMaxRows && p.dtype != DType::kFloat32 && !p.int8_activation)
-    return gptq_matmul_tensor_cores(p, stream);
+    return multiply_gptq_tensor_cores(p, best, stream);
   return with_format(p, [&]<int kBits, bool kMinimum>(Format<kBits, kMinimum>) {
     const auto run = [&]<int kRows>(Rows<kRows>) {
       const dim3 grid = {panels, static_cast<unsigned>(ceil_div<int64_t>(p.num_rows, kRows))};
       return launch("gptq_matmul", grid, dim3{kThreads}, {}, stream,
                     p.int8_activation ? gptq_matmul_kernel<kBits, kMinimum, true, kRows>
                                       : gptq_matmul_kernel<kBits, kMinimum, false, kRows>,
-                    p);
+                    p, best);
     };
     return p.num_rows == 1 ? run(Rows<1>{}) : run(Rows<kTileRows>{});
   });
+}
+
+Status gptq_matmul(const GptqMatmulParams& p, void* stream) {
+  return multiply_gptq(p, {}, stream);
 }
 
 }  // namespace teco::cuda

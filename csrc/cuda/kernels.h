@@ -15,6 +15,7 @@ struct KernelTable {
   Status (*rms_norm)(const RmsNormParams&, void* stream);
   Status (*silu_and_mul)(const SiluAndMulParams&, void* stream);
   Status (*rotary_embedding)(const RotaryEmbeddingParams&, void* stream);
+  Status (*dense_matmul)(const DenseMatmulParams&, void* stream);
   Status (*gptq_matmul)(const GptqMatmulParams&, void* stream);
   Status (*reshape_and_cache)(const ReshapeAndCacheParams&, void* stream);
   Status (*copy_blocks)(const CopyBlocksParams&, void* stream);

@@ -8,6 +8,7 @@ Status gptq_embedding(const GptqEmbeddingParams& p, void* stream);
 Status rms_norm(const RmsNormParams& p, void* stream);
 Status silu_and_mul(const SiluAndMulParams& p, void* stream);
 Status rotary_embedding(const RotaryEmbeddingParams& p, void* stream);
+Status dense_matmul(const DenseMatmulParams& p, void* stream);
 Status gptq_matmul(const GptqMatmulParams& p, void* stream);
 Status reshape_and_cache(const ReshapeAndCacheParams& p, void* stream);
 Status copy_blocks(const CopyBlocksParams& p, void* stream);
@@ -18,13 +19,14 @@ Status merge_attention_states(const MergeAttentionStatesParams& p, void* stream)
 extern const KernelTable table;
 const KernelTable table = {
     .operators =
-        "embedding rms_norm fused_add_rms_norm silu_and_mul rotary_embedding gptq_matmul reshape_and_cache "
-        "copy_blocks swap_blocks paged_attention merge_attention_states",
+        "embedding rms_norm fused_add_rms_norm silu_and_mul rotary_embedding dense_matmul gptq_matmul "
+        "reshape_and_cache copy_blocks swap_blocks paged_attention merge_attention_states",
     .embedding = embedding,
     .gptq_embedding = gptq_embedding,
     .rms_norm = rms_norm,
     .silu_and_mul = silu_and_mul,
     .rotary_embedding = rotary_embedding,
+    .dense_matmul = dense_matmul,
     .gptq_matmul = gptq_matmul,
     .reshape_and_cache = reshape_and_cache,
     .copy_blocks = copy_blocks,

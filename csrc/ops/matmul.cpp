@@ -43,7 +43,7 @@ void set_sections(GptqMatmulParams& params, int64_t section_size) {
 void dense_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t out_features) {
   DenseMatmulParams params = dense_weight(weight, "weight", bias, out_features);
   set_operands(params, out, input, weight);
-  if (out_features > 0) launch(input, cpu::kernels()->dense_matmul, params);
+  if (out_features > 0) launch(input, [](const auto& kernels) { return kernels.dense_matmul; }, params);
 }
 
 void sparse24_matmul(Tensor out, Tensor input, Tensor values, Tensor indices, std::optional<Tensor> bias,

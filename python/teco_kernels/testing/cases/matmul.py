@@ -185,6 +185,7 @@ def cases() -> Iterator[Case]:
     # For many rows of 16 bits a backend may have other kernels.
     options = {"in_features": 160, "out_features": 72, "bits": 4}
     for dtype in (torch.float16, torch.bfloat16):
+        yield _dense_case(33, 160, 72, dtype)
         yield _gptq_case(33, dtype, "exact", **options, group_size=32)
         yield _gptq_case(33, dtype, "exact", **options, group_size=24)
         yield _gptq_case(33, dtype, "exact", **options, group_size=32, act_order=True)
