@@ -27,6 +27,8 @@ OPERATORS = (
     "swap_blocks",
     "paged_attention",
     "merge_attention_states",
+    "lm_head_argmax",
+    "recycle_project",
 )
 
 

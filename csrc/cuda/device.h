@@ -77,13 +77,14 @@ Status launch(const char* name, dim3 blocks, dim3 threads, DynamicShared dynamic
 #endif
 
 #ifdef __CUDACC__
-inline void use_workspace(void*, int64_t) {}
+inline void use_workspace(void*, int64_t, int64_t = 4) {}
 #else
-// Memory of this call that is none of its tensors'. Reading it before it is written gives NaN.
-inline void use_workspace(void* begin, int64_t bytes) {
+// Memory of this call that is none of its tensors', of elements of so many bytes or more. Reading it before it is
+// written gives NaN.
+inline void use_workspace(void* begin, int64_t bytes, int64_t element_bytes = 4) {
   if (bytes == 0) return;
   __builtin_memset(begin, 0xff, static_cast<size_t>(bytes));
-  simt::allow_workspace(begin, static_cast<size_t>(bytes));
+  simt::allow_workspace(begin, static_cast<size_t>(bytes), static_cast<size_t>(element_bytes));
 }
 #endif
 
@@ -254,6 +255,26 @@ __device__ __forceinline__ float block_sum(float x) {
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) total += sums.of_warp[w];
   return total;
+}
+
+// Folds an integer over the threads of a block, all of which get the result; `fold` must be associative and
+// commutative.
+template <int kThreads, class Fold>
+__device__ __forceinline__ uint64_t block_fold(uint64_t x, Fold fold) {
+  constexpr int kWarps = kThreads / kWarpSize;
+  struct Parts {
+    uint64_t of_warp[kWarps];
+  };
+  Parts& parts = shared<Parts>();
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) x = fold(x, __shfl_xor_sync(kAllLanes, x, distance));
+  __syncthreads();  // those of the last call have been read
+  if (lane_id() == 0) parts.of_warp[warp_id()] = x;
+  __syncthreads();
+  x = parts.of_warp[0];
+#pragma unroll
+  for (int w = 1; w < kWarps; ++w) x = fold(x, parts.of_warp[w]);
+  return x;
 }
 
 template <class T>

@@ -8,6 +8,13 @@ namespace teco::cuda {
 
 using Status = const char*;
 
+// An operator that needs memory of its own: how many bytes, and the kernels that are given so many.
+template <class Params>
+struct WithWorkspace {
+  int64_t (*bytes)(const Params&);
+  Status (*run)(const Params&, void* workspace, void* stream);
+};
+
 struct KernelTable {
   const char* operators;  // that have a kernel here; separated by spaces
   Status (*embedding)(const EmbeddingParams&, void* stream);
@@ -23,6 +30,10 @@ struct KernelTable {
   int64_t (*paged_attention_workspace)(const PagedAttentionParams&, int64_t max_keys);
   Status (*paged_attention)(const PagedAttentionParams&, int64_t max_keys, void* workspace, void* stream);
   Status (*merge_attention_states)(const MergeAttentionStatesParams&, void* stream);
+  WithWorkspace<LmHeadArgmaxParams> lm_head_argmax;
+  WithWorkspace<GptqLmHeadArgmaxParams> gptq_lm_head_argmax;
+  WithWorkspace<RecycleProjectParams> recycle_project;
+  WithWorkspace<GptqRecycleProjectParams> gptq_recycle_project;
 };
 
 }  // namespace teco::cuda

@@ -1,6 +1,8 @@
 // A plan: kernel calls, recorded once with their params and replayed without dispatcher, checks or Python.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <cstdint>
 #include <functional>
 #include <type_traits>
@@ -39,10 +41,19 @@ void launch(const Tensor& tensor, Select select, const Params& params) {
   if (caller_launch()) return run_caller_launch();
   const cuda::KernelTable* table = cuda_kernels_for(tensor);
   if (!table) return launch(tensor, select(*cpu::kernels()), params);
-  run_on_stream(tensor, [kernel = select(*table), params](void* stream) {
-    count_kernel_call<Params>();
-    return kernel(params, stream);
-  });
+  const auto kernel = select(*table);
+  if constexpr (std::is_same_v<decltype(kernel), const cuda::WithWorkspace<Params>>) {
+    const Tensor workspace = torch::stable::new_empty(tensor, {kernel.bytes(params)}, ScalarType::Byte);
+    run_on_stream(tensor, [kernel, params, workspace](void* stream) {
+      count_kernel_call<Params>();
+      return kernel.run(params, workspace.mutable_data_ptr(), stream);
+    });
+  } else {
+    run_on_stream(tensor, [kernel, params](void* stream) {
+      count_kernel_call<Params>();
+      return kernel(params, stream);
+    });
+  }
 }
 
 // From plan_begin to plan_end the thread's operators are recorded (and run); plan_end names the plan. plan_run replays

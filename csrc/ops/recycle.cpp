@@ -136,7 +136,8 @@ void recycle_project(Tensor out, Tensor hidden, Tensor token_ids, Tensor embeddi
       recycle_input(matmul, projection, out, hidden, token_ids,
                     {embedding, embedding_order, vocab_size, embedding_bits, embedding_has_minimum}, hidden_norm,
                     embedding_norm, eps);
-  if (out_features > 0) launch(hidden, cpu::kernels()->recycle_project, {input, matmul});
+  if (out_features > 0)
+    launch(hidden, [](const auto& kernels) { return kernels.recycle_project; }, RecycleProjectParams{input, matmul});
 }
 
 void gptq_recycle_project(Tensor out, Tensor hidden, Tensor token_ids, Tensor embedding,
@@ -150,14 +151,16 @@ void gptq_recycle_project(Tensor out, Tensor hidden, Tensor token_ids, Tensor em
       recycle_input(matmul, projection, out, hidden, token_ids,
                     {embedding, embedding_order, vocab_size, embedding_bits, embedding_has_minimum}, hidden_norm,
                     embedding_norm, eps);
-  launch(hidden, cpu::kernels()->gptq_recycle_project, {input, matmul});
+  launch(
+      hidden, [](const auto& kernels) { return kernels.gptq_recycle_project; },
+      GptqRecycleProjectParams{input, matmul});
 }
 
 void lm_head_argmax(Tensor token_ids, Tensor logits, std::optional<Tensor> logsumexp, Tensor hidden, Tensor weight,
                     std::optional<Tensor> bias, int64_t out_features) {
   DenseMatmulParams head = dense_weight(weight, "weight", bias, out_features);
   const ArgmaxParams argmax = argmax_params(head, weight, token_ids, logits, logsumexp, hidden);
-  launch(hidden, cpu::kernels()->lm_head_argmax, {argmax, head});
+  launch(hidden, [](const auto& kernels) { return kernels.lm_head_argmax; }, LmHeadArgmaxParams{argmax, head});
   check_no_nan(token_ids, argmax, head.num_rows);
 }
 
@@ -167,7 +170,7 @@ void gptq_lm_head_argmax(Tensor token_ids, Tensor logits, std::optional<Tensor> 
   GptqMatmulParams head =
       gptq_weight(weight, input_order, bias, in_features, out_features, bits, has_minimum, int8_activation);
   const ArgmaxParams argmax = argmax_params(head, weight, token_ids, logits, logsumexp, hidden);
-  launch(hidden, cpu::kernels()->gptq_lm_head_argmax, {argmax, head});
+  launch(hidden, [](const auto& kernels) { return kernels.gptq_lm_head_argmax; }, GptqLmHeadArgmaxParams{argmax, head});
   check_no_nan(token_ids, argmax, head.num_rows);
 }
 

@@ -104,8 +104,8 @@ void allow(const void* begin, std::size_t bytes, std::size_t granule, bool writa
     allowed.add({.begin = address, .end = address + bytes, .granule = granule, .writable = writable, .name = name});
 }
 
-void allow_workspace(const void* begin, std::size_t bytes) {
-  if (!allowed.empty()) allow(begin, bytes, 4, true, "the workspace");
+void allow_workspace(const void* begin, std::size_t bytes, std::size_t granule) {
+  if (!allowed.empty()) allow(begin, bytes, granule, true, "the workspace");
 }
 
 void forget_allowed() {

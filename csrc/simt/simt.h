@@ -88,8 +88,8 @@ void set_seed(std::uint64_t seed);
 // argument.
 void allow(const void* begin, std::size_t bytes, std::size_t granule, bool writable, const char* name);
 void forget_allowed();
-// More memory for the kernels, of 4-byte elements, where there is any that they may use.
-void allow_workspace(const void* begin, std::size_t bytes);
+// More memory for the kernels, where there is any that they may use.
+void allow_workspace(const void* begin, std::size_t bytes, std::size_t granule);
 
 template <class T>
 T shuffle_as(const char* name, unsigned mask, T value, int source, Site site) {
