@@ -27,6 +27,7 @@ OPERATORS = (
     "swap_blocks",
     "paged_attention",
     "merge_attention_states",
+    "sample",
     "lm_head_argmax",
     "recycle_project",
 )

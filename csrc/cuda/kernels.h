@@ -30,6 +30,7 @@ struct KernelTable {
   int64_t (*paged_attention_workspace)(const PagedAttentionParams&, int64_t max_keys);
   Status (*paged_attention)(const PagedAttentionParams&, int64_t max_keys, void* workspace, void* stream);
   Status (*merge_attention_states)(const MergeAttentionStatesParams&, void* stream);
+  Status (*sample)(const SampleParams&, void* stream);
   WithWorkspace<LmHeadArgmaxParams> lm_head_argmax;
   WithWorkspace<GptqLmHeadArgmaxParams> gptq_lm_head_argmax;
   WithWorkspace<RecycleProjectParams> recycle_project;

@@ -1,7 +1,5 @@
 #include <limits>
 
-#include "cpu/isa.h"
-#include "cpu/kernels.h"
 #include "ops/checks.h"
 #include "ops/ops.h"
 #include "ops/plan.h"
@@ -52,7 +50,7 @@ void sample(Tensor out, Tensor logits, Tensor temperature, Tensor top_k, Tensor 
       .logits_stride = logits.stride(0),
       .dtype = to_dtype(logits.scalar_type(), "logits"),
   };
-  launch(logits, cpu::kernels()->sample, params);
+  launch(logits, [](const auto& kernels) { return kernels.sample; }, params);
   for (int64_t r = 0; is_readable(out) && r < S.value; ++r)
     require(token_ids[r] != kInvalidRow,
             "logits: expected numbers and -inf, with one number at least, got NaN, +inf or "
