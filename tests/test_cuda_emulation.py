@@ -28,6 +28,8 @@ OPERATORS = (
     "paged_attention",
     "merge_attention_states",
     "sample",
+    "verify_recycled",
+    "verify_recycled_sampled",
     "lm_head_argmax",
     "recycle_project",
 )

@@ -31,6 +31,8 @@ struct KernelTable {
   Status (*paged_attention)(const PagedAttentionParams&, int64_t max_keys, void* workspace, void* stream);
   Status (*merge_attention_states)(const MergeAttentionStatesParams&, void* stream);
   Status (*sample)(const SampleParams&, void* stream);
+  Status (*verify_recycled)(const VerifyRecycledParams&, void* stream);
+  Status (*verify_recycled_sampled)(const VerifyRecycledSampledParams&, void* stream);
   WithWorkspace<LmHeadArgmaxParams> lm_head_argmax;
   WithWorkspace<GptqLmHeadArgmaxParams> gptq_lm_head_argmax;
   WithWorkspace<RecycleProjectParams> recycle_project;

@@ -16,6 +16,8 @@ int64_t paged_attention_workspace(const PagedAttentionParams& p, int64_t max_key
 Status paged_attention(const PagedAttentionParams& p, int64_t max_keys, void* workspace, void* stream);
 Status merge_attention_states(const MergeAttentionStatesParams& p, void* stream);
 Status sample(const SampleParams& p, void* stream);
+Status verify_recycled(const VerifyRecycledParams& p, void* stream);
+Status verify_recycled_sampled(const VerifyRecycledSampledParams& p, void* stream);
 int64_t lm_head_argmax_workspace(const LmHeadArgmaxParams& p);
 Status lm_head_argmax(const LmHeadArgmaxParams& p, void* workspace, void* stream);
 int64_t gptq_lm_head_argmax_workspace(const GptqLmHeadArgmaxParams& p);
@@ -30,7 +32,7 @@ const KernelTable table = {
     .operators =
         "embedding rms_norm fused_add_rms_norm silu_and_mul rotary_embedding dense_matmul gptq_matmul "
         "reshape_and_cache copy_blocks swap_blocks paged_attention merge_attention_states "
-        "sample lm_head_argmax recycle_project",
+        "sample verify_recycled verify_recycled_sampled lm_head_argmax recycle_project",
     .embedding = embedding,
     .gptq_embedding = gptq_embedding,
     .rms_norm = rms_norm,
@@ -44,6 +46,8 @@ const KernelTable table = {
     .paged_attention = paged_attention,
     .merge_attention_states = merge_attention_states,
     .sample = sample,
+    .verify_recycled = verify_recycled,
+    .verify_recycled_sampled = verify_recycled_sampled,
     .lm_head_argmax = {lm_head_argmax_workspace, lm_head_argmax},
     .gptq_lm_head_argmax = {gptq_lm_head_argmax_workspace, gptq_lm_head_argmax},
     .recycle_project = {recycle_project_workspace, recycle_project},

@@ -1,6 +1,4 @@
 // The operators of the recycle head.
-#include "cpu/isa.h"
-#include "cpu/kernels.h"
 #include "ops/gptq_weight.h"
 #include "ops/matmul_weight.h"
 #include "ops/ops.h"
@@ -198,7 +196,7 @@ void verify_recycled(Tensor out, Tensor target_token_ids, Tensor recycled_token_
       .target_stride = target_token_ids.stride(0),
       .recycled_stride = recycled_token_ids.stride(0),
   };
-  launch(out, cpu::kernels()->verify_recycled, params);
+  launch(out, [](const auto& kernels) { return kernels.verify_recycled; }, params);
 }
 
 void verify_recycled_sampled(Tensor num_accepted, Tensor next_token_ids, Tensor target_probs, Tensor recycled_probs,
@@ -263,7 +261,7 @@ void verify_recycled_sampled(Tensor num_accepted, Tensor next_token_ids, Tensor 
       .token_ids_stride = recycled_token_ids.stride(0),
       .dtype = to_dtype(target_probs.scalar_type(), "target_probs"),
   };
-  launch(recycled_probs, cpu::kernels()->verify_recycled_sampled, params);
+  launch(recycled_probs, [](const auto& kernels) { return kernels.verify_recycled_sampled; }, params);
   for (int64_t s = 0; is_readable(next_token_ids) && s < S.value; ++s)
     require(params.next_token_ids[s] != kInvalidRow,
             "target_probs, recycled_probs: expected numbers from 0 to 1, not all of them 0, got others in sequence ",
