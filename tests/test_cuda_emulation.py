@@ -21,6 +21,7 @@ OPERATORS = (
     "silu_and_mul",
     "rotary_embedding",
     "dense_matmul",
+    "sparse24_matmul",
     "gptq_matmul",
     "reshape_and_cache",
     "copy_blocks",

@@ -23,6 +23,7 @@ struct KernelTable {
   Status (*silu_and_mul)(const SiluAndMulParams&, void* stream);
   Status (*rotary_embedding)(const RotaryEmbeddingParams&, void* stream);
   Status (*dense_matmul)(const DenseMatmulParams&, void* stream);
+  Status (*sparse24_matmul)(const Sparse24MatmulParams&, void* stream);
   Status (*gptq_matmul)(const GptqMatmulParams&, void* stream);
   Status (*reshape_and_cache)(const ReshapeAndCacheParams&, void* stream);
   Status (*copy_blocks)(const CopyBlocksParams&, void* stream);

@@ -9,6 +9,7 @@ Status rms_norm(const RmsNormParams& p, void* stream);
 Status silu_and_mul(const SiluAndMulParams& p, void* stream);
 Status rotary_embedding(const RotaryEmbeddingParams& p, void* stream);
 Status dense_matmul(const DenseMatmulParams& p, void* stream);
+Status sparse24_matmul(const Sparse24MatmulParams& p, void* stream);
 Status gptq_matmul(const GptqMatmulParams& p, void* stream);
 Status reshape_and_cache(const ReshapeAndCacheParams& p, void* stream);
 Status copy_blocks(const CopyBlocksParams& p, void* stream);
@@ -30,7 +31,7 @@ Status gptq_recycle_project(const GptqRecycleProjectParams& p, void* workspace, 
 extern const KernelTable table;
 const KernelTable table = {
     .operators =
-        "embedding rms_norm fused_add_rms_norm silu_and_mul rotary_embedding dense_matmul gptq_matmul "
+        "embedding rms_norm fused_add_rms_norm silu_and_mul rotary_embedding dense_matmul sparse24_matmul gptq_matmul "
         "reshape_and_cache copy_blocks swap_blocks paged_attention merge_attention_states "
         "sample verify_recycled verify_recycled_sampled lm_head_argmax recycle_project",
     .embedding = embedding,
@@ -39,6 +40,7 @@ const KernelTable table = {
     .silu_and_mul = silu_and_mul,
     .rotary_embedding = rotary_embedding,
     .dense_matmul = dense_matmul,
+    .sparse24_matmul = sparse24_matmul,
     .gptq_matmul = gptq_matmul,
     .reshape_and_cache = reshape_and_cache,
     .copy_blocks = copy_blocks,

@@ -52,8 +52,12 @@ void sparse24_matmul(Tensor out, Tensor input, Tensor values, Tensor indices, st
   Size panels{"num_panels", num_panels(out_features), "out_features"},
       groups{"in_features / 4", in_features / 4, "in_features"}, slots{"2", 2, nullptr}, columns{"16", kPanel, nullptr},
       blocks{"ceil(in_features / 32)", (in_features + kBlock - 1) / kBlock, "in_features"};
-  Argument(values, "values").on_cpu().floating().shape({&panels, &groups, &slots, &columns}).contiguous();
-  Argument(indices, "indices").on_cpu().dtype(ScalarType::Int).shape({&panels, &blocks, &columns}).contiguous();
+  Argument(values, "values").floating().shape({&panels, &groups, &slots, &columns}).contiguous();
+  Argument(indices, "indices")
+      .on_device_of(values, "values")
+      .dtype(ScalarType::Int)
+      .shape({&panels, &blocks, &columns})
+      .contiguous();
   Sparse24MatmulParams params = {};
   params.values = values.const_data_ptr();
   params.indices = reinterpret_cast<const uint32_t*>(indices.const_data_ptr<int32_t>());
@@ -62,7 +66,7 @@ void sparse24_matmul(Tensor out, Tensor input, Tensor values, Tensor indices, st
   params.out_features = out_features;
   params.value_dtype = to_dtype(values.scalar_type(), "values");
   set_operands(params, out, input, values);
-  if (out_features > 0) launch(input, cpu::kernels()->sparse24_matmul, params);
+  if (out_features > 0) launch(input, [](const auto& kernels) { return kernels.sparse24_matmul; }, params);
 }
 
 void gptq_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> input_order, std::optional<Tensor> bias,
