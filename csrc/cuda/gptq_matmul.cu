@@ -8,7 +8,8 @@
 // (but see kMaxRows).
 //
 // Exact mode: fp32 arithmetic on scale * (code - zero). Int8 mode: inputs are quantised per row and block, products and
-// their sums are integers.
+// their sums are integers. With sections (see GptqMatmulParams) a warp takes whole ones, whose sums are its lanes'
+// alone: the same bits wherever a section stands. They are added in fp64, in any order.
 #include "cuda/gptq_matmul.h"
 
 namespace teco::cuda {
@@ -24,14 +25,26 @@ constexpr float kTiny = 1e-30f;  // a block whose inputs are all below this coun
 template <int kRows>
 struct Rows {};
 
+enum class Mode { kExact, kInt8, kInt8Sections };
+
+// The nearest multiple of 2^-32, or of more where the sum is so large that fp64 does not tell these apart: kGrid is a
+// number whose neighbours are 2^-32 away, and so are those of all that is within 2^19 of it.
+constexpr double kGrid = 1.5 * (1 << 20);
+__device__ __forceinline__ double snap(float sum) {
+  return (static_cast<double>(sum) + kGrid) - kGrid;
+}
+
 template <int kRows>
+struct alignas(16) Slice {
+  float input[kRows][kBlock];     // exact mode
+  uint32_t codes[kRows][kQuads];  // int8 mode: four inputs to a word
+  float scale[kRows];
+};
+
+template <int kRows, class Sum>
 struct Shared {
-  struct alignas(16) Slice {
-    float input[kRows][kBlock];     // exact mode
-    uint32_t codes[kRows][kQuads];  // int8 mode: four inputs to a word
-    float scale[kRows];
-  } slice[kWarps];
-  float sum[kWarps][kRows][kPanel];
+  Slice<kRows> slice[kWarps];
+  Sum sum[kWarps][kRows][kPanel];
 };
 
 // This lane's input of a block, for one row.
@@ -42,7 +55,7 @@ __device__ __forceinline__ float load_input(const GptqMatmulParams& p, int64_t r
 // The block's inputs of all rows into the warp's slice, as codes with a scale: x = scale * code.
 template <int kRows>
 __device__ void quantise_inputs(const GptqMatmulParams& p, int64_t first_row, int rows, int64_t input,
-                                typename Shared<kRows>::Slice& slice) {
+                                Slice<kRows>& slice) {
   for (int r = 0; r < rows; ++r) {
     const float x = load_input(p, first_row + r, input), largest = warp_max(fabsf(x));
     const float inverse = largest > kTiny ? 127.f / largest : 0.f;
@@ -61,7 +74,7 @@ __device__ void quantise_inputs(const GptqMatmulParams& p, int64_t first_row, in
 // make a float of it without a conversion.
 template <int kRows, bool kMinimum>
 __device__ __forceinline__ void multiply_exact(uint32_t codes, int q, const Header& header, int rows,
-                                               const typename Shared<kRows>::Slice& slice, float (&sums)[kRows]) {
+                                               const Slice<kRows>& slice, float (&sums)[kRows]) {
   Pack<float, 4> weight;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -77,17 +90,33 @@ __device__ __forceinline__ void multiply_exact(uint32_t codes, int q, const Head
   }
 }
 
-template <int kBits, bool kMinimum, bool kInt8, int kRows>
+// Of sections, in any order, before the bias.
+__device__ __forceinline__ void store_exact(const GptqMatmulParams& p, int64_t row, int64_t column, double sum) {
+  if (row >= p.num_rows || column >= p.out_features) return;
+  const int64_t place = row * p.out_stride + column;
+  if (p.bias) sum += snap(p.bias[column]);
+  if (p.exact_out) {
+    p.exact_out[place] = sum;
+  } else {
+    store_float(p.out, place, static_cast<float>(sum), p.dtype);
+  }
+}
+
+template <int kBits, bool kMinimum, Mode kMode, int kRows>
 __global__ void __launch_bounds__(kThreads, 3) gptq_matmul_kernel(GptqMatmulParams p, PanelBest best) {
-  Shared<kRows>& memory = shared<Shared<kRows>>();
+  constexpr bool kInt8 = kMode != Mode::kExact, kSections = kMode == Mode::kInt8Sections;
+  using Sum = std::conditional_t<kSections, double, float>;
+  Shared<kRows, Sum>& memory = shared<Shared<kRows, Sum>>();
   const GptqLayout layout(p);
   const int64_t panel = blockIdx.x, first_row = static_cast<int64_t>(blockIdx.y) * kRows;
   const auto rows = static_cast<int>(smaller<int64_t>(p.num_rows - first_row, kRows));
   const int column = lane_id() % kPanel, half = lane_id() / kPanel;
-  typename Shared<kRows>::Slice& slice = memory.slice[warp_id()];
+  const int section = static_cast<int>(p.groups_per_section) * layout.blocks_per_group;
+  Slice<kRows>& slice = memory.slice[warp_id()];
 
   float sums[kRows] = {};
-  for (int b = warp_id(); b < layout.num_blocks(); b += kWarps) {
+  [[maybe_unused]] double exact[kRows] = {};
+  for (int b = kSections ? warp_id() * section : warp_id(); b < layout.num_blocks(); b += kSections ? 1 : kWarps) {
     const int64_t place = static_cast<int64_t>(b) * kBlock + lane_id();
     const int64_t input = p.input_order ? p.input_order[place] : place;
     const uint8_t* group = layout.group(panel, b / layout.blocks_per_group);
@@ -128,22 +157,40 @@ __global__ void __launch_bounds__(kThreads, 3) gptq_matmul_kernel(GptqMatmulPara
       for (int r = 0; r < kRows; ++r)
         sums[r] = kMinimum ? sums[r] + of_block[r] : fmaf(header.scale, of_block[r], sums[r]);
     }
+    if constexpr (kSections) {
+      if ((b + 1) % section != 0 && b + 1 < layout.num_blocks()) continue;
+      b += (kWarps - 1) * section;  // those of the other warps
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        exact[r] += snap(sums[r] + __shfl_xor_sync(kAllLanes, sums[r], kPanel));
+        sums[r] = 0.f;
+      }
+    }
   }
 
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const float sum = sums[r] + __shfl_xor_sync(kAllLanes, sums[r], kPanel);
+    Sum sum;
+    if constexpr (kSections) {
+      sum = exact[r];
+    } else {
+      sum = sums[r] + __shfl_xor_sync(kAllLanes, sums[r], kPanel);
+    }
     if (half == 0) memory.sum[warp_id()][r][column] = sum;
   }
   __syncthreads();
   // Whole warps, so that the lanes of a row can be added up.
   for (int i = thread_id(); i < larger(kRows * kPanel, kWarpSize); i += kThreads) {
-    float sum[1] = {};
+    Sum sum[1] = {};
     if (i < rows * kPanel)
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum[0] += memory.sum[w][i / kPanel][i % kPanel];
-    take_panel<kPanel>(p, best, i < rows * kPanel ? first_row + i / kPanel : p.num_rows, panel, sum,
-                       [&](int) { return i % kPanel; });
+    const int64_t row = i < rows * kPanel ? first_row + i / kPanel : p.num_rows;
+    if constexpr (kSections) {
+      store_exact(p, row, panel * kPanel + i % kPanel, sum[0]);
+    } else {
+      take_panel<kPanel>(p, best, row, panel, sum, [&](int) { return i % kPanel; });
+    }
   }
 }
 
@@ -157,10 +204,10 @@ Status multiply_gptq(const GptqMatmulParams& p, const PanelBest& best, void* str
   return with_format(p, [&]<int kBits, bool kMinimum>(Format<kBits, kMinimum>) {
     const auto run = [&]<int kRows>(Rows<kRows>) {
       const dim3 grid = {panels, static_cast<unsigned>(ceil_div<int64_t>(p.num_rows, kRows))};
-      return launch("gptq_matmul", grid, dim3{kThreads}, {}, stream,
-                    p.int8_activation ? gptq_matmul_kernel<kBits, kMinimum, true, kRows>
-                                      : gptq_matmul_kernel<kBits, kMinimum, false, kRows>,
-                    p, best);
+      const auto kernel = p.groups_per_section ? gptq_matmul_kernel<kBits, kMinimum, Mode::kInt8Sections, kRows>
+                          : p.int8_activation  ? gptq_matmul_kernel<kBits, kMinimum, Mode::kInt8, kRows>
+                                               : gptq_matmul_kernel<kBits, kMinimum, Mode::kExact, kRows>;
+      return launch("gptq_matmul", grid, dim3{kThreads}, {}, stream, kernel, p, best);
     };
     return p.num_rows == 1 ? run(Rows<1>{}) : run(Rows<kTileRows>{});
   });

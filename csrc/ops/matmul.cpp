@@ -78,8 +78,7 @@ void gptq_matmul(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> 
   const bool exact_out = section_size != 0 && out.scalar_type() == ScalarType::Double;
   set_operands(params, out, input, weight, exact_out);
   if (exact_out) params.exact_out = static_cast<double*>(std::exchange(params.out, nullptr));
-  require(section_size == 0 || !(cuda_kernels_for(input) || caller_launch()),
-          "section_size: only the CPU's own kernel takes sections");
+  require(section_size == 0 || !caller_launch(), "section_size: kernels launched from Python take no sections");
   launch(input, [](const auto& kernels) { return kernels.gptq_matmul; }, params);
 }
 

@@ -397,7 +397,7 @@ def gptq_matmul(
         inputs (of the packed order), products and their sums are exact integers; several times faster, relative error
         about 0.6 %.
     section_size : int, optional
-        With "int8" and without an `input_order`, on the CPU: inputs of a section, a multiple of the group size.
+        With "int8" and without an `input_order`, not with Triton: inputs of a section, a multiple of the group size.
         Sections are summed apart, in fp32, these sums rounded to multiples of 2^-32 and added in fp64, as is the bias:
         exactly, up to 2^21, so that it does not matter which are added first. The last section may be shorter. The
         absolute error is 2^-33 per section: inputs that small lose their bits.
