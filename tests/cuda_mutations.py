@@ -32,18 +32,30 @@ import cuda_build
 OPERATORS = {
     "device.h": ("rms_norm", "fused_add_rms_norm", "rotary_embedding", "reshape_and_cache", "embedding"),
     "copy_blocks.cu": ("copy_blocks", "swap_blocks"),
+    "best_key.h": ("sample", "lm_head_argmax"),
+    "dense_matmul.cu": ("dense_matmul", "lm_head_argmax"),
+    "dense_matmul_tensor_cores.cu": ("dense_matmul",),
+    "draw.h": ("sample", "verify_recycled_sampled"),
     "embedding.cu": ("embedding",),
     "gptq_layout.h": ("gptq_matmul", "embedding"),
     "gptq_matmul.cu": ("gptq_matmul",),
     "gptq_matmul_tensor_cores.cu": ("gptq_matmul",),
     "kv_element.h": ("reshape_and_cache", "paged_attention"),
+    "lm_head_argmax.cu": ("lm_head_argmax",),
+    "matmul.h": ("dense_matmul", "lm_head_argmax"),
     "merge_attention_states.cu": ("merge_attention_states",),
     "paged_attention.cu": ("paged_attention",),
     "paged_attention.h": ("paged_attention",),
+    "panel_matmul.h": ("dense_matmul", "sparse24_matmul"),
+    "recycle_project.cu": ("recycle_project",),
     "reshape_and_cache.cu": ("reshape_and_cache",),
     "rms_norm.cu": ("rms_norm", "fused_add_rms_norm"),
     "rotary_embedding.cu": ("rotary_embedding",),
+    "sample.cu": ("sample",),
     "silu_and_mul.cu": ("silu_and_mul",),
+    "sparse24_matmul.cu": ("sparse24_matmul",),
+    "tensor_core_matmul.h": ("dense_matmul", "gptq_matmul"),
+    "verify_recycled.cu": ("verify_recycled", "verify_recycled_sampled"),
 }
 
 # What is replaced, by what; each occurrence in the kernels' code is a mutation of its own.
@@ -79,7 +91,8 @@ def mutations(file: str) -> Iterator[Mutation]:
     """Every mutation of a file, outside of comments and of what only the host runs."""
     on_host = False
     for number, text in enumerate((ROOT / "csrc" / "cuda" / file).read_text().splitlines(), 1):
-        on_host = (on_host and text != "}") or text.startswith(("Status ", "inline ", "int64_t ", "bool "))
+        begins = text.startswith(("Status ", "inline ", "int64_t ", "bool ")) and not text.endswith(";")
+        on_host = (on_host and text != "}") or begins
         code = text.split("//")[0]
         if on_host or not code.strip() or code.startswith(("template", "#")) or "pragma" in code:
             continue

@@ -1,0 +1,157 @@
+"""CUDA kernels, emulated: what the case table does not show of matmuls, the recycle head, sampling and verification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import test_recycle_kernels as recycle
+import test_sampling as sampling
+import test_verify as verify
+import torch
+from emulated_cuda import emulation
+
+import teco_kernels as tk
+from teco_kernels.ops.recycle import lm_head_argmax_reference
+from teco_kernels.testing import TOLERANCE
+from teco_kernels.testing.cases.matmul import random_sparse24
+
+TESTS: dict[str, Callable[[], None]] = {
+    **{
+        f"NaN, {kind}": partial(recycle.test_nan_is_named_and_other_rows_are_right, kind) for kind in ("plain", "8-bit")
+    },
+    "infinities": recycle.test_logsumexp_of_infinities_and_nan,
+    "plan": recycle.test_a_plan_replays_the_whole_head,
+    "extreme logits": sampling.test_extreme_logits_and_temperatures,
+    "bad row": partial(sampling.test_a_bad_row_is_named_and_the_others_are_kept, torch.nan, 1.0),
+    "bad row, greedy": partial(sampling.test_a_bad_row_is_named_and_the_others_are_kept, torch.inf, 0.0),
+    "no row": partial(sampling.test_a_bad_row_is_named_and_the_others_are_kept, -torch.inf, 1.0),
+    "rejection rule": verify.test_edges_of_the_rule,
+    "rejection by rounding": verify.test_a_rejection_that_is_only_rounding_draws_from_the_target,
+    "no probability": partial(verify.test_what_is_no_probability_is_named, "recycled", 1.5),
+    "zeros": verify.test_a_row_of_zeros_to_draw_from_is_refused,
+}
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_as_on_the_cpu(name: str) -> None:
+    with emulation(seed=2):
+        TESTS[name]()
+
+
+def test_sample_draws_the_cpu_s_token() -> None:
+    """To the last bit of every weight: many draws, from logits with ties and masks, under all filters."""
+    generator, rows = torch.Generator().manual_seed(0), 30
+    logits = (4 * torch.randn(rows, 200, generator=generator)).bfloat16()
+    logits[:, 3::5] = -torch.inf
+    options: dict[str, Any] = {
+        "temperature": 0.3 + 2 * torch.rand(rows, generator=generator),
+        "top_k": torch.randint(0, 90, (rows,), generator=generator) * (torch.arange(rows) % 2),
+        "top_p": 1 - (torch.arange(rows) % 3) * torch.rand(rows, generator=generator) / 3,
+        "min_p": torch.rand(rows, generator=generator) ** 6 * (torch.arange(rows) % 5 == 0),
+        "seed": torch.randint(2**62, (rows,), generator=generator),
+        "offset": torch.arange(rows),
+    }
+    options["min_p"][7::7] = 1.0  # the largest logit and its equals
+    expected = tk.sample(logits, **options)
+    with emulation(seed=3):
+        assert torch.equal(tk.sample(logits, **options), expected)
+
+
+def test_lowest_id_wins_ties() -> None:
+    """In one panel, in neighbouring ones, and in those of other threads of the merge."""
+    hidden = torch.ones(2, 8)
+    for size, first, second in ((40, 3, 5), (40, 15, 16), (5000, 17, 4800)):
+        weight = torch.zeros(size, 8)
+        weight[[first, second]] = 1
+        with emulation(seed=1):
+            token_ids, logit = tk.lm_head_argmax(hidden, tk.DenseWeight.from_tensor(weight))
+        assert token_ids.tolist() == [first] * 2
+        assert logit.tolist() == [8] * 2
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("groups_per_section", [1, 2, 4])
+def test_parts_of_sections_make_the_whole(bits: int, groups_per_section: int) -> None:
+    """Ranks that have whole sections, the last one ragged, give together the bits of one that has them all."""
+    generator = torch.Generator().manual_seed(bits)
+    groups, out_features, rows, section_size = 19, 40, 9, 32 * groups_per_section
+    tensors: dict[str, Any] = {
+        "codes": torch.randint(0, 2**bits, (groups * 32, out_features), generator=generator, dtype=torch.uint8),
+        "scales": torch.rand(groups, out_features, generator=generator).half(),
+        "zeros": torch.randint(0, 2**bits + 1, (groups, out_features), generator=generator),
+    }
+    bias, x = torch.randn(out_features, generator=generator), torch.randn(rows, groups * 32, generator=generator)
+
+    def product(first: int, last: int, bias: torch.Tensor | None, **options: Any) -> torch.Tensor:
+        """Of the groups from `first` to before `last`."""
+        part = {name: tensor[first:last] for name, tensor in tensors.items() if name != "codes"}
+        inputs = slice(32 * first, 32 * last)
+        weight = tk.GPTQWeight.from_codes(codes=tensors["codes"][inputs], **part, bits=bits, bias=bias)
+        return tk.gptq_matmul(x[:, inputs], weight, activation="int8", **options)
+
+    def exact(first: int, last: int, bias: torch.Tensor | None) -> torch.Tensor:
+        out = torch.empty(rows, out_features, dtype=torch.float64)
+        return product(first, last, bias, section_size=section_size, out=out)
+
+    border = 2 * groups_per_section
+    expected = product(0, groups, bias).double()
+    with emulation(seed=2):
+        whole = exact(0, groups, bias)
+        assert torch.equal(exact(0, border, bias) + exact(border, groups, None), whole)
+        assert torch.equal(product(0, groups, bias, section_size=section_size), whole.float())
+    assert ((whole - expected).abs().amax() / expected.abs().amax()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("in_features", [37, 160])
+def test_weights_as_they_are(in_features: int, dtype: torch.dtype) -> None:
+    """Not packed: aligned rows and others, few rows and many, also a slice of a wider matrix."""
+    generator = torch.Generator().manual_seed(1)
+    wide = torch.randn(72, in_features + 8, generator=generator).to(dtype)
+    for weight in (wide[:, 8:], wide[:, 3 : in_features + 3], wide[:, :in_features].contiguous()):
+        for rows in (1, 9, 33):
+            hidden = torch.randn(rows, in_features, generator=generator).to(dtype)
+            logsumexp, expected_sum = torch.empty(rows), torch.empty(rows)
+            with emulation(seed=rows):
+                token_ids, logit = tk.lm_head_argmax(hidden, weight, logsumexp=logsumexp)
+            expected = lm_head_argmax_reference(hidden, weight, logsumexp=expected_sum)
+            assert torch.equal(token_ids, expected[0])
+            torch.testing.assert_close(logit.double(), expected[1].double(), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(logsumexp, expected_sum, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_stand_alone() -> None:
+    """A row's bits do not depend on the others, up to 16 of them and beyond."""
+    generator = torch.Generator().manual_seed(2)
+    values, bias = random_sparse24(40, 1100, generator), torch.randn(40, generator=generator)
+    for dtype, counts in ((torch.float32, (1, 5, 33)), (torch.float16, (1, 9, 16)), (torch.bfloat16, (17, 40))):
+        dense = tk.DenseWeight.from_tensor(values.to(dtype), bias)
+        sparse = tk.Sparse24Weight.from_dense(values.to(dtype), bias)
+        x = torch.randn(counts[-1], 1100, generator=generator).to(dtype)
+        with emulation():
+            products, pruned = tk.dense_matmul(x, dense), tk.sparse24_matmul(x, sparse)
+            for count in counts:
+                assert torch.equal(tk.dense_matmul(x[-count:], dense), products[-count:])
+                assert torch.equal(tk.sparse24_matmul(x[-count:], sparse), pruned[-count:])
+
+
+def test_unaligned_tensors() -> None:
+    """Weights and inputs that no access of 16 bytes can read give the same bits."""
+    generator = torch.Generator().manual_seed(3)
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        buffer = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+        return buffer[1:].view(tensor.shape).copy_(tensor)
+
+    for rows in (3, 20):
+        x = torch.randn(rows, 64, generator=generator).half()
+        dense = tk.DenseWeight.from_tensor(torch.randn(24, 64, generator=generator).half())
+        sparse = tk.Sparse24Weight.from_dense(random_sparse24(24, 64, generator).half())
+        other_dense = tk.DenseWeight(moved(dense.packed), None, 24)
+        other_sparse = tk.Sparse24Weight(moved(sparse.values), moved(sparse.indices), None, 64, 24)
+        with emulation(seed=1):
+            assert torch.equal(tk.dense_matmul(moved(x), other_dense), tk.dense_matmul(x, dense))
+            assert torch.equal(tk.sparse24_matmul(moved(x), other_sparse), tk.sparse24_matmul(x, sparse))
