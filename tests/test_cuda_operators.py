@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from emulated_cuda import emulation
 
 import teco_kernels as tk
+from teco_kernels.ops import Plan
 from teco_kernels.ops.recycle import lm_head_argmax_reference
 from teco_kernels.testing import TOLERANCE
 from teco_kernels.testing.cases.matmul import random_sparse24
@@ -58,6 +60,30 @@ def test_sample_draws_the_cpu_s_token() -> None:
     expected = tk.sample(logits, **options)
     with emulation(seed=3):
         assert torch.equal(tk.sample(logits, **options), expected)
+
+
+def test_a_plan_may_verify_what_is_no_token() -> None:
+    """Ids that a step before has left as -1, or out of range, are rejected; nothing behind the rows is read."""
+    generator = torch.Generator().manual_seed(4)
+    target = torch.randn(2, 2, 40, generator=generator).softmax(-1)
+    recycled, token_ids = target[:, :1].clone(), torch.tensor([[3], [5]])
+    seed, offset = torch.tensor([7, 8]), torch.zeros(2, dtype=torch.int64)
+    accepted, next_ids = torch.empty(2, dtype=torch.int32), torch.empty(2, dtype=torch.int64)
+
+    def calls() -> None:
+        tk.verify_recycled_sampled(target, recycled, token_ids, seed=seed, offset=offset, out=(accepted, next_ids))
+
+    results = []
+    for backend in (nullcontext, partial(emulation, seed=1)):
+        with backend():
+            token_ids.copy_(torch.tensor([[3], [5]]))
+            plan = Plan(calls, keep_alive=(target, recycled, token_ids, seed, offset, accepted, next_ids))
+            assert accepted.tolist() == [1, 1]
+            token_ids.copy_(torch.tensor([[-1], [40]]))
+            plan.replay()
+            assert accepted.tolist() == [0, 0]
+            results.append(next_ids.tolist())
+    assert results[0] == results[1]
 
 
 def test_lowest_id_wins_ties() -> None:
