@@ -46,7 +46,7 @@ struct GptqColumns {
 };
 
 template <int kBits, bool kMinimum, class T>
-__global__ void __launch_bounds__(kTileThreads, 3)
+__global__ void __launch_bounds__(kTileThreads, 4)
     gptq_tensor_cores_kernel(GptqMatmulParams p, PackedInputs inputs, PanelBest best) {
   const GptqLayout layout(p);
   const GptqColumns<kBits, kMinimum> weight = {layout, ceil_div<int64_t>(p.out_features, kPanel)};
