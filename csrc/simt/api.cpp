@@ -163,8 +163,9 @@ void map(const void* begin, std::size_t bytes, std::size_t granule, const char* 
   if (bytes) mapped.add({.begin = address, .end = address + bytes, .granule = granule, .name = name});
 }
 
-void unmap(const void* begin) {
-  mapped.remove(reinterpret_cast<std::uintptr_t>(begin));
+void unmap_within(const void* begin, std::size_t bytes) {
+  const auto address = reinterpret_cast<std::uintptr_t>(begin);
+  mapped.remove_within(address, address + bytes);
 }
 
 }  // namespace simt

@@ -98,8 +98,8 @@ void Regions::add(Region region) {
   last_ = nullptr;
 }
 
-void Regions::remove(std::uintptr_t begin) {
-  std::erase_if(regions_, [begin](const Region& region) { return region.begin == begin; });
+void Regions::remove_within(std::uintptr_t begin, std::uintptr_t end) {
+  std::erase_if(regions_, [=](const Region& region) { return region.begin >= begin && region.end <= end; });
   last_ = nullptr;
 }
 

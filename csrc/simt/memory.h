@@ -62,7 +62,7 @@ Conflict enter(Region& region, std::uintptr_t address, std::size_t bytes, Access
 class Regions {
  public:
   void add(Region region);
-  void remove(std::uintptr_t begin);  // of those that begin there
+  void remove_within(std::uintptr_t begin, std::uintptr_t end);
   void clear() { regions_.clear(), last_ = nullptr; }
   bool empty() const { return regions_.empty(); }
   Region* find(std::uintptr_t address);

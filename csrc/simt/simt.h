@@ -1,7 +1,8 @@
 // Runs CUDA kernels on a CPU: what a kernel's source sees in place of the CUDA headers, and how it is launched.
 //
-// Every CUDA thread is a fiber; the threads of a block take turns, the blocks come one after the other (those of several
-// ranks take turns too). Which thread goes on is decided by a seed. Memory accesses are seen through the compiler's instrumentation (see README.md).
+// Every CUDA thread is a fiber; the threads of a block take turns. Blocks come one after the other, but those of
+// several ranks take turns too. Whose turn it is is decided by a seed. Memory accesses are seen through the compiler's
+// instrumentation (see README.md).
 #pragma once
 
 #include <cstddef>
@@ -13,6 +14,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct uint3 {
   unsigned x, y, z;
@@ -108,7 +110,7 @@ void allow(const void* begin, std::size_t bytes, std::size_t granule, bool writa
 void forget_allowed();
 // Memory that all ranks have mapped, for as long as it is there: what a block stores in it reaches other blocks late.
 void map(const void* begin, std::size_t bytes, std::size_t granule, const char* name);
-void unmap(const void* begin);
+void unmap_within(const void* begin, std::size_t bytes);
 // More memory for the kernels, of 4-byte elements, where there is any that they may use.
 void allow_workspace(const void* begin, std::size_t bytes);
 

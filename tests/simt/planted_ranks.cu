@@ -188,7 +188,7 @@ extern "C" __attribute__((visibility("default"))) const char* run_planted(const 
       for (int i = 0; i < kLaunches; ++i) simt::launch({name, {1}, {kThreads}}, kernel.kernel, ranks);
     }
     const char* finding = simt::run_ranks();
-    for (Memory& of_rank : memory) simt::unmap(&of_rank);
+    simt::unmap_within(memory, sizeof(memory));
     return finding;
   }
   return "no such kernel";

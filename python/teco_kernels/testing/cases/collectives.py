@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from teco_kernels import parallel
+from teco_kernels.ops._library import emulation_in_use
 from teco_kernels.ops.norm import fused_add_rms_norm_reference
 from teco_kernels.testing.case import TOLERANCE, Case, Inputs
 
@@ -18,13 +20,12 @@ SHAPES = [(1, 576), (3, 37), (0, 64)]
 
 
 @cache
-def _alone() -> parallel.Communicator:
-    return parallel.Communicator.alone()
+def _alone(device: torch.device, emulation: Path | None) -> parallel.Communicator:
+    return parallel.Communicator.alone(device)
 
 
 def _with_one_rank(collective: Callable[..., Any]) -> Callable[..., Any]:
-    comm = _alone()
-    return lambda **inputs: collective(**inputs, comm=comm)
+    return lambda x, **inputs: collective(x, **inputs, comm=_alone(x.device, emulation_in_use()))
 
 
 def _inputs(shape: tuple[int, ...], dtype: torch.dtype, names: tuple[str, ...], generator: torch.Generator) -> Inputs:
