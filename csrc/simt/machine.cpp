@@ -205,6 +205,7 @@ void Machine::pass_barrier(Block& block) {
     if (thread.state == Thread::State::kAtBarrier) thread.state = Thread::State::kReady;
     block.known.join(thread.known);
     thread.known.clear();
+    thread.acquired.reset();
   }
 }
 
@@ -296,7 +297,8 @@ void* Machine::shared_memory(const void* tag, std::size_t bytes, std::size_t ali
 Accessor Machine::accessor(const void* code) {
   Thread& thread = current();
   const Block& block = *thread.block;
-  const Moment now = {block.number, block.barriers, thread.warp->barriers, thread.number, thread.releases};
+  const Moment now = {block.number,  block.barriers,  thread.warp->barriers,
+                      thread.number, thread.releases, static_cast<std::uint8_t>(block.job->rank)};
   return {now, first_block_, &block.known, &thread.known, code};
 }
 

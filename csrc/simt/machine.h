@@ -66,7 +66,8 @@ struct Thread {
   bool polls_in_vain = false;  // has seen what it had seen before, and nothing else since
   const void* polled = nullptr;
   std::uint64_t seen = 0;
-  Knowledge known = {};  // acquired since the last barrier
+  Knowledge known = {};                            // acquired since the last barrier
+  std::shared_ptr<const Knowledge> acquired = {};  // last
   std::vector<AsyncCopy> open_copies = {};
   std::vector<std::vector<AsyncCopy>> copies = {};  // groups that were committed, oldest first
 
@@ -156,8 +157,8 @@ class Machine {
   std::string finding_;
   std::uint32_t first_block_ = 0;  // what happened in those before it is in order
   bool several_ranks_ = false;
-  std::map<std::uint32_t, std::string> names_;    // of the blocks of several ranks
-  std::map<std::uintptr_t, Knowledge> released_;  // what the last store to an address made known, a release
+  std::map<std::uint32_t, std::string> names_;                           // of the blocks of several ranks
+  std::map<std::uintptr_t, std::shared_ptr<const Knowledge>> released_;  // what the last store to an address made known
   std::uint64_t time_ = 0;
   bool time_was_asked_ = false;
 };

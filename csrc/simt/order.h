@@ -4,7 +4,7 @@
 
 #include <cstdint>
 #include <map>
-#include <utility>
+#include <vector>
 
 namespace simt {
 
@@ -14,27 +14,36 @@ struct Moment {
   std::uint32_t barriers = 0, warp_barriers = 0;
   std::uint16_t thread = 0;
   std::uint16_t releases = 0;  // of this thread
+  std::uint8_t rank = 0;
 };
 
 // What is known to have happened in other blocks.
 class Knowledge {
  public:
-  // What a block did before it had passed so many barriers; all of it.
-  void add_block(std::uint32_t block, std::uint32_t barriers);
-  void add_whole_block(std::uint32_t block) { add_block(block, UINT32_MAX); }
-  // What the thread did up to this release, the first of which has number 0.
+  // All that this rank's blocks up to this one did: its launches come one after the other.
+  void add_launches(std::uint8_t rank, std::uint32_t last_block);
+  // What the moment's thread did up to this release, and its block in front of the last barrier.
   void add_release(const Moment& release);
   void join(const Knowledge& other);
-  bool empty() const { return blocks_.empty() && threads_.empty(); }
-  void clear() { blocks_.clear(), threads_.clear(); }
+  bool empty() const { return launches_.empty() && blocks_.empty(); }
+  void clear() { launches_.clear(), blocks_.clear(); }
 
   // By any thread of its block, at this moment's barriers; by its thread alone.
   bool covers_block(const Moment& then) const;
   bool covers_thread(const Moment& then) const;
 
  private:
-  std::map<std::uint32_t, std::uint32_t> blocks_;
-  std::map<std::pair<std::uint32_t, std::uint16_t>, std::uint16_t> threads_;
+  struct Part {
+    std::uint8_t rank = 0;
+    std::uint32_t barriers = 0;                        // all before this one
+    std::map<std::uint16_t, std::uint16_t> threads{};  // of each, all before this many releases
+  };
+  bool covers_launch(std::uint8_t rank, std::uint32_t block) const {
+    return rank < launches_.size() && block <= launches_[rank];
+  }
+
+  std::vector<std::uint32_t> launches_;   // of each rank, the last block of the launches that are known
+  std::map<std::uint32_t, Part> blocks_;  // of other launches
 };
 
 }  // namespace simt

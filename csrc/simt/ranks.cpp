@@ -58,7 +58,7 @@ std::string Machine::run_ranks(const std::vector<std::deque<Job>>& jobs) {
       Block& block = running->block;
       rank.known.join(block.known);
       for (const Thread& thread : block.threads) rank.known.join(thread.known);
-      rank.known.add_whole_block(block.number);
+      rank.known.add_launches(static_cast<std::uint8_t>(block.job->rank), block.number);
       end(block);
     }
     rank.running.clear();
@@ -66,7 +66,7 @@ std::string Machine::run_ranks(const std::vector<std::deque<Job>>& jobs) {
   };
   const auto has_arrived = [&](const DelayedStores::Store& store) {
     released_.erase(released_.lower_bound(store.address), released_.lower_bound(store.address + store.bytes));
-    if (store.is_release) released_[store.address] = store.knowledge;
+    if (store.released) released_[store.address] = store.released;
   };
   // One after the other; false when nothing has happened.
   const auto run_some = [&](Rank& rank) {
@@ -118,8 +118,10 @@ std::uint64_t Machine::load(const void* address, std::size_t bytes, Order order,
   Thread& thread = current();
   std::uint64_t value = 0;
   std::memcpy(&value, address, bytes);
-  if (const auto found = released_.find(place); order == Order::kAcquire && found != released_.end())
-    thread.known.join(found->second);
+  if (const auto found = released_.find(place); order == Order::kAcquire && found != released_.end()) {
+    if (thread.acquired != found->second) thread.known.join(*found->second);
+    thread.acquired = found->second;
+  }
   thread.polls_in_vain = thread.polled == address && thread.seen == value;
   thread.polled = address;
   thread.seen = value;
@@ -134,18 +136,19 @@ void Machine::store(void* address, std::size_t bytes, std::uint64_t value, Order
   Thread& thread = current();
   Block& block = *thread.block;
   const Moment now = accessor(code).now;
-  Knowledge knowledge;
+  std::shared_ptr<Knowledge> released;
   if (order == Order::kRelease) {
-    knowledge = block.known;
-    knowledge.join(thread.known);
-    knowledge.add_block(block.number, block.barriers);
-    knowledge.add_release(now);
+    released = std::make_shared<Knowledge>(block.known);
+    released->join(thread.known);
+    released->add_release(now);
     ++thread.releases;
   }
   if (several_ranks_ && mapped.find(place)) {
-    block.stores.add(place, bytes, now, order == Order::kRelease, knowledge);
+    block.stores.add(place, bytes, now, released);
+  } else if (released) {
+    released_[place] = released;
   } else {
-    released_[place] = knowledge;
+    released_.erase(place);
   }
   std::memcpy(address, &value, bytes);
 }

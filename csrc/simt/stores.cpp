@@ -16,10 +16,10 @@ void swap_with_memory(DelayedStores::Store& store) {
 
 }  // namespace
 
-void DelayedStores::add(std::uintptr_t address, std::size_t bytes, const Moment& by, bool is_release,
-                        const Knowledge& knowledge) {
+void DelayedStores::add(std::uintptr_t address, std::size_t bytes, const Moment& by,
+                        std::shared_ptr<const Knowledge> released) {
   while (bytes > 0) {
-    Store store = {address, std::min(bytes, sizeof(Store::value)), by, is_release, knowledge, {}};
+    Store store = {address, std::min(bytes, sizeof(Store::value)), by, released, {}};
     std::memcpy(store.value.data(), reinterpret_cast<const void*>(address), store.bytes);
     stores_.push_back(store);
     address += store.bytes;
@@ -40,7 +40,7 @@ bool DelayedStores::may_arrive(std::size_t index) const {
   return std::none_of(stores_.begin(), stores_.begin() + index, [&](const Store& before) {
     const bool overlaps = before.address < store.address + store.bytes && store.address < before.address + before.bytes;
     const bool is_released = before.by.thread == store.by.thread || before.by.barriers < store.by.barriers;
-    return overlaps || (store.is_release && is_released);
+    return overlaps || (store.released && is_released);
   });
 }
 

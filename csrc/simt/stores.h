@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #include "simt/order.h"
@@ -16,10 +17,10 @@ namespace simt {
 class DelayedStores {
  public:
   // A store that is about to be made by the thread of `by`. A release arrives behind all that came before it: the
-  // thread's own stores, and those of its block in front of the last barrier. Those who acquire it know what
-  // `knowledge` tells.
-  void add(std::uintptr_t address, std::size_t bytes, const Moment& by, bool is_release = false,
-           const Knowledge& knowledge = {});
+  // thread's own stores, and those of its block in front of the last barrier. Those who acquire it know what `released`
+  // tells; null for other stores.
+  void add(std::uintptr_t address, std::size_t bytes, const Moment& by,
+           std::shared_ptr<const Knowledge> released = nullptr);
   void show();
   void hide();
   bool empty() const { return stores_.empty(); }
@@ -28,8 +29,7 @@ class DelayedStores {
     std::uintptr_t address;
     std::size_t bytes;
     Moment by;
-    bool is_release;
-    Knowledge knowledge;
+    std::shared_ptr<const Knowledge> released;
     std::array<std::byte, 16> value;  // of the store while it is hidden, of what it covers while it is shown
   };
   // While they are hidden: lets about half of those arrive that may, and tells of each. `pick(n)` chooses one of n.
