@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kRankThreads, 1)
   for (int64_t begin = blockIdx.x * stretch; begin < p.bytes; begin += gridDim.x * stretch) {
     const int size = static_cast<int>(smaller(stretch, p.bytes - begin));
     hand_over(steps.next_slot(), input + begin, 1, size, 0, aligned_in);
-    steps.take();
+    if (!steps.take()) return;
     for (int i = 0; i < ranks.world_size; ++i) {
       // Each begins with itself, so that they do not all ask the same rank.
       const int from = (ranks.rank + i) % ranks.world_size;
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kRankThreads, 1)
     const int size = static_cast<int>(smaller(stretch, p.bytes - begin));
     if (ranks.rank == p.root)
       hand_over(steps.next_slot(), static_cast<const uint8_t*>(p.input) + begin, 1, size, 0, aligned_in);
-    steps.take();
+    if (!steps.take()) return;
     const auto* slot = reinterpret_cast<const uint8_t*>(steps.slot(p.root));
     uint8_t* out = static_cast<uint8_t*>(p.out) + begin;
     for (int b = thread_id() * N; b < size; b += kRankThreads * N)

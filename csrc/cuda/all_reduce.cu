@@ -21,11 +21,10 @@ __global__ void __launch_bounds__(kRankThreads, 1)
   bool first = true;
   for (int64_t begin = blockIdx.x * stretch; begin < p.count; begin += gridDim.x * stretch) {
     const int size = static_cast<int>(smaller(stretch, p.count - begin)), count = ceil_div(size, N);
-    if (p.registered >= 0) {
-      sum.take_registered(p.registered + begin * static_cast<int64_t>(sizeof(T)), first);
-    } else {
-      sum.take(input + begin, 1, size, 0, aligned_in);
-    }
+    const bool is_there = p.registered >= 0
+                              ? sum.take_registered(p.registered + begin * static_cast<int64_t>(sizeof(T)), first)
+                              : sum.take(input + begin, 1, size, 0, aligned_in);
+    if (!is_there) return;
     first = false;
     for (int v = thread_id(); v < count; v += kRankThreads)
       store_up_to<N>(out + begin + v * N, sum.at(v), size - v * N, aligned_out);
@@ -43,7 +42,7 @@ __global__ void __launch_bounds__(kRankThreads, 1)
   RankSum<T, kMaxWorld, false> sum(ranks, call);
   for (int64_t begin = blockIdx.x * stretch; begin < p.count; begin += gridDim.x * stretch) {
     const int size = static_cast<int>(smaller(stretch, p.count - begin)), count = ceil_div(size, N);
-    sum.take(input + begin, ranks.world_size, size, p.count, aligned_in);
+    if (!sum.take(input + begin, ranks.world_size, size, p.count, aligned_in)) return;
     for (int v = thread_id(); v < count; v += kRankThreads)
       store_up_to<N>(out + begin + v * N, sum.at(ranks.rank * count + v), size - v * N, aligned_out);
   }

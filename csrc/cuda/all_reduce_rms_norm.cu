@@ -31,11 +31,11 @@ __global__ void __launch_bounds__(kRankThreads, 1)
   bool first = true;
   for (int64_t begin = blockIdx.x * stretch; begin < p.num_rows; begin += gridDim.x * stretch) {
     const int rows = static_cast<int>(smaller(stretch, p.num_rows - begin));
-    if (p.reduce.registered >= 0) {
-      sum.take_registered(p.reduce.registered + begin * size * static_cast<int64_t>(sizeof(T)), first);
-    } else {
-      sum.take(input + begin * size, rows, static_cast<int>(size), size, aligned_in);
-    }
+    const int64_t place = p.reduce.registered + begin * size * static_cast<int64_t>(sizeof(T));
+    const bool is_there = p.reduce.registered >= 0
+                              ? sum.take_registered(place, first)
+                              : sum.take(input + begin * size, rows, static_cast<int>(size), size, aligned_in);
+    if (!is_there) return;
     first = false;
     for (int r = 0; r < rows; ++r) {
       const int64_t row = (begin + r) * size;

@@ -37,24 +37,27 @@ class RankSum {
 
   __device__ __forceinline__ RankSum(const Ranks& ranks, uint32_t call) : ranks_(ranks), steps_(ranks, call) {}
 
-  // From here on at(v) has the sum of vector v of these rows, counted over the rows.
-  __device__ __forceinline__ void take(const T* rows, int num_rows, int row_size, int64_t stride, bool vectors) {
+  // From here on at(v) has the sum of vector v of these rows, counted over the rows. False when the ranks have given
+  // up.
+  [[nodiscard]] __device__ __forceinline__ bool take(const T* rows, int num_rows, int row_size, int64_t stride,
+                                                     bool vectors) {
     hand_over(steps_.next_slot(), rows, num_rows, row_size, stride, vectors);
-    steps_.take();
+    if (!steps_.take()) return false;
     if constexpr (kTwoShot) {
       const int count = num_rows * ceil_div(row_size, N);
       share_ = ceil_div(count, ranks_.world_size);
       const int begin = ranks_.rank * share_, end = smaller(begin + share_, count);
       T* sums = reinterpret_cast<T*>(steps_.next_slot());
       for (int v = begin + thread_id(); v < end; v += kRankThreads) store<N>(sums + v * N, add(v));
-      steps_.take();
+      return steps_.take();
     }
+    return true;
   }
   // The same of rows that lie in registered memory, at this place in the memory of all ranks: the first time, ranks
   // tell each other that they are there.
-  __device__ __forceinline__ void take_registered(int64_t place, bool first) {
+  [[nodiscard]] __device__ __forceinline__ bool take_registered(int64_t place, bool first) {
     registered_ = place;
-    if (first) steps_.take();
+    return !first || steps_.take();
   }
 
   __device__ __forceinline__ Pack<T, N> at(int v) const {

@@ -26,16 +26,18 @@ class Steps {
   __device__ __forceinline__ char* next_slot() const { return slot(ranks_.rank, step_ + 1); }
   __device__ __forceinline__ const char* slot(int rank) const { return slot(rank, step_); }
 
-  // By all threads, which have written all that they hand over and read all that they wanted of the step before.
-  __device__ __forceinline__ void take() {
+  // By all threads, which have written all that they hand over and read all that they wanted of the step before. False
+  // for all of them when the ranks have given up, for good.
+  [[nodiscard]] __device__ __forceinline__ bool take() {
     ++step_;
     __syncthreads();
     const int peer = thread_id();
+    bool has_failed = false;
     if (peer < ranks_.world_size) {
       ptx::store_release(&flags(peer).arrived[block()][ranks_.rank], static_cast<uint64_t>(call_) << 32 | step_);
-      wait_for(peer);
+      has_failed = !has_come(peer);
     }
-    __syncthreads();
+    return __syncthreads_or(has_failed) == 0;
   }
 
   // Behind the last one.
@@ -52,8 +54,8 @@ class Steps {
     return ranks_.memory[rank] + kSlotsBegin + (2 * block() + static_cast<int>(step % 2)) * ranks_.slot_bytes;
   }
 
-  // Comes back without, too, once the ranks have given up: what is computed then is of no use to anybody.
-  __device__ __forceinline__ void wait_for(int peer) const {
+  // Waits for the same block of another rank, until the ranks give up.
+  __device__ __forceinline__ bool has_come(int peer) const {
     RankFlags& own = flags(ranks_.rank);
     uint64_t started = 0;
     uint32_t failure = 0;
@@ -71,6 +73,7 @@ class Steps {
       if (now - started > static_cast<uint64_t>(ranks_.timeout)) failure = give_up(RankFailure::kLate, peer);
     }
     if (failure != 0) ptx::store_relaxed(ranks_.report, failure);
+    return failure == 0;
   }
 
   // Tells all ranks.

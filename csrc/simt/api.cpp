@@ -44,8 +44,8 @@ int lane() {
   return self().lane();
 }
 
-void sync_threads(Site site) {
-  machine->sync_threads(site);
+bool sync_threads(bool vote, Site site) {
+  return machine->sync_threads(vote, site);
 }
 
 void gather(const char* name, unsigned mask, const void* mine, std::size_t bytes, void* all, bool order_memory,

@@ -98,7 +98,7 @@ std::string Machine::run(const Job& job) {
     start(block, job, b);
     std::vector<unsigned> order = arranged(static_cast<unsigned>(block.threads.size()));
     while (block.live && finding_.empty()) {
-      if (!turn(block, order) && finding_.empty() && !pass_time())
+      if (!go_on(turn(block, order)) && finding_.empty())
         fail(block, "threads wait for each other for ever:" + stuck_threads(block));
       if (seed > 1) arrange(order);
     }
@@ -183,7 +183,7 @@ void Machine::enter_thread() {
   __builtin_unreachable();
 }
 
-void Machine::sync_threads(Site site) {
+bool Machine::sync_threads(bool vote, Site site) {
   Thread& thread = current();
   Block& block = *thread.block;
   if (block.at_barrier && !same(site, block.barrier_site))
@@ -193,14 +193,20 @@ void Machine::sync_threads(Site site) {
     fail("barrier at " + to_string(site) + " although " + std::to_string(block.threads.size() - block.live) +
          " threads of the block have ended");
   block.barrier_site = thread.site = site;
-  if (++block.at_barrier == block.live) return pass_barrier(block);
-  thread.state = Thread::State::kAtBarrier;
-  suspend();
+  block.any_vote |= vote;
+  if (++block.at_barrier == block.live) {
+    pass_barrier(block);
+  } else {
+    thread.state = Thread::State::kAtBarrier;
+    suspend();
+  }
+  return block.last_vote;  // of this barrier: the next one waits for this thread
 }
 
 void Machine::pass_barrier(Block& block) {
   ++block.barriers;
   block.at_barrier = 0;
+  block.last_vote = std::exchange(block.any_vote, false);
   for (Thread& thread : block.threads) {
     if (thread.state == Thread::State::kAtBarrier) thread.state = Thread::State::kReady;
     block.known.join(thread.known);

@@ -3,6 +3,7 @@
 
 #include <deque>
 #include <list>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -63,9 +64,8 @@ struct Thread {
   Warp* warp = nullptr;
   State state = State::kReady;
   Site site = {};              // where it waits
-  bool polls_in_vain = false;  // has seen what it had seen before, and nothing else since
-  const void* polled = nullptr;
-  std::uint64_t seen = 0;
+  bool polls_in_vain = false;  // has seen what it had seen there before, and nothing else since
+  std::map<const void*, std::uint64_t> seen = {};
   Knowledge known = {};                            // acquired since the last barrier
   std::shared_ptr<const Knowledge> acquired = {};  // last
   std::vector<AsyncCopy> open_copies = {};
@@ -90,6 +90,7 @@ struct Block {
   std::uint32_t barriers = 0;
   unsigned live = 0, at_barrier = 0;
   Site barrier_site = {};
+  bool any_vote = false, last_vote = false;  // at the barrier, and at the one before
   std::vector<Thread> threads = {};
   std::vector<Warp> warps = {};
   std::list<SharedPiece> shared = {};
@@ -119,7 +120,8 @@ class Machine {
     return static_cast<std::size_t>(static_cast<const char*>(address) - current_->stack->begin()) < Stack::kBytes;
   }
 
-  void sync_threads(Site site);
+  // Whether any thread of the block came with `vote`.
+  bool sync_threads(bool vote, Site site);
   void gather(const char* name, unsigned mask, const void* mine, std::size_t bytes, void* all, bool order_memory,
               Site site);
   void* shared_memory(const void* tag, std::size_t bytes, std::size_t alignment, std::size_t granule);
@@ -140,13 +142,14 @@ class Machine {
   void begin();
   void start(Block& block, const Job& job, unsigned index);
   void end(Block& block);
-  // Gives every thread that can run a turn, in this order; whether any did more than look again at what it waits for.
+  // Gives every thread that can run a turn, in this order; whether any did more than look again at what it had seen.
   bool turn(Block& block, const std::vector<unsigned>& order);
   void run_thread(Thread& thread);
   void suspend();
   void pass_barrier(Block& block);
   static void share_knowledge(Block& block, const Warp& warp, unsigned mask);
-  bool pass_time();
+  // After a round in which something happened, or nothing did: false when nothing will any more.
+  bool go_on(bool any_progress);
   std::string stuck_threads(const Block& block) const;
   std::string place_of(std::uintptr_t address);
   Accessor accessor(const void* code);
@@ -159,6 +162,7 @@ class Machine {
   bool several_ranks_ = false;
   std::map<std::uint32_t, std::string> names_;                           // of the blocks of several ranks
   std::map<std::uintptr_t, std::shared_ptr<const Knowledge>> released_;  // what the last store to an address made known
+  int idle_rounds_ = 0;
   std::uint64_t time_ = 0;
   bool time_was_asked_ = false;
 };

@@ -8,6 +8,8 @@
 namespace simt {
 namespace {
 
+// So often may threads look at what they know already and not be waiting for it.
+constexpr int kIdleRounds = 16;
 constexpr std::uint64_t kSecond = 1'000'000'000, kEternity = 3600 * kSecond;
 
 // A rank's launches in their order, of which the first one runs.
@@ -80,10 +82,7 @@ std::string Machine::run_ranks(const std::vector<std::deque<Job>>& jobs) {
       Rank::RunningBlock& running = *rank.running[b];
       Block& block = running.block;
       any_progress |= !block.stores.empty();
-      if (running.turns < 8 && random_below(8) >= running.turns) {
-        any_progress = true;
-        continue;
-      }
+      if (idle_rounds_ == 0 && running.turns < 8 && random_below(8) >= running.turns) continue;
       any_progress |= turn(block, arranged(static_cast<unsigned>(block.threads.size())));
       if (!finding_.empty()) return true;
       block.stores.deliver(random_below, has_arrived);
@@ -100,7 +99,7 @@ std::string Machine::run_ranks(const std::vector<std::deque<Job>>& jobs) {
       any_progress |= run_some(ranks[r]);
       if (!finding_.empty()) break;
     }
-    if (any_progress || pass_time()) continue;
+    if (go_on(any_progress)) continue;
     for (const Rank& rank : ranks)
       for (const auto& running : rank.running)
         if (const Block& block = running->block; block.live)
@@ -122,9 +121,9 @@ std::uint64_t Machine::load(const void* address, std::size_t bytes, Order order,
     if (thread.acquired != found->second) thread.known.join(*found->second);
     thread.acquired = found->second;
   }
-  thread.polls_in_vain = thread.polled == address && thread.seen == value;
-  thread.polled = address;
-  thread.seen = value;
+  const auto [seen, is_new] = thread.seen.try_emplace(address, value);
+  thread.polls_in_vain = !is_new && seen->second == value;
+  seen->second = value;
   thread.site = site;
   suspend();  // who looks at what others write may have to wait for them
   return value;
@@ -158,7 +157,10 @@ std::uint64_t Machine::nanoseconds() {
   return time_;
 }
 
-bool Machine::pass_time() {
+bool Machine::go_on(bool any_progress) {
+  idle_rounds_ = any_progress ? 0 : idle_rounds_ + 1;
+  if (idle_rounds_ < kIdleRounds) return true;
+  idle_rounds_ = 0;
   if (!std::exchange(time_was_asked_, false)) return false;
   time_ += kSecond;
   return time_ < kEternity;

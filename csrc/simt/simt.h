@@ -41,7 +41,8 @@ uint3 block_index();
 dim3 block_dim();
 dim3 grid_dim();
 
-void sync_threads(Site site);
+// Whether any thread came with `vote`.
+bool sync_threads(bool vote, Site site);
 // Also orders the memory accesses of the warp when `order_memory`. Every lane of `mask` hands in `bytes` bytes (64 at
 // the most) and gets those of all 32, one lane after the other; what lanes outside of the mask have is undefined.
 void gather(const char* name, unsigned mask, const void* mine, std::size_t bytes, void* all, bool order_memory,
@@ -132,7 +133,10 @@ T shuffle_as(const char* name, unsigned mask, T value, int source, Site site) {
 #define gridDim (::simt::grid_dim())
 
 inline void __syncthreads(simt::Site site = simt::Site::here()) {
-  simt::sync_threads(site);
+  simt::sync_threads(false, site);
+}
+inline int __syncthreads_or(int predicate, simt::Site site = simt::Site::here()) {
+  return simt::sync_threads(predicate != 0, site);
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, simt::Site site = simt::Site::here()) {
   char none = 0, all[32];
