@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from emulated_cuda import emulation, library
-from emulated_ranks import EmulatedRanks, emulated_ranks
+from emulated_ranks import EmulatedRanks, collectives_are_right, emulated_ranks, sum_in_order
 from torch import Tensor
 
 import teco_kernels as tk
@@ -23,20 +22,13 @@ from teco_kernels.testing import TOLERANCE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WORLD_SIZES = (2, 3, 4, 8)
-SEEDS = range(6)
+SEEDS = (0, 1, 2, 5)
 # So small that a few thousand elements take several blocks, several stretches each, and both ways of adding up.
 SMALL = {"slot_bytes": 1024, "max_blocks": 3, "one_shot_bytes": 3000}
 
 
 def of_rank(rank: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * seed + rank)).to(dtype)
-
-
-def sum_in_order(tensors: list[Tensor]) -> Tensor:
-    total = tensors[0].float()
-    for tensor in tensors[1:]:
-        total = total + tensor.float()
-    return total.to(tensors[0].dtype)
 
 
 def unaligned(x: Tensor) -> Tensor:
@@ -112,8 +104,6 @@ def check(world_size: int, seed: int, dtype: torch.dtype, function: Any, expecte
 @pytest.mark.parametrize("function", [sums, scattered], ids=lambda f: f.__name__)
 def test_bits_are_those_of_the_cpu(expected: Any, function: Any, dtype: torch.dtype, seed: int) -> None:
     world_size, results = expected
-    if seed and function is sums and world_size == 8 and dtype != torch.bfloat16:
-        pytest.skip("8 ranks: every order of threads with one dtype")
     check(world_size, seed, dtype, function, results)
 
 
@@ -143,7 +133,9 @@ def test_in_place(world_size: int, seed: int) -> None:
         for count in (40, 3001):
             everyone = [of_rank(rank, (count,), torch.float16) for rank in range(world_size)]
             total = sum_in_order(everyone)
-            for x in emulated.on_all(lambda comm, everyone=everyone: tk.all_reduce(everyone[comm.rank], comm, out=everyone[comm.rank])):
+            for x in emulated.on_all(
+                lambda comm, everyone=everyone: tk.all_reduce(everyone[comm.rank], comm, out=everyone[comm.rank])
+            ):
                 assert x is everyone[0] or x.shape == total.shape
             emulated.run()
             for x in everyone:
@@ -166,7 +158,7 @@ def test_infinities_and_zeros() -> None:
 NORM_SHAPES = ((1, 576), (3, 37), (0, 8), (11, 64), (2, 3000), (40, 16))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 4, 5])
+@pytest.mark.parametrize("seed", [1, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_norm_gives_the_bits_of_its_parts(world_size: int, dtype: torch.dtype, seed: int) -> None:
@@ -190,7 +182,9 @@ def test_norm_gives_the_bits_of_its_parts(world_size: int, dtype: torch.dtype, s
         emulated.run()
     with emulation():
         wanted = [tk.fused_add_rms_norm(sum_in_order(x), residual, weight, 1e-5) for x, residual, weight in given]
-    for (normed, new_residual), of_ranks, placed, (x, residual, weight) in zip(wanted, results, in_place, given, strict=True):
+    for (normed, new_residual), of_ranks, placed, (x, residual, weight) in zip(
+        wanted, results, in_place, given, strict=True
+    ):
         on_cpu = tk.fused_add_rms_norm(sum_in_order(x), residual, weight, 1e-5)
         assert torch.equal(new_residual, on_cpu[1])
         torch.testing.assert_close(normed, on_cpu[0], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
@@ -241,10 +235,17 @@ def test_registered_memory_is_summed_where_it_lies(world_size: int, seed: int) -
         assert torch.equal(result[6], last)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_all_of_it_together(seed: int) -> None:
+    """What `cuda_mutations.py` holds the kernels against."""
+    assert collectives_are_right(library(), seed)
+
+
 # ---- launches that are always the same
 
 
-def test_a_plan_is_replayed(seed: int = 3) -> None:
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_plan_is_replayed(seed: int) -> None:
     """As a graph would be: no argument of a launch changes from one call to the next."""
     world_size = 3
     with emulated_ranks(world_size, seed=seed, **SMALL) as emulated:
@@ -337,11 +338,13 @@ def test_closed() -> None:
 def test_arguments() -> None:
     with emulated_ranks(1) as emulated:
         comm = emulated.comms[0]
-        with pytest.raises(ValueError, match="input: expected a contiguous tensor|input: expected .*contiguous"):
+        with pytest.raises(ValueError, match="input: expected a contiguous tensor"):
             tk.all_reduce(torch.ones(4, 4).T, comm)
         with pytest.raises((TypeError, ValueError), match="float64"):
             tk.all_reduce_rms_norm(torch.ones(2, 4).double(), torch.ones(2, 4), torch.ones(4), 1e-5, comm)
-    with pytest.raises(ValueError, match="comm: there is no communicator with number .* for tensors on this device"):
+    with pytest.raises(
+        ValueError, match=r"comm: there is no communicator with number \d+ .* for tensors on this device"
+    ):
         tk.all_reduce(torch.ones(4), comm)
 
 
@@ -350,9 +353,7 @@ def test_arguments() -> None:
 
 def devices_of(comm: tk.Communicator, emulated: Path | None) -> tuple[str, str]:
     _library.emulate_cuda(emulated)
-    transport, reason = connect_devices(
-        [list(range(comm.world_size))], dist.group.WORLD, 20.0, 0, torch.device("cpu")
-    )
+    transport, reason = connect_devices([list(range(comm.world_size))], dist.group.WORLD, 20.0, 0, torch.device("cpu"))
     return type(transport).__name__, reason
 
 

@@ -26,6 +26,11 @@ OPERATORS = (
     "swap_blocks",
     "paged_attention",
     "merge_attention_states",
+    "all_reduce",
+    "all_reduce_rms_norm",
+    "all_gather",
+    "reduce_scatter",
+    "broadcast",
 )
 
 

@@ -22,7 +22,13 @@ TABLE = ROOT / "tests" / "data" / "cuda_resources.json"
 ARCHITECTURES = ("80", "90a", "100", "120")
 
 #: Threads of a block, per kernel.
-THREADS = {"rms_norm": 256, "silu_and_mul": 256, "gptq_matmul": 256}
+THREADS = dict.fromkeys(
+    [
+        *("rms_norm", "silu_and_mul", "gptq_matmul"),
+        *("all_reduce", "all_reduce_rms_norm", "reduce_scatter", "all_gather", "broadcast"),
+    ],
+    256,
+)
 DEFAULT_THREADS = 128
 #: Bytes of dynamic shared memory of `paged_attention`, per size of head: queries, a tile of keys or values, scales.
 ATTENTION_SHARED = {dim: 4 * (16 * dim + 32 * (dim + 4) + 64) for dim in (64, 128, 256, 512)}
