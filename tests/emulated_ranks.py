@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from collective_checks import sum_in_order
 from emulated_cuda import Piece, emulation, pieces_of, united
 
 import teco_kernels as tk
@@ -168,14 +169,6 @@ def _check_errors(library: Path, seed: int) -> None:
             except tk.CommunicatorError as error:
                 said = str(error)
             assert text in said
-
-
-def sum_in_order(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """In fp32, rounded once."""
-    total = tensors[0].float()
-    for tensor in tensors[1:]:
-        total = total + tensor.float()
-    return total.to(tensors[0].dtype)
 
 
 @contextmanager

@@ -11,8 +11,9 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from collective_checks import DTYPES, of_rank, sum_in_order
 from emulated_cuda import emulation, library
-from emulated_ranks import EmulatedRanks, collectives_are_right, emulated_ranks, sum_in_order
+from emulated_ranks import SMALL, EmulatedRanks, collectives_are_right, emulated_ranks
 from torch import Tensor
 
 import teco_kernels as tk
@@ -20,15 +21,8 @@ from teco_kernels.ops import Plan, _library
 from teco_kernels.parallel.device_memory import connect_devices
 from teco_kernels.testing import TOLERANCE
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WORLD_SIZES = (2, 3, 4, 8)
 SEEDS = (0, 1, 2, 5)
-# So small that a few thousand elements take several blocks, several stretches each, and both ways of adding up.
-SMALL = {"slot_bytes": 1024, "max_blocks": 3, "one_shot_bytes": 3000}
-
-
-def of_rank(rank: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * seed + rank)).to(dtype)
 
 
 def unaligned(x: Tensor) -> Tensor:
