@@ -190,6 +190,11 @@ STABLE_TORCH_LIBRARY_IMPL(teco_kernels, CUDA, m) {
   m.impl("lm_head_argmax.gptq", TORCH_BOX(&gptq_lm_head_argmax));
   m.impl("verify_recycled", TORCH_BOX(&verify_recycled));
   m.impl("verify_recycled_sampled", TORCH_BOX(&verify_recycled_sampled));
+  m.impl("all_reduce", TORCH_BOX(&all_reduce));
+  m.impl("all_reduce_rms_norm", TORCH_BOX(&all_reduce_rms_norm));
+  m.impl("all_gather", TORCH_BOX(&all_gather));
+  m.impl("reduce_scatter", TORCH_BOX(&reduce_scatter));
+  m.impl("broadcast", TORCH_BOX(&broadcast));
 }
 
 }  // namespace teco::ops

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from emulated_cuda import ROOT, emulation
+from emulated_ranks import collectives_are_right
 
 from teco_kernels.testing import Case, all_cases, run_case
 
@@ -50,6 +51,7 @@ OPERATORS = {
     "recycle_project.cu": ("recycle_project",),
     "reshape_and_cache.cu": ("reshape_and_cache",),
     "rms_norm.cu": ("rms_norm", "fused_add_rms_norm"),
+    "rms_norm.h": ("rms_norm", "fused_add_rms_norm"),
     "rotary_embedding.cu": ("rotary_embedding",),
     "sample.cu": ("sample",),
     "silu_and_mul.cu": ("silu_and_mul",),
@@ -57,6 +59,9 @@ OPERATORS = {
     "tensor_core_matmul.h": ("dense_matmul", "gptq_matmul"),
     "verify_recycled.cu": ("verify_recycled", "verify_recycled_sampled"),
 }
+
+# What these do takes several ranks to see.
+OF_RANKS = ("steps.h", "rank_sum.h", "all_reduce.cu", "all_reduce_rms_norm.cu", "all_gather.cu")
 
 # What is replaced, by what; each occurrence in the kernels' code is a mutation of its own.
 RULES = [
@@ -68,6 +73,13 @@ RULES = [
     ("wrong distance", re.compile(r"(?<=, )(kPanel|distance)(?=\);)"), r"(\1 / 2)"),
     ("smaller for larger", re.compile(r"\blarger\b(?=[<(])"), "smaller"),
     ("maximum for minimum", re.compile(r"\bfminf\b"), "fmaxf"),
+    ("drop a barrier", re.compile(r"__syncthreads_or\((\w+)\)"), r"(\1)"),
+    ("plain store", re.compile(r"ptx::store_release\(&(.*?), (.*)\);"), r"\1 = \2;"),
+    ("plain load", re.compile(r"ptx::load_acquire\(&(.*)\);"), r"\1;"),
+    ("drop a step", re.compile(r"if \(!(sum|steps)\.take\(.*\)\) return;"), ";"),
+    ("one buffer", re.compile(r"step % 2"), "0"),
+    ("the step before", re.compile(r"step_ \+ 1\b"), "step_"),
+    ("the step before", re.compile(r"behind <= 0"), "behind <= 1"),
     ("other sign", re.compile(r"(?<=\w) \+ (?=\w+ \* \w)"), " - "),
 ]
 
@@ -102,13 +114,15 @@ def mutations(file: str) -> Iterator[Mutation]:
                 yield Mutation(file, number, rule, changed)
 
 
-def is_caught(library: Path, cases: list[Case]) -> bool:
-    """Whether a case fails with this library; told by a child, which may crash or hang."""
+def is_caught(library: Path, cases: list[Case], of_ranks: bool) -> bool:
+    """Whether a case fails with this library, or collectives do; told by a child, which may crash or hang."""
     child = os.fork()
     if child == 0:
         signal.alarm(120)
         torch.set_num_threads(1)
         for seed in (0, 3):
+            if of_ranks and not collectives_are_right(library, seed):
+                os._exit(1)
             with emulation(library, seed):
                 for case in cases:
                     try:
@@ -123,7 +137,7 @@ def is_caught(library: Path, cases: list[Case]) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--file", action="append", choices=OPERATORS)
+    parser.add_argument("--file", action="append", choices=[*OPERATORS, *OF_RANKS])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     survivors: list[str] = []
@@ -132,8 +146,9 @@ def main() -> None:
         folder = Path(temporary)
         sources = folder / "csrc"
         shutil.copytree(ROOT / "csrc", sources)
-        for file in arguments.file or OPERATORS:
-            cases = [c for c in all_cases() if c.operator in OPERATORS[file] and c.flops < 3e6 and c.bytes_moved < 1e6]
+        for file in arguments.file or [*OPERATORS, *OF_RANKS]:
+            operators = OPERATORS.get(file, ())
+            cases = [c for c in all_cases() if c.operator in operators and c.flops < 3e6 and c.bytes_moved < 1e6]
             original = (ROOT / "csrc" / "cuda" / file).read_text()
             for number, mutation in enumerate(mutations(file)):
                 lines = original.splitlines()
@@ -145,7 +160,7 @@ def main() -> None:
                     continue
                 library = built.with_name(f"{file}-{number}.so")  # a name of its own: loaded libraries are kept
                 built.rename(library)
-                if is_caught(library, cases):
+                if is_caught(library, cases, file in OF_RANKS):
                     caught += 1
                 else:
                     survivors.append(mutation.name)

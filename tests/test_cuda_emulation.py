@@ -33,6 +33,11 @@ OPERATORS = (
     "verify_recycled_sampled",
     "lm_head_argmax",
     "recycle_project",
+    "all_reduce",
+    "all_reduce_rms_norm",
+    "all_gather",
+    "reduce_scatter",
+    "broadcast",
 )
 
 

@@ -26,6 +26,7 @@ THREADS = {
     **dict.fromkeys(
         ("rms_norm", "silu_and_mul", "gptq_matmul", "dense_matmul", "sparse24_matmul", "merge_panels"), 256
     ),
+    **dict.fromkeys(("all_reduce", "all_reduce_rms_norm", "reduce_scatter", "all_gather", "broadcast"), 256),
     **dict.fromkeys(("sample", "verify_recycled_sampled"), 512),
 }
 DEFAULT_THREADS = 128

@@ -3,11 +3,12 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
-#include <map>
 #include <utility>
 
 #include "comm/hand_over.h"
+#include "comm/registry.h"
 #include "comm/steps.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
@@ -44,15 +45,6 @@ SumRanksParams sum_of(int num_ranks, SumTypes types) {
 
 constexpr auto kNothing = [](int64_t) {};
 
-std::mutex numbers_mutex;
-int64_t last_number = 0;
-
-// Never destroyed: the last communicators may go after all statics have.
-std::map<int64_t, std::weak_ptr<Communicator>>& numbers() {
-  static auto* const map = new std::map<int64_t, std::weak_ptr<Communicator>>;
-  return *map;
-}
-
 // A stretch of a tensor, cut into a share per rank: all equal and whole cache lines, but for the last ones.
 struct Shares {
   int64_t count, share;
@@ -66,6 +58,11 @@ struct Shares {
 
 }  // namespace
 
+int64_t new_number() {
+  static std::atomic<int64_t> last = 0;
+  return ++last;
+}
+
 Communicator::Communicator(Segment segment, int rank, const std::vector<pid_t>& pids, std::chrono::nanoseconds timeout)
     : segment_(std::move(segment)),
       steps_(std::make_unique<Steps>(segment_.layout(), rank, segment_.world_size(), pids, timeout)),
@@ -75,22 +72,17 @@ Communicator::Communicator(Segment segment, int rank, const std::vector<pid_t>& 
 std::shared_ptr<Communicator> Communicator::create(Segment segment, int rank, const std::vector<pid_t>& pids,
                                                    std::chrono::nanoseconds timeout) {
   std::shared_ptr<Communicator> made(new Communicator(std::move(segment), rank, pids, timeout));
-  const std::lock_guard lock(numbers_mutex);
-  made->number_ = ++last_number;
-  numbers().emplace(made->number_, made);
+  made->number_ = Registry<Communicator>::instance().add(made);
   return made;
 }
 
 std::shared_ptr<Communicator> Communicator::find(int64_t number) {
-  const std::lock_guard lock(numbers_mutex);
-  const auto found = numbers().find(number);
-  return found == numbers().end() ? nullptr : found->second.lock();
+  return Registry<Communicator>::instance().find(number);
 }
 
 Communicator::~Communicator() {
   close();
-  const std::lock_guard lock(numbers_mutex);
-  numbers().erase(number_);
+  Registry<Communicator>::instance().remove(number_);
 }
 
 void Communicator::close() {

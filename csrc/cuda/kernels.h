@@ -2,6 +2,7 @@
 // back; what they return is null, or a text that tells what went wrong. The emulated backend has the same table.
 #pragma once
 
+#include "cuda/ranks.h"
 #include "params.h"
 
 namespace teco::cuda {
@@ -38,6 +39,19 @@ struct KernelTable {
   WithWorkspace<GptqLmHeadArgmaxParams> gptq_lm_head_argmax;
   WithWorkspace<RecycleProjectParams> recycle_project;
   WithWorkspace<GptqRecycleProjectParams> gptq_recycle_project;
+
+  // Collectives: every rank launches the same ones in the same order, from one stream or streams that wait for each
+  // other.
+  Status (*all_reduce)(const Ranks&, const AllReduceParams&, void* stream);
+  Status (*all_reduce_rms_norm)(const Ranks&, const AllReduceRmsNormParams&, void* stream);
+  Status (*reduce_scatter)(const Ranks&, const ReduceScatterParams&, void* stream);
+  Status (*all_gather)(const Ranks&, const AllGatherParams&, void* stream);
+  Status (*broadcast)(const Ranks&, const BroadcastParams&, void* stream);
+  // Memory of this rank; that of another, by the handle that it got there.
+  Status (*allocate_rank_memory)(int device, int64_t slot_bytes, int64_t registered_bytes, RankMemory*, RankHandle*);
+  void (*free_rank_memory)(int device, const RankMemory&);
+  Status (*open_rank_memory)(int device, const RankHandle&, char** memory);
+  void (*close_rank_memory)(int device, char* memory);
 };
 
 }  // namespace teco::cuda

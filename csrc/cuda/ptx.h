@@ -73,6 +73,32 @@ __device__ __forceinline__ int32_t float_to_int(float x) {
   return i;
 }
 
+// Words in global memory that other GPUs read and write meanwhile. Who acquires what was released also sees all that
+// its thread, and before the last barrier its block, had written.
+__device__ __forceinline__ void store_release(uint64_t* address, uint64_t value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+__device__ __forceinline__ uint64_t load_acquire(const uint64_t* address) {
+  uint64_t value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+// The same of words that stand for themselves.
+__device__ __forceinline__ void store_relaxed(uint32_t* address, uint32_t value) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* address) {
+  uint32_t value;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+// A clock of the device.
+__device__ __forceinline__ uint64_t nanoseconds() {
+  uint64_t time;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
+  return time;
+}
+
 // 16 bytes from global to shared memory, or as many zeros; they are there when the thread has waited for their group,
 // which are the copies since the last commit. wait_for_copies<N>: all groups but the last N.
 __device__ __forceinline__ void copy_16_async(void* target, const void* source, bool is_there) {

@@ -27,13 +27,24 @@ int64_t recycle_project_workspace(const RecycleProjectParams& p);
 Status recycle_project(const RecycleProjectParams& p, void* workspace, void* stream);
 int64_t gptq_recycle_project_workspace(const GptqRecycleProjectParams& p);
 Status gptq_recycle_project(const GptqRecycleProjectParams& p, void* workspace, void* stream);
+Status all_reduce(const Ranks& ranks, const AllReduceParams& p, void* stream);
+Status all_reduce_rms_norm(const Ranks& ranks, const AllReduceRmsNormParams& p, void* stream);
+Status reduce_scatter(const Ranks& ranks, const ReduceScatterParams& p, void* stream);
+Status all_gather(const Ranks& ranks, const AllGatherParams& p, void* stream);
+Status broadcast(const Ranks& ranks, const BroadcastParams& p, void* stream);
+Status allocate_rank_memory(int device, int64_t slot_bytes, int64_t registered_bytes, RankMemory* memory,
+                            RankHandle* handle);
+void free_rank_memory(int device, const RankMemory& memory);
+Status open_rank_memory(int device, const RankHandle& handle, char** memory);
+void close_rank_memory(int device, char* memory);
 
 extern const KernelTable table;
 const KernelTable table = {
     .operators =
         "embedding rms_norm fused_add_rms_norm silu_and_mul rotary_embedding dense_matmul sparse24_matmul gptq_matmul "
         "reshape_and_cache copy_blocks swap_blocks paged_attention merge_attention_states "
-        "sample verify_recycled verify_recycled_sampled lm_head_argmax recycle_project",
+        "sample verify_recycled verify_recycled_sampled lm_head_argmax recycle_project "
+        "all_reduce all_reduce_rms_norm reduce_scatter all_gather broadcast",
     .embedding = embedding,
     .gptq_embedding = gptq_embedding,
     .rms_norm = rms_norm,
@@ -54,6 +65,15 @@ const KernelTable table = {
     .gptq_lm_head_argmax = {gptq_lm_head_argmax_workspace, gptq_lm_head_argmax},
     .recycle_project = {recycle_project_workspace, recycle_project},
     .gptq_recycle_project = {gptq_recycle_project_workspace, gptq_recycle_project},
+    .all_reduce = all_reduce,
+    .all_reduce_rms_norm = all_reduce_rms_norm,
+    .reduce_scatter = reduce_scatter,
+    .all_gather = all_gather,
+    .broadcast = broadcast,
+    .allocate_rank_memory = allocate_rank_memory,
+    .free_rank_memory = free_rank_memory,
+    .open_rank_memory = open_rank_memory,
+    .close_rank_memory = close_rank_memory,
 };
 
 }  // namespace teco::cuda

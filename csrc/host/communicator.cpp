@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "comm/communicator.h"
+#include "comm/device_communicator.h"
 #include "comm/error.h"
 #include "comm/steps.h"
 
@@ -16,6 +17,7 @@ namespace teco::host {
 namespace {
 
 using comm::Communicator;
+using comm::DeviceCommunicator;
 using comm::Segment;
 
 std::chrono::nanoseconds duration(double seconds) {
@@ -66,6 +68,31 @@ void bind_communicator(py::module_& m) {
       .def("close", &Communicator::close)
       .def_property_readonly("ended", &Communicator::ended)
       .def_static("one_shot_bytes", &Communicator::one_shot_bytes, py::arg("world_size"));
+
+  py::class_<DeviceCommunicator, std::shared_ptr<DeviceCommunicator>>(m, "DeviceCommunicator")
+      .def(py::init([](int device, int rank, int world_size, double timeout, int64_t registered_bytes,
+                       int64_t slot_bytes, int64_t one_shot_bytes, int max_blocks) {
+             return DeviceCommunicator::create({.device = device,
+                                                .rank = rank,
+                                                .world_size = world_size,
+                                                .timeout = timeout,
+                                                .registered_bytes = registered_bytes,
+                                                .slot_bytes = slot_bytes,
+                                                .one_shot_bytes = one_shot_bytes,
+                                                .max_blocks = max_blocks});
+           }),
+           py::arg("device"), py::arg("rank"), py::arg("world_size"), py::arg("timeout"),
+           py::arg("registered_bytes") = 0, py::kw_only(),
+           py::arg("slot_bytes") = DeviceCommunicator::Options{}.slot_bytes, py::arg("one_shot_bytes") = -1,
+           py::arg("max_blocks") = cuda::kMaxRankBlocks)
+      .def_property_readonly("handle", [](const DeviceCommunicator& comm) { return py::bytes(comm.handle()); })
+      .def("connect", &DeviceCommunicator::connect, py::arg("handles"))
+      .def_property_readonly("number", &DeviceCommunicator::number)
+      .def_property_readonly(
+          "registered", [](const DeviceCommunicator& comm) { return reinterpret_cast<uintptr_t>(comm.registered()); })
+      .def("close", &DeviceCommunicator::close)
+      .def_property_readonly("ended", &DeviceCommunicator::ended)
+      .def_static("one_shot_bytes", &DeviceCommunicator::default_one_shot_bytes, py::arg("world_size"));
 }
 
 }  // namespace teco::host

@@ -5,6 +5,7 @@
 
 #include <utility>
 
+#include "comm/device_communicator.h"
 #include "ops/plan.h"
 
 #ifdef TECO_WITH_CUDA
@@ -76,11 +77,19 @@ void emulate_cuda(std::string library) {
 }
 
 std::string cuda_operators() {
-  const KernelTable* table = emulated_kernels ? emulated_kernels : compiled_kernels();
+  const KernelTable* table = comm::device_kernels();
   return table ? table->operators : "";
 }
 
 }  // namespace teco::ops
+
+namespace teco::comm {
+
+const cuda::KernelTable* device_kernels() {
+  return ops::emulated_kernels ? ops::emulated_kernels : ops::compiled_kernels();
+}
+
+}  // namespace teco::comm
 
 // For Python's ctypes: through the dispatcher it would cost as much as the operator's own checks.
 extern "C" __attribute__((visibility("default"))) void teco_launch_next(bool (*launch)()) {

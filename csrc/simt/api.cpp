@@ -13,13 +13,26 @@ const Thread& self() {
 
 thread_local std::string finding;
 
+// Launches that wait for run_ranks(), with their arguments.
+struct Line {
+  std::vector<std::deque<Job>> jobs;
+  std::list<std::vector<std::byte>> arguments;
+  int rank = 0;
+};
+thread_local Line line;
+
+const char* told(std::string text) {
+  finding = std::move(text);
+  return finding.empty() ? nullptr : finding.c_str();
+}
+
 }  // namespace
 
 uint3 thread_index() {
   return self().index;
 }
 uint3 block_index() {
-  return machine->block();
+  return machine->block().index;
 }
 dim3 block_dim() {
   return machine->launch().threads;
@@ -31,8 +44,8 @@ int lane() {
   return self().lane();
 }
 
-void sync_threads(Site site) {
-  machine->sync_threads(site);
+bool sync_threads(bool vote, Site site) {
+  return machine->sync_threads(vote, site);
 }
 
 void gather(const char* name, unsigned mask, const void* mine, std::size_t bytes, void* all, bool order_memory,
@@ -63,7 +76,7 @@ void* shared_memory(const void* tag, std::size_t bytes, std::size_t alignment, s
 }
 
 void* dynamic_shared_memory() {
-  return machine->shared_memory(machine, 0, 128, 4);
+  return machine->shared_memory(nullptr, 0, 128, 4);
 }
 
 void check_access(const void* address, std::size_t bytes, Access access, const void* code) {
@@ -89,9 +102,41 @@ void wait_for_copies(std::size_t pending_groups) {
   machine->wait_for_copies(pending_groups);
 }
 
+std::uint64_t load_strong(const void* address, std::size_t bytes, Order order, Site site, const void* code) {
+  return machine->load(address, bytes, order, site, code);
+}
+void store_strong(void* address, std::size_t bytes, std::uint64_t value, Order order, const void* code) {
+  machine->store(address, bytes, value, order, code);
+}
+std::uint64_t nanoseconds() {
+  return machine->nanoseconds();
+}
+
 const char* run(const Launch& launch, void (*body)(void*), void* arguments, std::size_t argument_bytes) {
-  finding = Machine(launch, body, arguments, argument_bytes).run();
-  return finding.empty() ? nullptr : finding.c_str();
+  if (std::string problem = check(launch); !problem.empty()) return told(std::move(problem));
+  Job job = {launch, body, arguments, argument_bytes, line.rank};
+  if (line.jobs.empty()) return told(Machine().run(job));
+  const auto* bytes = static_cast<const std::byte*>(arguments);
+  job.arguments = line.arguments.emplace_back(bytes, bytes + argument_bytes).data();
+  line.jobs[line.rank].push_back(job);
+  return nullptr;
+}
+
+void begin_ranks(int count) {
+  line = {};
+  line.jobs.resize(count);
+  allowed = std::vector<Regions>(count);
+}
+
+void set_rank(int rank) {
+  line.rank = rank;
+}
+
+const char* run_ranks() {
+  const Line launches = std::exchange(line, {});
+  const char* result = told(Machine().run_ranks(launches.jobs));
+  allowed = std::vector<Regions>(1);
+  return result;
 }
 
 void set_seed(std::uint64_t value) {
@@ -101,15 +146,26 @@ void set_seed(std::uint64_t value) {
 void allow(const void* begin, std::size_t bytes, std::size_t granule, bool writable, const char* name) {
   const auto address = reinterpret_cast<std::uintptr_t>(begin);
   if (bytes)
-    allowed.add({.begin = address, .end = address + bytes, .granule = granule, .writable = writable, .name = name});
+    allowed[line.rank].add(
+        {.begin = address, .end = address + bytes, .granule = granule, .writable = writable, .name = name});
 }
 
 void allow_workspace(const void* begin, std::size_t bytes, std::size_t granule) {
-  if (!allowed.empty()) allow(begin, bytes, granule, true, "the workspace");
+  if (!allowed[line.rank].empty()) allow(begin, bytes, granule, true, "the workspace");
 }
 
 void forget_allowed() {
-  allowed.clear();
+  allowed[line.rank].clear();
+}
+
+void map(const void* begin, std::size_t bytes, std::size_t granule, const char* name) {
+  const auto address = reinterpret_cast<std::uintptr_t>(begin);
+  if (bytes) mapped.add({.begin = address, .end = address + bytes, .granule = granule, .name = name});
+}
+
+void unmap_within(const void* begin, std::size_t bytes) {
+  const auto address = reinterpret_cast<std::uintptr_t>(begin);
+  mapped.remove_within(address, address + bytes);
 }
 
 }  // namespace simt
@@ -125,4 +181,13 @@ SIMT_EXPORT void simt_allow(const void* begin, std::size_t bytes, std::size_t gr
 }
 SIMT_EXPORT void simt_forget() {
   simt::forget_allowed();
+}
+SIMT_EXPORT void simt_begin_ranks(int count) {
+  simt::begin_ranks(count);
+}
+SIMT_EXPORT void simt_set_rank(int rank) {
+  simt::set_rank(rank);
+}
+SIMT_EXPORT const char* simt_run_ranks() {
+  return simt::run_ranks();
 }

@@ -8,28 +8,28 @@
 namespace simt {
 
 thread_local Machine* machine = nullptr;
-thread_local Regions allowed;
+thread_local std::vector<Regions> allowed(1);
+thread_local Regions mapped;
 thread_local std::uint64_t seed = 0;
 
 namespace {
 
-constexpr std::size_t kMaxSharedBytes = 227 * 1024;  // what a block can have on sm_90 and sm_100
-constexpr std::size_t kSharedGap = 128;              // between two pieces of shared memory
 constexpr unsigned kMaxThreads = 1024;
 constexpr std::uint32_t kInterruptEvery = 64;  // accesses, on average
 
 thread_local std::uint64_t random_state = 1;
 thread_local std::uint32_t last_block = 0;
 
-// Stacks and shared memory, kept for the next launch.
-thread_local std::vector<Stack> stacks;
-struct alignas(1024) SharedMemory {
-  std::byte bytes[kMaxSharedBytes + 64 * kSharedGap];
-};
-thread_local SharedMemory* shared_bytes = nullptr;
+// Kept for the next launch.
+thread_local std::vector<std::unique_ptr<Stack>> stacks;
+thread_local std::vector<std::unique_ptr<SharedMemory>> shared_memories;
 
-std::string to_string(uint3 v) {
-  return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
+template <class T>
+std::unique_ptr<T> take(std::vector<std::unique_ptr<T>>& kept) {
+  if (kept.empty()) return std::unique_ptr<T>(new T);
+  std::unique_ptr<T> last = std::move(kept.back());
+  kept.pop_back();
+  return last;
 }
 
 std::string to_string(Site site) {
@@ -48,11 +48,28 @@ uint3 unflatten(unsigned i, dim3 d) {
   return {i % d.x, i / d.x % d.y, i / (d.x * d.y)};
 }
 
-// 0, 1, ... in the order that the seed asks for.
 void arrange(std::vector<unsigned>& order) {
   if (seed == 1) std::reverse(order.begin(), order.end());
   if (seed < 2) return;
   for (std::size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_below(i)]);
+}
+
+}  // namespace
+
+std::string to_string(uint3 v) {
+  return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
+}
+
+std::string check(const Launch& launch) {
+  const unsigned num_threads = size(launch.threads), num_blocks = size(launch.blocks);
+  if (num_threads > 0 && num_threads <= kMaxThreads && num_blocks > 0) return "";
+  return "simt: " + std::string(launch.kernel) + ": expected 1 to 1024 threads and at least one block, got " +
+         std::to_string(num_threads) + " and " + std::to_string(num_blocks);
+}
+
+std::uint32_t random_below(std::uint32_t limit) {
+  random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<std::uint32_t>((random_state >> 33) * limit >> 31);
 }
 
 std::vector<unsigned> arranged(unsigned count) {
@@ -62,74 +79,80 @@ std::vector<unsigned> arranged(unsigned count) {
   return order;
 }
 
-}  // namespace
-
-std::uint32_t random_below(std::uint32_t limit) {
-  random_state = random_state * 6364136223846793005u + 1442695040888963407u;
-  return static_cast<std::uint32_t>((random_state >> 33) * limit >> 31);
+Region* Block::shared_region(std::uintptr_t address) {
+  for (SharedPiece& piece : shared)
+    if (piece.region.contains(address)) return &piece.region;
+  return nullptr;
 }
 
-Machine::Machine(const Launch& launch, void (*body)(void*), void* arguments, std::size_t argument_bytes)
-    : launch_(launch), body_(body), arguments_(arguments), argument_bytes_(argument_bytes) {}
-
-std::string Machine::run() {
-  const unsigned num_threads = size(launch_.threads), num_blocks = size(launch_.blocks);
-  if (num_threads == 0 || num_threads > kMaxThreads || num_blocks == 0)
-    return "simt: " + std::string(launch_.kernel) + ": expected 1 to 1024 threads and at least one block, got " +
-           std::to_string(num_threads) + " and " + std::to_string(num_blocks);
-  if (!shared_bytes) shared_bytes = new SharedMemory;
-  while (stacks.size() < num_threads) stacks.emplace_back();
-  threads_.resize(num_threads);
-  warps_.resize((num_threads + kWarpSize - 1) / kWarpSize);
+void Machine::begin() {
   random_state = seed * 0x9e3779b97f4a7c15u + 1;
   first_block_ = last_block + 1;
   machine = this;
-  for (const unsigned b : arranged(num_blocks)) {
-    block_ = unflatten(b, launch_.blocks);
-    block_number_ = ++last_block;
-    run_block();
+}
+
+std::string Machine::run(const Job& job) {
+  begin();
+  for (const unsigned b : arranged(size(job.launch.blocks))) {
+    Block block;
+    start(block, job, b);
+    std::vector<unsigned> order = arranged(static_cast<unsigned>(block.threads.size()));
+    while (block.live && finding_.empty()) {
+      if (!go_on(turn(block, order)) && finding_.empty())
+        fail(block, "threads wait for each other for ever:" + stuck_threads(block));
+      if (seed > 1) arrange(order);
+    }
+    end(block);
     if (!finding_.empty()) break;
   }
   machine = nullptr;
   return finding_;
 }
 
-void Machine::run_block() {
-  const auto num_threads = static_cast<unsigned>(threads_.size());
-  shared_.clear();
-  shared_used_ = 0;
-  if (launch_.dynamic_shared_bytes) shared_memory(this, launch_.dynamic_shared_bytes, 128, 4);
-  barriers_ = at_barrier_ = 0;
-  live_ = num_threads;
-  for (Warp& warp : warps_) warp = {};
+void Machine::start(Block& block, const Job& job, unsigned index) {
+  const unsigned num_threads = size(job.launch.threads);
+  block.job = &job;
+  block.index = unflatten(index, job.launch.blocks);
+  block.number = ++last_block;
+  block.live = num_threads;
+  block.memory = take(shared_memories);
+  block.threads.resize(num_threads);
+  block.warps.resize((num_threads + kWarpSize - 1) / kWarpSize);
   for (unsigned i = 0; i < num_threads; ++i) {
-    Thread& thread = threads_[i];
-    thread.stack = &stacks[i];
-    thread.index = unflatten(i, launch_.threads);
+    Thread& thread = block.threads[i];
+    thread.stack = take(stacks);
+    thread.index = unflatten(i, job.launch.threads);
     thread.number = static_cast<std::uint16_t>(i);
-    thread.warp = &warps_[i / kWarpSize];
+    thread.block = &block;
+    thread.warp = &block.warps[i / kWarpSize];
     thread.warp->live |= 1u << thread.lane();
-    thread.state = Thread::State::kReady;
-    thread.open_copies.clear();
-    thread.copies.clear();
     prepare(thread.context, *thread.stack, &Machine::enter_thread);
   }
-  std::vector<unsigned> order = arranged(num_threads);
-  while (live_ && finding_.empty()) {
-    bool any_ran = false;
-    for (const unsigned i : order) {
-      if (threads_[i].state != Thread::State::kReady) continue;
-      run_thread(threads_[i]);
-      any_ran = true;
-      if (!finding_.empty()) return;
-    }
-    if (!any_ran) return fail("threads wait for each other for ever:" + stuck_threads());
-    if (seed > 1) arrange(order);
+}
+
+void Machine::end(Block& block) {
+  for (Thread& thread : block.threads) stacks.push_back(std::move(thread.stack));
+  block.threads.clear();
+  shared_memories.push_back(std::move(block.memory));
+}
+
+bool Machine::turn(Block& block, const std::vector<unsigned>& order) {
+  bool any_progress = false;
+  block.stores.show();
+  for (const unsigned i : order) {
+    Thread& thread = block.threads[i];
+    if (thread.state != Thread::State::kReady) continue;
+    run_thread(thread);
+    any_progress |= thread.state != Thread::State::kReady || !thread.polls_in_vain;
+    if (!finding_.empty()) break;
   }
+  block.stores.hide();
+  return any_progress;
 }
 
 void Machine::run_thread(Thread& thread) {
   current_ = &thread;
+  thread.polls_in_vain = false;
   switch_to(scheduler_, thread.context);
   current_ = nullptr;
 }
@@ -140,16 +163,17 @@ void Machine::suspend() {
 
 void Machine::enter_thread() {
   Machine& m = *machine;
-  m.body_(m.arguments_);
   Thread& thread = m.current();
+  Block& block = *thread.block;
+  block.job->body(block.job->arguments);
   thread.state = Thread::State::kDone;
   thread.warp->live &= ~(1u << thread.lane());
-  --m.live_;
+  --block.live;
   if (!thread.open_copies.empty() || !thread.copies.empty())
     m.fail("the thread ends while a cp.async of its own is under way, issued at " +
            source_of((thread.open_copies.empty() ? thread.copies.front() : thread.open_copies).front().code));
-  if (m.at_barrier_)
-    m.fail("the thread ends while others wait at the barrier at " + to_string(m.barrier_site_) +
+  if (block.at_barrier)
+    m.fail("the thread ends while others wait at the barrier at " + to_string(block.barrier_site) +
            ", which all threads of a block must reach");
   for (const Meeting& meeting : thread.warp->meetings)
     if (meeting.arrived != meeting.mask && meeting.mask >> thread.lane() & 1)
@@ -159,24 +183,46 @@ void Machine::enter_thread() {
   __builtin_unreachable();
 }
 
-void Machine::sync_threads(Site site) {
+bool Machine::sync_threads(bool vote, Site site) {
   Thread& thread = current();
-  if (at_barrier_ && !same(site, barrier_site_))
-    fail("divergent barrier: the thread is at " + to_string(site) + ", others wait at " + to_string(barrier_site_));
-  if (live_ != threads_.size())
-    fail("barrier at " + to_string(site) + " although " + std::to_string(threads_.size() - live_) +
+  Block& block = *thread.block;
+  if (block.at_barrier && !same(site, block.barrier_site))
+    fail("divergent barrier: the thread is at " + to_string(site) + ", others wait at " +
+         to_string(block.barrier_site));
+  if (block.live != block.threads.size())
+    fail("barrier at " + to_string(site) + " although " + std::to_string(block.threads.size() - block.live) +
          " threads of the block have ended");
-  barrier_site_ = thread.site = site;
-  if (++at_barrier_ == live_) return pass_barrier();
-  thread.state = Thread::State::kAtBarrier;
-  suspend();
+  block.barrier_site = thread.site = site;
+  block.any_vote |= vote;
+  if (++block.at_barrier == block.live) {
+    pass_barrier(block);
+  } else {
+    thread.state = Thread::State::kAtBarrier;
+    suspend();
+  }
+  return block.last_vote;  // of this barrier: the next one waits for this thread
 }
 
-void Machine::pass_barrier() {
-  ++barriers_;
-  at_barrier_ = 0;
-  for (Thread& thread : threads_)
+void Machine::pass_barrier(Block& block) {
+  ++block.barriers;
+  block.at_barrier = 0;
+  block.last_vote = std::exchange(block.any_vote, false);
+  for (Thread& thread : block.threads) {
     if (thread.state == Thread::State::kAtBarrier) thread.state = Thread::State::kReady;
+    block.known.join(thread.known);
+    thread.known.clear();
+    thread.acquired.reset();
+  }
+}
+
+void Machine::share_knowledge(Block& block, const Warp& warp, unsigned mask) {
+  Knowledge all;
+  const auto takes_part = [&](const Thread& thread) { return thread.warp == &warp && mask >> thread.lane() & 1; };
+  for (const Thread& thread : block.threads)
+    if (takes_part(thread)) all.join(thread.known);
+  if (all.empty()) return;
+  for (Thread& thread : block.threads)
+    if (takes_part(thread)) thread.known = all;
 }
 
 void Machine::gather(const char* name, unsigned mask, const void* mine, std::size_t bytes, void* all, bool order_memory,
@@ -201,7 +247,8 @@ void Machine::gather(const char* name, unsigned mask, const void* mine, std::siz
   meeting->arrived |= self;
   if (meeting->arrived == mask) {
     if (order_memory && mask == warp.live) ++warp.barriers;
-    for (Thread& other : threads_)
+    if (order_memory) share_knowledge(*thread.block, warp, mask);
+    for (Thread& other : thread.block->threads)
       if (other.warp == &warp && other.state == Thread::State::kInMeeting && mask >> other.lane() & 1)
         other.state = Thread::State::kReady;
   } else {
@@ -215,11 +262,11 @@ void Machine::gather(const char* name, unsigned mask, const void* mine, std::siz
   if (meeting->taken == mask) warp.meetings.remove_if([meeting](const Meeting& other) { return &other == meeting; });
 }
 
-std::string Machine::stuck_threads() const {
+std::string Machine::stuck_threads(const Block& block) const {
   std::string text;
   int count = 0;
   Site last = {};
-  for (const Thread& thread : threads_) {
+  for (const Thread& thread : block.threads) {
     if (thread.state == Thread::State::kDone || (last.file && same(last, thread.site))) continue;
     last = thread.site;
     if (++count > 4) return text + " ...";
@@ -229,50 +276,57 @@ std::string Machine::stuck_threads() const {
 }
 
 void* Machine::shared_memory(const void* tag, std::size_t bytes, std::size_t alignment, std::size_t granule) {
-  for (const SharedPiece& piece : shared_)
+  Block& block = this->block();
+  if (!tag) {  // the dynamic one
+    tag = block.job;
+    bytes = launch().dynamic_shared_bytes;
+  }
+  for (const Block::SharedPiece& piece : block.shared)
     if (piece.tag == tag) return reinterpret_cast<void*>(piece.region.begin);
-  const std::size_t offset = (shared_used_ + alignment - 1) / alignment * alignment;
+  const std::size_t offset = (block.shared_used + alignment - 1) / alignment * alignment;
   if (offset + bytes > kMaxSharedBytes) fail("more than 227 KB of shared memory");
-  shared_used_ = offset + bytes + kSharedGap;
-  std::byte* begin = shared_bytes->bytes + offset;
+  block.shared_used = offset + bytes + kSharedGap;
+  std::byte* begin = block.memory->bytes + offset;
   std::memset(begin, 0xff, bytes);  // NaN, or a large index
   const auto address = reinterpret_cast<std::uintptr_t>(begin);
-  shared_.push_back({tag,
-                     {.begin = address,
-                      .end = address + bytes,
-                      .granule = granule,
-                      .writable = true,
-                      .is_shared = true,
-                      .name = "shared memory",
-                      .cells = std::vector<Cell>((bytes + granule - 1) / granule)}});
+  block.shared.push_back({tag,
+                          {.begin = address,
+                           .end = address + bytes,
+                           .granule = granule,
+                           .writable = true,
+                           .is_shared = true,
+                           .name = "shared memory",
+                           .cells = std::vector<Cell>((bytes + granule - 1) / granule)}});
   return begin;
 }
 
-Region* Machine::shared_region(std::uintptr_t address) {
-  for (SharedPiece& piece : shared_)
-    if (piece.region.contains(address)) return &piece.region;
-  return nullptr;
-}
-
-Moment Machine::now() const {
-  return {block_number_, barriers_, current_->warp->barriers, current_->number};
+Accessor Machine::accessor(const void* code) {
+  Thread& thread = current();
+  const Block& block = *thread.block;
+  const Moment now = {block.number,  block.barriers,  thread.warp->barriers,
+                      thread.number, thread.releases, static_cast<std::uint8_t>(block.job->rank)};
+  return {now, first_block_, &block.known, &thread.known, code};
 }
 
 void Machine::access(std::uintptr_t address, std::size_t bytes, Access kind, bool pending, const void* code) {
   if (is_own_stack(reinterpret_cast<const void*>(address))) return;
-  if (address - reinterpret_cast<std::uintptr_t>(arguments_) < argument_bytes_ && kind == Access::kRead) return;
+  Block& block = this->block();
+  const Job& job = *block.job;
+  if (address - reinterpret_cast<std::uintptr_t>(job.arguments) < job.argument_bytes && kind == Access::kRead) return;
   const char* verb = kind == Access::kRead ? "reads " : kind == Access::kWrite ? "writes " : "updates ";
   const auto describe = [&] {
     return std::string(verb) + std::to_string(bytes) + " bytes at " + place_of(address) +
            "\n  here: " + source_of(code);
   };
-  const bool in_shared = address - reinterpret_cast<std::uintptr_t>(shared_bytes) < sizeof(SharedMemory);
-  Region* region = in_shared ? shared_region(address) : allowed.find(address);
+  const bool in_shared = block.is_in_shared(address);
+  Region* region = in_shared ? block.shared_region(address) : allowed[job.rank].find(address);
+  const bool is_mapped = !in_shared && !region && (region = mapped.find(address));
   if (!region || address + bytes > region->end) {
-    if (!in_shared && (allowed.empty() || is_constant(address))) return;
+    if (!in_shared && (allowed[job.rank].empty() || is_constant(address))) return;
     return fail("out of bounds: the thread " + describe());
   }
-  const Conflict conflict = enter(*region, address, bytes, kind, pending, now(), first_block_, code);
+  const Accessor by = accessor(code);
+  const Conflict conflict = enter(*region, address, bytes, kind, pending, by);
   switch (conflict.kind) {
     case Conflict::Kind::kNone:
       break;
@@ -286,22 +340,28 @@ void Machine::access(std::uintptr_t address, std::size_t bytes, Access kind, boo
                   "\n  a cp.async to this place was not waited for: " + source_of(conflict.other.code));
     case Conflict::Kind::kRace: {
       const Moment& then = conflict.other.moment;
-      const std::string who = then.block == block_number_
-                                  ? "thread " + to_string(unflatten(then.thread, launch_.threads))
-                                  : "another block";
-      const std::string order = then.block == block_number_ ? "without a barrier between them" : "in the same launch";
+      const bool is_own = then.block == block.number;
+      const auto name = names_.find(then.block);
+      const std::string who = is_own                 ? "thread " + to_string(unflatten(then.thread, job.launch.threads))
+                              : name != names_.end() ? name->second
+                                                     : "another block";
+      const std::string order = is_own           ? "without a barrier between them"
+                                : several_ranks_ ? "without a release and an acquire between them"
+                                                 : "in the same launch";
       return fail("race: the thread " + describe() + "\n  " + who + " " + conflict.other_does + " it " + order + ": " +
                   source_of(conflict.other.code));
     }
   }
   if (seed > 1 && random_below(kInterruptEvery) == 0) suspend();
+  if (is_mapped && several_ranks_ && kind == Access::kWrite) block.stores.add(address, bytes, by.now);
 }
 
-std::string Machine::place_of(std::uintptr_t address) const {
+std::string Machine::place_of(std::uintptr_t address) {
   const Region* region = nullptr;
-  for (const SharedPiece& piece : shared_)
+  for (const Block::SharedPiece& piece : block().shared)
     if (address >= piece.region.begin - kSharedGap && address < piece.region.end + kSharedGap) region = &piece.region;
-  if (!region) region = allowed.nearest(address);
+  if (!region) region = mapped.find(address);
+  if (!region) region = allowed[block().job->rank].nearest(address);
   if (!region) return "an address that was never allowed";
   const auto offset = static_cast<std::ptrdiff_t>(address - region->begin);
   return "offset " + std::to_string(offset) + " of " + region->name + " (" +
@@ -333,12 +393,17 @@ void Machine::wait_for_copies(std::size_t pending_groups) {
 }
 
 void Machine::fail(const std::string& what) {
-  if (finding_.empty()) {
-    finding_ = "simt: kernel " + std::string(launch_.kernel) + ", block " + to_string(block_);
-    if (current_) finding_ += ", thread " + to_string(current_->index);
-    finding_ += ": " + what;
-  }
-  if (current_) suspend();  // for good
+  fail(block(), what);
+  suspend();  // for good
+}
+
+void Machine::fail(const Block& block, const std::string& what) {
+  if (!finding_.empty()) return;
+  finding_ = "simt: kernel " + std::string(block.job->launch.kernel);
+  if (several_ranks_) finding_ += ", rank " + std::to_string(block.job->rank);
+  finding_ += ", block " + to_string(block.index);
+  if (current_) finding_ += ", thread " + to_string(current_->index);
+  finding_ += ": " + what;
 }
 
 }  // namespace simt

@@ -6,36 +6,55 @@
 namespace simt {
 namespace {
 
-// Whether a barrier stands between what the record tells of and `now`.
-bool is_ordered(const Record& record, const Moment& now, std::uint32_t first_block) {
+// Whether something stands between what the record tells of and the access: a barrier, the end of a launch, or a
+// release and an acquire.
+bool is_ordered(const Record& record, const Accessor& by) {
   const Moment& then = record.moment;
-  if (then.block < first_block) return true;
-  if (then.block != now.block) return false;
-  if (then.barriers != now.barriers) return true;
+  if (then.block < by.first_block) return true;
+  if (then.block != by.now.block) {
+    const auto covered = [&](const Knowledge* known) {
+      return known && (known->covers_block(then) || (record.by == Spread::kOneThread && known->covers_thread(then)));
+    };
+    return covered(by.known_to_block) || covered(by.known_to_thread);
+  }
+  if (then.barriers != by.now.barriers) return true;
   if (record.by == Spread::kBlock) return false;
-  if (then.thread / 32 != now.thread / 32) return false;
-  return then.warp_barriers != now.warp_barriers || (record.by == Spread::kOneThread && then.thread == now.thread);
+  if (then.thread / 32 != by.now.thread / 32) return false;
+  return then.warp_barriers != by.now.warp_barriers ||
+         (record.by == Spread::kOneThread && then.thread == by.now.thread);
 }
 
 // Enters an access that may come from several threads at a time.
-void note(Record& record, const Moment& now, std::uint32_t first_block, const void* code) {
+void note(Record& record, const Accessor& accessor) {
+  const Moment& now = accessor.now;
   Spread by = Spread::kOneThread;
-  if (!is_ordered(record, now, first_block)) {
+  if (!is_ordered(record, accessor)) {
     const bool same_warp = record.moment.block == now.block && record.moment.thread / 32 == now.thread / 32;
     by = same_warp && record.by != Spread::kBlock ? Spread::kOneWarp : Spread::kBlock;
   }
-  record = {now, by, false, code};
+  record = {now, by, false, accessor.code};
+}
+
+// The same of a read, keeping those of other blocks.
+void note_read(Cell& cell, const Accessor& accessor) {
+  const std::uint32_t block = cell.read.moment.block;
+  if (block != accessor.now.block && !is_ordered(cell.read, accessor)) {
+    std::erase_if(cell.other_reads, [block](const Record& read) { return read.moment.block == block; });
+    cell.other_reads.push_back(std::exchange(cell.read, {}));
+  }
+  note(cell.read, accessor);
 }
 
 }  // namespace
 
 Conflict enter(Region& region, std::uintptr_t address, std::size_t bytes, Access access, bool pending,
-               const Moment& now, std::uint32_t first_block, const void* code) {
+               const Accessor& accessor) {
   using Kind = Conflict::Kind;
   if (!region.writable) {
     if (access == Access::kRead) return {};
     return {Kind::kReadOnly, {}, "", address};
   }
+  const Moment& now = accessor.now;
   const std::size_t first = (address - region.begin) / region.granule;
   const std::size_t last = (address + bytes - 1 - region.begin) / region.granule;
   for (std::size_t i = first; i <= last; ++i) {
@@ -47,15 +66,25 @@ Conflict enter(Region& region, std::uintptr_t address, std::size_t bytes, Access
         return {Kind::kUninitialised, {}, "", at};
       if (is_written && cell.write.pending) return {Kind::kPending, cell.write, "", at};
     }
-    if (!is_ordered(cell.write, now, first_block)) return {Kind::kRace, cell.write, "writes", at};
-    if (access != Access::kAtomic && !is_ordered(cell.update, now, first_block))
+    if (!is_ordered(cell.write, accessor)) return {Kind::kRace, cell.write, "writes", at};
+    if (access != Access::kAtomic && !is_ordered(cell.update, accessor))
       return {Kind::kRace, cell.update, "updates", at};
-    if (access != Access::kRead && !is_ordered(cell.read, now, first_block))
-      return {Kind::kRace, cell.read, "reads", at};
-    if (access == Access::kWrite) {
-      cell.write = {now, Spread::kOneThread, pending, code};
-    } else {
-      note(access == Access::kRead ? cell.read : cell.update, now, first_block, code);
+    if (access != Access::kRead) {
+      if (!is_ordered(cell.read, accessor)) return {Kind::kRace, cell.read, "reads", at};
+      for (const Record& read : cell.other_reads)
+        if (!is_ordered(read, accessor)) return {Kind::kRace, read, "reads", at};
+      cell.other_reads.clear();
+    }
+    switch (access) {
+      case Access::kRead:
+        note_read(cell, accessor);
+        break;
+      case Access::kWrite:
+        cell.write = {now, Spread::kOneThread, pending, accessor.code};
+        break;
+      case Access::kAtomic:
+        note(cell.update, accessor);
+        break;
     }
   }
   return {};
@@ -66,6 +95,11 @@ void Regions::add(Region region) {
                                       [](std::uintptr_t begin, const Region& r) { return begin < r.begin; });
   if (region.writable) region.cells.resize((region.end - region.begin + region.granule - 1) / region.granule);
   regions_.insert(place, std::move(region));
+  last_ = nullptr;
+}
+
+void Regions::remove_within(std::uintptr_t begin, std::uintptr_t end) {
+  std::erase_if(regions_, [=](const Region& region) { return region.begin >= begin && region.end <= end; });
   last_ = nullptr;
 }
 

@@ -6,16 +6,10 @@
 #include <string>
 #include <vector>
 
+#include "simt/order.h"
 #include "simt/simt.h"
 
 namespace simt {
-
-// A point in a kernel's run, as far as the order of memory accesses goes.
-struct Moment {
-  std::uint32_t block = 0;  // counted over all launches, from 1
-  std::uint32_t barriers = 0, warp_barriers = 0;
-  std::uint16_t thread = 0;
-};
 
 enum class Spread : std::uint8_t { kOneThread, kOneWarp, kBlock };
 
@@ -28,7 +22,17 @@ struct Record {
 };
 
 struct Cell {
-  Record write, read, update;  // update: atomic
+  Record write, read, update;            // update: atomic
+  std::vector<Record> other_reads = {};  // by blocks that run at the same time; what no acquire has ordered
+};
+
+// Who makes an access, and when.
+struct Accessor {
+  Moment now;
+  std::uint32_t first_block;  // of this launch: before it all is in order
+  const Knowledge* known_to_block = nullptr;
+  const Knowledge* known_to_thread = nullptr;
+  const void* code = nullptr;
 };
 
 // A piece of memory and what happened to it.
@@ -50,15 +54,15 @@ struct Conflict {
   std::uintptr_t address = 0;
 };
 
-// Enters an access into the region, in which it lies whole, and tells what is wrong with it. `first_block`: the first
-// one of this launch, before which all is in order.
+// Enters an access into the region, in which it lies whole, and tells what is wrong with it.
 Conflict enter(Region& region, std::uintptr_t address, std::size_t bytes, Access access, bool pending,
-               const Moment& now, std::uint32_t first_block, const void* code);
+               const Accessor& accessor);
 
 // Pieces of memory that do not overlap.
 class Regions {
  public:
   void add(Region region);
+  void remove_within(std::uintptr_t begin, std::uintptr_t end);
   void clear() { regions_.clear(), last_ = nullptr; }
   bool empty() const { return regions_.empty(); }
   Region* find(std::uintptr_t address);

@@ -70,6 +70,19 @@ int32_t float_to_int(float x) {
   return static_cast<int32_t>(std::nearbyintf(x));
 }
 
+void store_release(uint64_t* address, uint64_t value) {
+  simt::store_strong(address, 8, value, simt::Order::kRelease, __builtin_return_address(0));
+}
+uint64_t load_acquire(const uint64_t* address, simt::Site site) {
+  return simt::load_strong(address, 8, simt::Order::kAcquire, site, __builtin_return_address(0));
+}
+void store_relaxed(uint32_t* address, uint32_t value) {
+  simt::store_strong(address, 4, value, simt::Order::kRelaxed, __builtin_return_address(0));
+}
+uint32_t load_relaxed(const uint32_t* address, simt::Site site) {
+  return static_cast<uint32_t>(simt::load_strong(address, 4, simt::Order::kRelaxed, site, __builtin_return_address(0)));
+}
+
 void copy_16_async(void* target, const void* source, bool is_there) {
   simt::copy_async(target, source, 16, is_there ? 16 : 0, __builtin_return_address(0));
 }

@@ -40,6 +40,14 @@ uint16_t float_to_half(float x);
 uint16_t float_to_bfloat16(float x);
 int32_t float_to_int(float x);
 
+void store_release(uint64_t* address, uint64_t value);
+uint64_t load_acquire(const uint64_t* address, simt::Site site = simt::Site::here());
+void store_relaxed(uint32_t* address, uint32_t value);
+uint32_t load_relaxed(const uint32_t* address, simt::Site site = simt::Site::here());
+inline uint64_t nanoseconds() {
+  return simt::nanoseconds();
+}
+
 void copy_16_async(void* target, const void* source, bool is_there);
 inline void commit_copies() {
   simt::commit_copies();

@@ -1,17 +1,20 @@
 // Runs CUDA kernels on a CPU: what a kernel's source sees in place of the CUDA headers, and how it is launched.
 //
-// Every CUDA thread is a fiber; the threads of a block take turns, the blocks come one after the other. Which thread
-// goes on is decided by a seed. Memory accesses are seen through the compiler's instrumentation (see README.md).
+// Every CUDA thread is a fiber; the threads of a block take turns. Blocks come one after the other, but those of
+// several ranks take turns too. Whose turn it is is decided by a seed. Memory accesses are seen through the compiler's
+// instrumentation (see README.md).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #define __global__ static
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct uint3 {
   unsigned x, y, z;
@@ -38,7 +41,8 @@ uint3 block_index();
 dim3 block_dim();
 dim3 grid_dim();
 
-void sync_threads(Site site);
+// Whether any thread came with `vote`.
+bool sync_threads(bool vote, Site site);
 // Also orders the memory accesses of the warp when `order_memory`. Every lane of `mask` hands in `bytes` bytes (64 at
 // the most) and gets those of all 32, one lane after the other; what lanes outside of the mask have is undefined.
 void gather(const char* name, unsigned mask, const void* mine, std::size_t bytes, void* all, bool order_memory,
@@ -58,6 +62,14 @@ void check_access(const void* address, std::size_t bytes, Access access, const v
 // The same for one that must be aligned to its size, as those of 16 bytes must.
 void check_aligned_access(const void* address, std::size_t bytes, Access access, const void* code);
 
+// Accesses of the system's scope (.sys), to words that several ranks write and read meanwhile: relaxed ones, a release,
+// and an acquire. Every such load lets other threads go on.
+enum class Order : std::uint8_t { kRelaxed, kRelease, kAcquire };
+std::uint64_t load_strong(const void* address, std::size_t bytes, Order order, Site site, const void* code);
+void store_strong(void* address, std::size_t bytes, std::uint64_t value, Order order, const void* code);
+// A clock, which moves on when all threads do nothing but wait.
+std::uint64_t nanoseconds();
+
 // cp.async: the data arrive when the thread waits for the group that the copy belongs to, and not before. Of the
 // `bytes` bytes at `target`, the first `source_bytes` come from `source`, the others are zeros.
 void copy_async(void* target, const void* source, std::size_t bytes, std::size_t source_bytes, const void* code);
@@ -72,22 +84,34 @@ struct Launch {
   std::size_t dynamic_shared_bytes = 0;
 };
 
-// Runs the kernel; null, or a text that tells what was found (until the thread's next launch).
+// Runs the kernel; null, or a text that tells what was found (until the thread's next launch). Between begin_ranks()
+// and run_ranks() it is only put in line.
 const char* run(const Launch& launch, void (*body)(void*), void* arguments, std::size_t argument_bytes);
 
 template <class... Parameters>
 const char* launch(const Launch& launch, void (*kernel)(Parameters...), Parameters... arguments) {
   auto body = [=] { kernel(arguments...); };
+  static_assert((std::is_trivially_copyable_v<Parameters> && ...));
   return run(launch, [](void* context) { (*static_cast<decltype(body)*>(context))(); }, &body, sizeof(body));
 }
 
 // 0: threads and blocks in order; 1: in reverse; others: at random, and interrupted anywhere.
 void set_seed(std::uint64_t seed);
 
+// Several ranks: launches, and memory that is allowed, belong to the one that was set last. run_ranks() runs the
+// launches of each rank in their order, those of different ranks at the same time, and ends this mode; what it returns
+// is as of run().
+void begin_ranks(int count);
+void set_rank(int rank);
+const char* run_ranks();
+
 // Memory that kernels may use from now on; once there is any, all other is out of bounds. The name is that of an
 // argument.
 void allow(const void* begin, std::size_t bytes, std::size_t granule, bool writable, const char* name);
 void forget_allowed();
+// Memory that all ranks have mapped, for as long as it is there: what a block stores in it reaches other blocks late.
+void map(const void* begin, std::size_t bytes, std::size_t granule, const char* name);
+void unmap_within(const void* begin, std::size_t bytes);
 // More memory for the kernels, where there is any that they may use.
 void allow_workspace(const void* begin, std::size_t bytes, std::size_t granule);
 
@@ -109,7 +133,10 @@ T shuffle_as(const char* name, unsigned mask, T value, int source, Site site) {
 #define gridDim (::simt::grid_dim())
 
 inline void __syncthreads(simt::Site site = simt::Site::here()) {
-  simt::sync_threads(site);
+  simt::sync_threads(false, site);
+}
+inline int __syncthreads_or(int predicate, simt::Site site = simt::Site::here()) {
+  return simt::sync_threads(predicate != 0, site);
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, simt::Site site = simt::Site::here()) {
   char none = 0, all[32];

@@ -219,6 +219,69 @@ class Communicator:
     def one_shot_bytes(world_size: int) -> int:
         """Largest tensor that every rank adds up for itself."""
 
+class DeviceCommunicator:
+    """Collectives of ranks that are processes of one host, each with a GPU.
+
+    Parameters
+    ----------
+    device : int
+        Number of the GPU in this process.
+    rank, world_size : int
+    timeout : float
+        Seconds that a kernel waits for those of other ranks.
+    registered_bytes : int
+        The same on all ranks, as all below.
+    slot_bytes : int
+        What a block hands over in a step, a multiple of 16.
+    one_shot_bytes : int
+        Largest tensor that every rank adds up for itself; -1: `one_shot_bytes(world_size)`.
+    max_blocks : int
+        Of a launch.
+
+    Raises
+    ------
+    RuntimeError
+        There is no memory, or the build has no CUDA kernels.
+    """
+
+    def __init__(
+        self,
+        device: int,
+        rank: int,
+        world_size: int,
+        timeout: float,
+        registered_bytes: int = 0,
+        *,
+        slot_bytes: int = ...,
+        one_shot_bytes: int = -1,
+        max_blocks: int = ...,
+    ) -> None: ...
+    @property
+    def handle(self) -> bytes:
+        """What other processes find this rank's memory by."""
+
+    def connect(self, handles: Sequence[bytes]) -> None:
+        """Map the memory of all ranks, whose handles come in their order. RuntimeError where a GPU cannot see it."""
+
+    @property
+    def number(self) -> int:
+        """Of this communicator in this process."""
+
+    @property
+    def registered(self) -> int:
+        """Address, on the GPU, of this rank's registered memory, valid for as long as the object lives."""
+
+    def close(self) -> None:
+        """Take part no more."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was closed here, or ranks have given up."""
+
+    @staticmethod
+    def one_shot_bytes(world_size: int) -> int:
+        """Largest tensor that every rank adds up for itself, by default."""
+
 class DriverKernel:
     """A kernel that was compiled ahead of time, launched through the driver of the GPU.
 

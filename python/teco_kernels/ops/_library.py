@@ -150,4 +150,9 @@ def emulates_cuda() -> bool:
     return _emulation is not None
 
 
+def emulation_in_use() -> Path | None:
+    """The library of emulated CUDA kernels that tensors of the CPU go to; None when they do not."""
+    return _emulation
+
+
 cpu_isa()

@@ -5,11 +5,15 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from teco_kernels._host import CommunicatorError
+from teco_kernels.ops._library import emulates_cuda
+from teco_kernels.parallel.device_memory import DeviceMemoryTransport, connect_devices
 from teco_kernels.parallel.hierarchy import HierarchyTransport, connect_hosts
+from teco_kernels.parallel.operators import OperatorTransport
 from teco_kernels.parallel.process_group import ProcessGroupTransport
 from teco_kernels.parallel.shared_memory import SEVERAL_HOSTS, SharedMemoryTransport, connect_within, hosts_of
 
@@ -21,6 +25,7 @@ DEFAULT_TIMEOUT = 300.0
 
 _BACKENDS = {
     SharedMemoryTransport: "shared_memory",
+    DeviceMemoryTransport: "device_memory",
     ProcessGroupTransport: "process_group",
     HierarchyTransport: "hierarchy",
 }
@@ -61,10 +66,10 @@ class Communicator:
     Attributes
     ----------
     rank, world_size : int
-    backend : {"shared_memory", "process_group", "hierarchy"}
-        Whether the ranks share memory, the torch.distributed group carries the data, or ranks of several hosts share
-        memory on each, and a group carries the data between these. The same on all ranks, chosen once. The first two
-        give the same bits; the third adds up host by host.
+    backend : {"shared_memory", "device_memory", "process_group", "hierarchy"}
+        Whether the ranks share memory, their GPUs read one another's, the torch.distributed group carries the data, or
+        ranks of several hosts share memory on each, and a group carries the data between these. The same on all ranks,
+        chosen once. The last one adds up host by host; all others give the same bits.
     reason : str
         Why it is not memory alone; empty otherwise.
     timeout : float
@@ -97,7 +102,7 @@ class Communicator:
     @property
     def is_recordable(self) -> bool:
         """Whether a `Plan` can hold the collectives, and `torch.compile` trace them."""
-        return isinstance(self.transport, SharedMemoryTransport)
+        return isinstance(self.transport, OperatorTransport)
 
     @classmethod
     def from_process_group(
@@ -106,12 +111,14 @@ class Communicator:
         *,
         timeout: float = DEFAULT_TIMEOUT,
         registered_bytes: int = 0,
+        device: str | torch.device = "cpu",
     ) -> Communicator:
         """Connect the ranks of a group; all of them must call it.
 
         Ranks of one host, 8 at the most, share memory. Where they are on several hosts, or in containers that do not
         see one another, as many on each, those of a host do, and the first rank of each exchanges with the others over
-        a group of these. Otherwise, and without the system calls that it takes, the group does all the work.
+        a group of these. GPUs of one host, 8 at the most, read one another's memory where they can. Otherwise, and
+        without the system calls that it takes, the group does all the work.
 
         Parameters
         ----------
@@ -121,6 +128,8 @@ class Communicator:
             Seconds, also for connecting; ``math.inf`` waits for as long as all ranks live.
         registered_bytes : int
             Of `registered`; the same on all ranks.
+        device : str or torch.device
+            Where the tensors of this rank are, the CPU or a GPU; the same kind on all ranks.
 
         Raises
         ------
@@ -132,19 +141,21 @@ class Communicator:
         group = dist.group.WORLD if group is None else group
         if group is None:
             raise ValueError("group: expected a process group, or torch.distributed to be initialised")
-        transport, reason = _choose_transport(group, timeout, registered_bytes)
+        transport, reason = _choose_transport(group, timeout, registered_bytes, torch.device(device))
         return cls(transport, dist.get_rank(group), dist.get_world_size(group), timeout, reason)
 
     @classmethod
-    def alone(cls) -> Communicator:
+    def alone(cls, device: str | torch.device = "cpu") -> Communicator:
         """A communicator of this process only, whose collectives copy.
 
         Raises
         ------
         RuntimeError
-            The system lacks what ranks need to share memory.
+            The system lacks what ranks need to share memory, or the build CUDA kernels.
         """
-        return cls(SharedMemoryTransport.alone(), 0, 1, DEFAULT_TIMEOUT, "")
+        where = torch.device(device)
+        transport = DeviceMemoryTransport.alone(where) if _is_for_kernels(where) else SharedMemoryTransport.alone()
+        return cls(transport, 0, 1, DEFAULT_TIMEOUT, "")
 
     def close(self) -> None:
         """Take part no more; what the other ranks call from now on raises `CommunicatorError` there."""
@@ -162,15 +173,24 @@ class Communicator:
         return f"Communicator(rank {self.rank} of {self.world_size}, {self.backend})"
 
 
-def _choose_transport(group: dist.ProcessGroup, timeout: float, registered_bytes: int) -> tuple[Transport, str]:
+def _is_for_kernels(device: torch.device) -> bool:
+    """Whether tensors there go to CUDA kernels, emulated ones included."""
+    return device.type == "cuda" or emulates_cuda()
+
+
+def _choose_transport(
+    group: dist.ProcessGroup, timeout: float, registered_bytes: int, device: torch.device
+) -> tuple[Transport, str]:
     """What carries the data, and why it is not memory alone; all ranks choose the same."""
     chosen: Transport | None = None
-    if "cpu" not in {device.type for device in group._device_types}:
-        reason = "the group has no backend for the cpu"
+    if device.type not in {device.type for device in group._device_types}:
+        reason = f"the group has no backend for the {device.type}"
+    elif _is_for_kernels(device):
+        chosen, reason = connect_devices(hosts_of(group, timeout), group, timeout, registered_bytes, device)
     elif len(hosts := hosts_of(group, timeout)) == 1:
         native, reason, _ = connect_within(hosts, group, timeout, registered_bytes)
         chosen = None if native is None else SharedMemoryTransport(native, registered_bytes)
     else:
         chosen, problem = connect_hosts(hosts, group, timeout, registered_bytes)
         reason = problem or SEVERAL_HOSTS
-    return chosen or ProcessGroupTransport(group, timeout, registered_bytes), reason
+    return chosen or ProcessGroupTransport(group, timeout, registered_bytes, device), reason

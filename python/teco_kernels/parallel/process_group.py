@@ -34,12 +34,18 @@ def wait(work: Any, timeout: float) -> None:
 class ProcessGroupTransport:
     """The same collectives, by `all_gather`, `all_to_all` and `broadcast` of the group."""
 
-    def __init__(self, group: dist.ProcessGroup, timeout: float, registered_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        timeout: float,
+        registered_bytes: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
         self._group = group
         self._timeout = timeout
         self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
         self._end = ""
-        self.registered = torch.empty(registered_bytes, dtype=torch.uint8)  # as good as any
+        self.registered = torch.empty(registered_bytes, dtype=torch.uint8, device=device)  # as good as any
 
     def all_reduce(self, out: Tensor, x: Tensor) -> None:
         """Write the sum over the ranks."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from teco_kernels import parallel
+from teco_kernels.ops._library import emulates_cuda, emulation_in_use, has_kernel
 from teco_kernels.ops.norm import fused_add_rms_norm_reference
 from teco_kernels.testing.case import TOLERANCE, Case, Inputs
 
@@ -22,9 +24,20 @@ def _alone() -> parallel.Communicator:
     return parallel.Communicator.alone()
 
 
+@cache
+def _alone_with_kernels(device: torch.device, emulation: Path | None) -> parallel.Communicator:
+    return parallel.Communicator.alone(device)
+
+
 def _with_one_rank(collective: Callable[..., Any]) -> Callable[..., Any]:
     comm = _alone()
-    return lambda **inputs: collective(**inputs, comm=comm)
+
+    def call(x: Tensor, **inputs: Any) -> Any:
+        if (x.is_cuda or emulates_cuda()) and has_kernel("all_reduce", "cuda"):
+            return collective(x, **inputs, comm=_alone_with_kernels(x.device, emulation_in_use()))
+        return collective(x, **inputs, comm=comm)
+
+    return call
 
 
 def _inputs(shape: tuple[int, ...], dtype: torch.dtype, names: tuple[str, ...], generator: torch.Generator) -> Inputs:
