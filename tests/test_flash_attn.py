@@ -146,6 +146,53 @@ def test_a_window_on_both_sides() -> None:
     check((out, lse), ragged.expected(window_size=(6, 6)))
 
 
+@pytest.mark.parametrize("window_size", [(100, -1), (-1, 100), (100, 100), (3, 7)])
+def test_a_window_that_hides_nothing(window_size: tuple[int, int]) -> None:
+    """Of as many keys as the longest sequence has, it is none, as in flash-attn; with more queries than keys too."""
+    ragged = Ragged(torch.float32, [5, 2], [3, 2])
+    starts_q, starts_k, *most = ragged.sizes()
+    tensors = [torch.cat(parts) for parts in (ragged.q, ragged.k, ragged.v)]
+    out, lse, _ = flash_attn_varlen_func(
+        *tensors, starts_q, starts_k, *most, window_size=window_size, return_attn_probs=True
+    )
+    check((out, lse), ragged.expected())
+
+
+def test_lse_with_slopes() -> None:
+    """Of scores ``slope * (key - query)``; flash-attn 2 adds ``slope * key``: its lse is larger by slope * query."""
+    ragged = Ragged(torch.float32, [4], [9])
+    starts_q, starts_k, *most = ragged.sizes()
+    tensors = [torch.cat(parts) for parts in (ragged.q, ragged.k, ragged.v)]
+    options: dict[str, Any] = {"causal": True, "alibi_slopes": SLOPES, "return_attn_probs": True}
+    _, lse, _ = flash_attn_varlen_func(*tensors, starts_q, starts_k, *most, **options)
+    q, k = (x.transpose(0, 1).double() for x in (ragged.q[0], ragged.k[0]))
+    scores = q @ k.repeat_interleave(HEADS // KV_HEADS, 0).transpose(1, 2) / math.sqrt(D)
+    scores += SLOPES[:, None, None] * torch.arange(9)
+    rows = torch.arange(5, 9)
+    flash_attn_2 = scores.masked_fill(torch.arange(9) > rows[:, None], -torch.inf).logsumexp(-1)
+    assert torch.allclose(lse.double() + SLOPES[:, None] * rows, flash_attn_2, atol=1e-4)
+
+
+@pytest.mark.parametrize("function", ["varlen", "kvcache"])
+@pytest.mark.parametrize("argument", ["q", "k", "v"])
+def test_a_backward_pass_raises(function: str, argument: str) -> None:
+    """Not: gradients from which this attention is left out."""
+    tensors = {"q": heads(4, HEADS, torch.float32, 1), **{x: heads(4, KV_HEADS, torch.float32, 2) for x in "kv"}}
+    tensors[argument].requires_grad_()
+    if function == "varlen":
+        starts = boundaries([4])
+        results = flash_attn_varlen_func(*tensors.values(), starts, starts, 4, 4, return_attn_probs=True)[:2]
+    else:
+        q, k, v = (x.unsqueeze(0) for x in tensors.values())
+        cache = torch.zeros(1, 8, KV_HEADS, D)
+        results = flash_attn_with_kvcache(q, cache, cache.clone(), k, v, cache_seqlens=2, return_softmax_lse=True)
+    for result in results:
+        with pytest.raises(RuntimeError, match=f"flash_attn_.*{function}.*no gradients"):
+            result.sum().backward()
+    with torch.no_grad():
+        assert not flash_attn_varlen_func(*tensors.values(), boundaries([4]), boundaries([4]), 4, 4).requires_grad
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "paged"])
 def test_only_the_keys_that_are_used(layout: str) -> None:
     ragged = Ragged(torch.float32, [2, 4], [40, 24])
@@ -262,6 +309,15 @@ REFUSED_VARLEN: dict[str, dict[str, Any]] = {
     "alibi_slopes: expected shape": {"alibi_slopes": SLOPES.expand(2, -1), "causal": True},
     "cu_seqlens_k: expected a tensor": {"cu_seqlens_k": None},
     "cu_seqlens_k: expected values": {"cu_seqlens_k": boundaries([4, 5])},
+    r"cu_seqlens_k: expected int32 of shape \[3\], got torch.int64": {"cu_seqlens_k": boundaries([4, 4]).long()},
+    "cu_seqlens_q: expected int32": {"cu_seqlens_q": boundaries([4, 4]).long()},
+    "seqused_k: expected int32": {"seqused_k": torch.tensor([4, 4])},
+    r"seqused_k: expected at most .* \[4, 4\]": {"seqused_k": torch.tensor([5, 3], dtype=torch.int32)},
+    "window_size: expected .* more queries than keys": {
+        "cu_seqlens_k": boundaries([5, 3]),
+        "cu_seqlens_q": boundaries([4, 4]),
+        "window_size": (3, 3),
+    },
     "k: expected shape": {"k": torch.zeros(1, 8, KV_HEADS, D)},
 }
 
@@ -276,13 +332,31 @@ def test_refused_by_varlen(text: str, changed: dict[str, Any]) -> None:
         flash_attn_varlen_func(**(arguments | changed))
 
 
-NEW = torch.zeros(2, 1, KV_HEADS, D)
+NEW = torch.ones(2, 1, KV_HEADS, D)
 REFUSED_KVCACHE: dict[str, dict[str, Any]] = {
     "q: expected shape": {"q": torch.zeros(2, HEADS, D)},
     "cache_leftpad": {"cache_leftpad": torch.zeros(2, dtype=torch.int32)},
     "cache_batch_idx": {"cache_batch_idx": torch.tensor([1, 0]), "block_table": torch.zeros(2, 1, dtype=torch.int32)},
     "cache_seqlens: expected a tensor": {"k": NEW, "v": NEW},
     "cache_seqlens: expected room": {"k": NEW, "v": NEW, "cache_seqlens": 8},
+    "cache_seqlens: expected values >= 0": {
+        "k": NEW,
+        "v": NEW,
+        "cache_seqlens": torch.tensor([-1, 2], dtype=torch.int32),
+    },
+    "cache_seqlens: expected int32": {"cache_seqlens": torch.tensor([1, 2])},
+    # These concern attention alone:
+    "window_size": {"k": NEW, "v": NEW, "cache_seqlens": 3, "window_size": (3, 2)},
+    "alibi_slopes: expected None": {"k": NEW, "v": NEW, "cache_seqlens": 3, "alibi_slopes": SLOPES},
+    r"alibi_slopes: expected shape \[Hq\]": {
+        "k": NEW,
+        "v": NEW,
+        "cache_seqlens": 3,
+        "alibi_slopes": SLOPES[:5],
+        "causal": True,
+    },
+    "query: expected Hq": {"k": NEW, "v": NEW, "cache_seqlens": 3, "q": torch.zeros(2, 1, 5, D)},
+    "soft_cap": {"k": NEW, "v": NEW, "cache_seqlens": 3, "softcap": -1.0},
     "v: expected a tensor": {"k": NEW, "cache_seqlens": 3},
     "k: expected shape": {"k": NEW[:1], "v": NEW[:1], "cache_seqlens": 3},
     "rotary_sin": {"rotary_cos": torch.zeros(8, 4), "k": NEW, "v": NEW, "cache_seqlens": 3},
@@ -296,6 +370,7 @@ def test_refused_by_kvcache(text: str, changed: dict[str, Any]) -> None:
     arguments: dict[str, Any] = {"q": torch.zeros(2, 1, HEADS, D), "k_cache": cache, "v_cache": cache.clone()}
     with pytest.raises(ValueError, match=text):
         flash_attn_with_kvcache(**(arguments | changed))
+    assert not cache.any()
 
 
 def test_counts_are_of_known_operators() -> None:

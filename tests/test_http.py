@@ -27,7 +27,7 @@ import httpx  # noqa: E402
 import openai  # noqa: E402
 import uvicorn  # noqa: E402
 
-from teco_kernels.integrations.http import Settings, create_app  # noqa: E402
+from teco_kernels.integrations.http import Settings, create_app, serve  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEY = "secret"
@@ -36,13 +36,16 @@ LONG = {"model": "tiny", "prompt": PROMPT, "max_tokens": 480, "ignore_eos": True
 
 
 @contextmanager
-def serving(llm: LLM, *, max_concurrent_requests: int = 32, **settings: Any) -> Iterator[Any]:
+def serving(
+    llm: LLM, *, max_concurrent_requests: int = 32, limit_concurrency: int | None = None, **settings: Any
+) -> Iterator[Any]:
     """A server on a free port of loopback, in a thread."""
     engine = AsyncEngine(llm, max_concurrent_requests=max_concurrent_requests)
     app = create_app(engine, Settings("tiny", **settings))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+        options: dict[str, Any] = {"timeout_graceful_shutdown": 2, "limit_concurrency": limit_concurrency}
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", **options))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -147,6 +150,34 @@ def test_completion_is_that_of_the_loop(server: Any, client: openai.OpenAI) -> N
     assert texts == asyncio.run(direct())
 
 
+def test_likeliest_tokens_of_one_text(server: Any, client: openai.OpenAI) -> None:
+    """Parts of characters have one text; a dictionary can hold the likeliest of them only."""
+    params = SamplingParams(seed=1, max_tokens=20, logprobs=5, ignore_eos=True)
+
+    async def direct() -> Any:
+        return (await (await server.engine.add(PROMPT, params)).last()).outputs[0].logprobs
+
+    positions = [list(position.values()) for position in asyncio.run(direct())]
+    assert any(len({entry.decoded_token for entry in entries}) < len(entries) for entries in positions)
+    answer = client.completions.create(
+        model="tiny", prompt=PROMPT, seed=1, max_tokens=20, logprobs=5, extra_body={"ignore_eos": True}
+    )
+    tops = answer.choices[0].logprobs.top_logprobs  # type: ignore[union-attr]
+    assert tops is not None
+    for top, entries in zip(tops, positions, strict=True):
+        texts = {entry.decoded_token for entry in entries}
+        assert top == {text: max(e.logprob for e in entries if e.decoded_token == text) for text in texts}
+
+
+def test_prompts_of_a_list_share_their_steps(server: Any, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_steps_take(0.02, llm, monkeypatch)
+    before = server.engine.metrics()["steps"]
+    prompts = [f"Text {number}" for number in range(8)]
+    body = {"model": "tiny", "prompt": prompts, "max_tokens": 4, "ignore_eos": True}
+    assert len(server.http.post("/v1/completions", json=body).json()["choices"]) == 8
+    assert server.engine.metrics()["steps"] - before == 4
+
+
 def test_chat(client: openai.OpenAI) -> None:
     messages: Any = [
         {"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]},
@@ -196,6 +227,7 @@ def test_echo_and_token_ids(client: openai.OpenAI) -> None:
         ("completions", {"stop": ["a"] * 5}, "stop"),
         ("completions", {"stream_options": {"include_usage": True}}, "stream_options"),
         ("completions", {"logit_bias": {"x": 1}}, "logit_bias"),
+        ("completions", {"logit_bias": {"1": 100.5}}, "logit_bias"),
         ("completions", {"top_p": 0}, "top_p"),
         ("completions", {"prompt": "word " * 600}, "prompt"),
         ("completions", {"max_tokens": 511}, "prompt"),
@@ -204,6 +236,14 @@ def test_echo_and_token_ids(client: openai.OpenAI) -> None:
         ("chat/completions", {"tools": [{"type": "function"}]}, "tools"),
         ("chat/completions", {"response_format": {"type": "json_object"}}, "response_format"),
         ("chat/completions", {"top_logprobs": 2}, "top_logprobs"),
+        ("chat/completions", {"chat_template_kwargs": {"messages": []}}, None),
+        ("chat/completions", {"store": True}, "store"),
+        ("chat/completions", {"service_tier": "flex"}, "service_tier"),
+        ("chat/completions", {"modalities": ["text", "audio"]}, "modalities"),
+        ("chat/completions", {"reasoning_effort": "high"}, "reasoning_effort"),
+        ("chat/completions", {"verbosity": "low"}, "verbosity"),
+        ("chat/completions", {"function_call": {"name": "f"}}, "function_call"),
+        ("chat/completions", {"web_search_options": {}}, "web_search_options"),
     ],
 )
 def test_openai_errors(path: str, change: dict[str, Any], param: str | None, server: Any) -> None:
@@ -221,6 +261,26 @@ def test_openai_errors(path: str, change: dict[str, Any], param: str | None, ser
     if param is not None:
         assert error["param"] == param
     wait_until_free(server)
+
+
+def test_fields_that_ask_for_nothing(server: Any) -> None:
+    """What clients send by default; and a variable of the template may have any name."""
+    body: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    body |= {"modalities": ["text"], "prompt_cache_key": "a", "safety_identifier": "b", "metadata": {"c": "d"}}
+    body |= {"store": False, "service_tier": "auto", "reasoning_effort": "none", "verbosity": "medium"}
+    body |= {"function_call": "none", "functions": [], "tools": [], "tool_choice": "auto", "parallel_tool_calls": True}
+    body |= {"logit_bias": {"1": -100}, "response_format": {"type": "text"}, "chat_template_kwargs": {"self": 1}}
+    answer = server.http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+
+
+def test_logits_that_are_not_numbers_are_the_servers_failure(server: Any) -> None:
+    body: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "repetition_penalty": 1e-300}
+    answer = server.http.post("/v1/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    body = {"inputs": PROMPT, "parameters": {"repetition_penalty": 1e-300}}
+    answer = server.http.post("/generate", json=body)
+    assert (answer.status_code, answer.json()["error_type"]) == (424, "generation")
 
 
 def test_openai_client_raises_what_the_server_says(server: Any, client: openai.OpenAI) -> None:
@@ -257,8 +317,41 @@ def test_keys_sizes_and_paths(server: Any) -> None:
     chunked = server.http.post("/v1/completions", content=(b"x" * 1000 for _ in range(30)))
     assert chunked.status_code == 413
     assert server.http.get("/nowhere").status_code == 404
-    assert server.http.get("/v1/completions").status_code == 405
-    assert server.http.get("/health", headers={"Host": "elsewhere.example"}).status_code == 400
+    wrong_method = server.http.get("/v1/completions")
+    assert (wrong_method.status_code, wrong_method.headers["allow"]) == (405, "POST")
+    for host in ("elsewhere.example", "elsewhere.example:80", "localhost.elsewhere.example"):
+        refused = server.http.get("/v1/models", headers={"Host": host})
+        assert (refused.status_code, refused.json()["error"]["type"]) == (403, "invalid_request_error")
+    assert httpx.get(f"{server.url}/health", headers={"Host": "LOCALHOST:1"}).status_code == 200
+    assert httpx.head(f"{server.url}/").status_code == 200
+    assert httpx.get(f"{server.url}/info", headers={"Authorization": f"bearer {KEY}"}).status_code == 200
+    assert httpx.get(f"{server.url}/info", headers={"Authorization": f"Basic {KEY}"}).status_code == 401
+    assert httpx.get(f"{server.url}/v1/health").status_code == 401
+    assert server.http.get("/openapi.json").status_code == 404
+
+
+def test_a_body_that_does_not_come(llm: LLM) -> None:
+    with serving(llm, body_seconds=0.3) as server:
+        with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port), timeout=10) as connection:
+            connection.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+            answer = b"".join(iter(lambda: connection.recv(1000), b""))  # up to its end: the connection is closed
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"expected it within 0.3 s" in answer
+
+
+def test_connections_have_a_limit(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    with monkeypatch.context() as patched:
+        patched.setattr(uvicorn, "run", lambda app, **options: given.update(options))
+        serve(AsyncEngine(llm), Settings("tiny", max_connections=2))
+    with serving(llm, limit_concurrency=given["limit_concurrency"]) as server:
+        address = "127.0.0.1", httpx.URL(server.url).port
+        with socket.create_connection(address):
+            assert server.http.get("/health").status_code == 200
+            with socket.create_connection(address):
+                deadline = time.monotonic() + 10  # it may be accepted after a request that was sent later
+                while server.http.get("/health").status_code != 503:
+                    assert time.monotonic() < deadline
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -292,12 +385,17 @@ def test_the_queue_is_full(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
         with server.http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as answer:
             lines = answer.iter_lines()
             next(lines)
+            encoded: list[str] = []  # no work is done for what is turned away
+            monkeypatch.setattr(llm.tokenizer, "encode", lambda text, **options: encoded.append(text))
             refused = server.http.post("/v1/completions", json=LONG)
             assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+            chat = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
+            assert server.http.post("/v1/chat/completions", json=chat).status_code == 429
             refused = server.http.post("/generate", json={"inputs": PROMPT})
             assert (refused.status_code, refused.json()["error_type"]) == (429, "overloaded")
+            assert encoded == []
         wait_until_free(server)
-        assert "teco_kernels_requests_refused_total 2.0" in server.http.get("/metrics").text
+        assert "teco_kernels_requests_refused_total 3.0" in server.http.get("/metrics").text
 
 
 def test_a_step_that_fails_in_the_middle(llm: LLM, monkeypatch: Any) -> None:
@@ -417,6 +515,37 @@ class TestTGI:
         tokens = server.http.post("/tokenize", json={"inputs": PROMPT}).json()
         assert [token["id"] for token in tokens] == tiny_tokenizer().encode(PROMPT).ids
         assert "".join(token["text"] for token in tokens) == PROMPT
+
+    def test_tokenize_has_a_limit_and_leaves_the_loop_free(self, server: Any, monkeypatch: Any) -> None:
+        too_long = server.http.post("/tokenize", json={"inputs": "word " * 600})
+        assert (too_long.status_code, too_long.json()["error_type"]) == (422, "validation")
+        threads: list[str] = []
+        decode = server.llm.tokenizer.decode
+
+        def noted(*args: Any, **options: Any) -> str:
+            threads.append(threading.current_thread().name)
+            return str(decode(*args, **options))
+
+        monkeypatch.setattr(server.llm.tokenizer, "decode", noted)
+        assert server.http.post("/tokenize", json={"inputs": PROMPT}).status_code == 200
+        assert threads
+        assert all(name.startswith("asyncio") for name in threads)  # not the loop's own
+
+    def test_sampling_and_seeds(self, server: Any) -> None:
+        """A temperature of 1 alone does not sample, as in TGI; a seed that was drawn is told, and gives the answer."""
+
+        def ask(**parameters: Any) -> tuple[str, int | None]:
+            parameters = {"max_new_tokens": 12, "details": True, **parameters}
+            answer = server.http.post("/generate", json={"inputs": PROMPT, "parameters": parameters}).json()
+            return answer["generated_text"], answer["details"]["seed"]
+
+        greedy = self._direct(server, SamplingParams(temperature=0, max_tokens=12)).outputs[0].text
+        assert ask() == ask(temperature=1.0) == ask(seed=3) == (greedy, None)
+        for sampling in ({"do_sample": True}, {"temperature": 1.5}, {"top_k": 50}, {"top_p": 0.9}):
+            text, seed = ask(**sampling)
+            assert seed is not None
+            assert ask(**sampling, seed=seed) == (text, seed)
+            assert ask(**sampling)[1] != seed
 
     @staticmethod
     def _direct(server: Any, params: SamplingParams) -> Any:

@@ -11,6 +11,7 @@ import torch
 import transformers
 from tiny_models import logits_of, random_model, relative_error, save_model
 from torch import Tensor
+from transformers.masking_utils import create_causal_mask
 from transformers.quantizers import auto
 
 from teco_kernels import LLM
@@ -80,14 +81,89 @@ def test_several_tokens_behind_a_cache() -> None:
     assert relative_error(torch.cat((first.logits, rest), dim=1), expected) < 1e-4
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_packed_sequences(window: int | None) -> None:
+    """Rows that hold several sequences, as DataCollatorWithFlattening makes them, give each one's own logits."""
+    model = random_model("mistral", sliding_window=window)
+    sequences = [PROMPT[:, :3], PROMPT[:, 2:], PROMPT[:, 1:6], PROMPT[:, :5]]
+    with torch.no_grad():
+        expected = torch.cat([model(ids).logits[0] for ids in sequences])
+        accelerate(model)
+        starts = torch.tensor([0, 3, 8, 13, 18], dtype=torch.int32)
+        positions = torch.cat([torch.arange(ids.shape[1]) for ids in sequences])
+        options = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 5, "max_length_k": 5}
+        packed = torch.cat(sequences, dim=1)
+        got = model(packed, position_ids=positions[None], use_cache=False, **options).logits[0]
+        assert relative_error(got, expected) < 1e-4
+        packed, positions = packed[:, :16].view(2, 8), positions[:16].view(2, 8)
+        options |= {"cu_seq_lens_q": starts.clamp(max=16), "cu_seq_lens_k": starts.clamp(max=16)}
+        got = model(packed, position_ids=positions, use_cache=False, **options).logits.flatten(0, 1)
+        assert relative_error(got, expected[:16]) < 1e-4
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_window_that_modules_leave_to_the_mask(cache: str) -> None:
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    config = transformers.PhimoeConfig(sliding_window=4, **sizes)
+    model = transformers.PhimoeForCausalLM(config).eval()
+    padded, seen = torch.cat((PROMPT[:, :2], PROMPT[:, :5]), dim=1), torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
+    options = {} if cache == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
+    with torch.no_grad():
+        expected = model(PROMPT).logits
+        texts = generate(model, **options), generate(model, padded, attention_mask=seen, **options)
+        accelerate(model)
+        assert relative_error(model(PROMPT).logits, expected) < 1e-4
+        assert torch.equal(generate(model, **options), texts[0])
+        assert torch.equal(generate(model, padded, attention_mask=seen, **options), texts[1])
+
+
+def test_chunks_are_refused_where_there_is_more_than_one() -> None:
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "pad_token_id": 0}
+    config = transformers.Llama4TextConfig(attention_chunk_size=5, intermediate_size_mlp=96, **sizes)
+    model = transformers.Llama4ForCausalLM(config).eval()
+    with torch.no_grad():
+        expected = model(PROMPT[:, :5]).logits
+        accelerate(model)
+        assert relative_error(model(PROMPT[:, :5]).logits, expected) < 1e-4
+        with pytest.raises(ValueError, match="attention_chunk_size: expected at most 5 keys"):
+            model(PROMPT)
+        with pytest.raises(ValueError, match="attention_chunk_size: expected at most 5 keys"):
+            generate(model, PROMPT[:, :4], 3)
+
+
+def test_blocks_that_see_later_keys_are_refused() -> None:
+    """Images within a text: the same flags as for packed sequences."""
+    model = accelerate(random_model())
+    embeds, blocks = torch.zeros(1, 7, 64), torch.tensor([[-1, 0, 0, 0, -1, -1, -1]])
+    with pytest.raises(ValueError, match="causal mask with nothing added"):
+        create_causal_mask(model.config, embeds, None, None, block_sequence_ids=blocks)
+
+
+def test_a_backward_pass_raises() -> None:
+    """Not: gradients that leave out what lies before the attention."""
+    model = accelerate(random_model()).train()
+    with pytest.raises(RuntimeError, match="no gradients"):
+        model(PROMPT, labels=PROMPT).loss.backward()
+    norm = RMSNorm(torch.nn.Parameter(torch.ones(64)), 1e-6)
+    with pytest.raises(RuntimeError, match=r"RMSNorm: .* no gradients"):
+        norm(torch.zeros(2, 64)).sum().backward()
+
+
 def test_what_is_refused() -> None:
     model = accelerate(random_model())
     with pytest.raises(ValueError, match="attention_mask: expected padding on the left"):
         model(PROMPT, attention_mask=torch.tensor([[1, 0, 1, 0, 1, 1, 1]]))
     with pytest.raises(ValueError, match="attention_mask: expected None or a mask of padding"):
         model(PROMPT, attention_mask=torch.zeros(1, 1, 7, 7))
-    with pytest.raises(ValueError, match="causal mask with nothing added"):  # two sequences in one row
+    with pytest.raises(ValueError, match="cu_seq_lens_q: expected a tensor"):  # two sequences in one row
         model(PROMPT, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), use_cache=False)
+    starts = torch.tensor([0, 7], dtype=torch.int32)
+    seen = torch.tensor([[0, 1, 1, 1, 1, 1, 1]])
+    with pytest.raises(ValueError, match="cu_seq_lens_q: expected None with padding"):
+        model(PROMPT, attention_mask=seen, use_cache=False, cu_seq_lens_q=starts, cu_seq_lens_k=starts)
     with pytest.raises(ValueError, match="activation: expected"):
         enable_gptq(activation="int4")  # type: ignore[arg-type]
 
@@ -110,6 +186,10 @@ def test_a_gptq_directory(family: str, activation: Any, tmp_path: Path) -> None:
         accelerate(model)
         assert any(isinstance(module, GatedMLP) for module in model.modules())
         assert relative_error(model(PROMPT).logits[0], expected) < 2e-2
+    for kind in (GPTQLinear, GatedMLP):
+        layer = next(module for module in model.modules() if isinstance(module, kind))
+        with pytest.raises(RuntimeError, match=f"{kind.__name__}: .* no gradients"):
+            layer(torch.zeros(1, 64, requires_grad=True)).sum().backward()
 
 
 @pytest.mark.model

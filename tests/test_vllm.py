@@ -57,6 +57,77 @@ def test_the_entry_point_is_harmless() -> None:
     plugin.register()
 
 
+REFUSED = {
+    "use_mla": "MLA",
+    "use_sparse": "sparse",
+    "use_mm_prefix": "partial multimodal token full attention",
+    "use_per_head_quant_scales": "per-head quant scales",
+    "use_batch_invariant": "batch invariance",
+    "use_kv_connector": "KV connector",
+    "use_rswa": "R-SWA",
+    "use_pcp": "PCP",
+    "use_dcp": "DCP",
+}
+
+
+@needs_vllm
+@pytest.mark.parametrize("option", REFUSED)
+def test_what_the_backend_does_not_do_is_refused(option: str) -> None:
+    import torch
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    plugin.register()
+    config = AttentionSelectorConfig(head_size=64, dtype=torch.float32, kv_cache_dtype="auto", block_size=16)
+    custom = AttentionBackendEnum.CUSTOM
+    assert CpuPlatform.get_attn_backend_cls(custom, config).endswith(".TecoAttentionBackend")
+    with pytest.raises(ValueError, match=rf"\(teco_kernels\): {REFUSED[option]} not supported"):
+        CpuPlatform.get_attn_backend_cls(custom, config._replace(**{option: True}))
+
+
+@needs_vllm
+def test_a_layer_that_the_checkpoint_has_fused() -> None:
+    """Phi-3's: the same as from a checkpoint with one layer for each."""
+    import torch
+
+    from teco_kernels.integrations.vllm.gptq import TecoGPTQConfig, TecoGPTQLinearMethod
+
+    inputs, sizes = 64, [32, 16, 16]
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31 - 1, shape, generator=generator).int()
+
+    whole = {
+        "qweight": integers(inputs // 8, sum(sizes)),
+        "qzeros": integers(2, sum(sizes) // 8),
+        "scales": torch.rand(2, sum(sizes), generator=generator).half(),
+        "g_idx": torch.arange(inputs).int() // 32,
+    }
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
+
+    def layer(names: list[str]) -> torch.nn.Module:
+        layer = torch.nn.Module()
+        method = TecoGPTQLinearMethod(TecoGPTQConfig(settings), names)
+        method.create_weights(layer, inputs, sizes, inputs, sum(sizes), torch.float32)
+        for part, tensor in whole.items():
+            parameter = getattr(layer, part)
+            if len(names) == 1:
+                parameter.weight_loader(parameter, tensor)
+                continue
+            per_row = tensor.shape[-1] * torch.tensor(sizes) // sum(sizes)
+            pieces = [tensor] * 3 if part == "g_idx" else tensor.split(per_row.tolist(), dim=1)
+            for shard, piece in zip("qkv", pieces, strict=True):
+                parameter.weight_loader(parameter, piece, shard)
+        method.process_weights_after_loading(layer)
+        return layer
+
+    x = torch.randn(3, inputs, generator=generator)
+    apart = layer(["q_proj", "k_proj", "v_proj"]).teco_linear(x)  # type: ignore[operator]
+    assert torch.equal(layer(["qkv_proj"]).teco_linear(x), apart)  # type: ignore[operator]
+
+
 @needs_vllm
 @pytest.mark.model
 def test_nothing_changes_until_it_is_chosen(dense: Path) -> None:

@@ -43,6 +43,7 @@ def serve(
     max_concurrent_requests: Annotated[int, typer.Option(min=1, help="Most requests that run or wait.")] = 128,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prompt.")] = None,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Longest body of a request.")] = 1 << 20,
+    max_connections: Annotated[int, typer.Option(min=1, help="Most connections, idle ones included.")] = 512,
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = None,
     kv_cache_dtype: CacheDtype = "auto",
@@ -76,6 +77,7 @@ def serve(
         max_body_bytes=max_body_bytes,
         max_prompt_tokens=max_prompt_tokens,
         allowed_hosts=tuple(hosts),
+        max_connections=max_connections,
     )
     with llm:
         serve_http(AsyncEngine(llm, max_concurrent_requests=max_concurrent_requests), settings, host=host, port=port)

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from teco_kernels.decoder.engine import Engine
-from teco_kernels.decoder.engine_thread import EngineClosedError, EngineThread, Mailbox
+from teco_kernels.decoder.engine_thread import EngineClosedError, EngineThread, Mailbox, NewRequest
 from teco_kernels.decoder.llm import LLM, Prompt, unwrapped
 from teco_kernels.decoder.request_statistics import RequestStatistics
 from teco_kernels.decoder.sampling_params import RequestError, RequestOutput, SamplingParams
@@ -78,19 +78,49 @@ class AsyncEngine:
         """
         if request_id is None:
             request_id = f"request-{next(self._ids)}"
-        mailbox = self._thread.open_mailbox(asyncio.get_running_loop())
-        stream = Stream(self, self._thread, request_id, mailbox)
+        streams = self._open([request_id])
+        await self.start(streams, [prompt], sampling_params)
+        return streams[0]
+
+    def reserve(self, count: int = 1) -> list[Stream]:
+        """Open requests whose prompts are still to be made: all of them, or none.
+
+        Returns
+        -------
+        list of Stream
+            To be given to `start`, or aborted. They count as requests until then.
+
+        Raises
+        ------
+        QueueFullError, EngineClosedError
+        """
+        return self._open([f"request-{next(self._ids)}" for _ in range(count)])
+
+    def _open(self, request_ids: Sequence[str]) -> list[Stream]:
+        mailboxes = self._thread.open_mailboxes(asyncio.get_running_loop(), len(request_ids))
+        return [Stream(self, self._thread, *place) for place in zip(request_ids, mailboxes, strict=True)]
+
+    async def start(
+        self, streams: Sequence[Stream], prompts: Sequence[Prompt], sampling_params: SamplingParams | None = None
+    ) -> None:
+        """Take in requests that are open, between the same two steps: all of them, or none.
+
+        When it raises, which it does as `add`, they are aborted.
+        """
         try:
-            plain = unwrapped(prompt)
-            text = plain if isinstance(plain, str) else None
-            token_ids: Sequence[int] = await self.encode(plain) if isinstance(plain, str) else plain
+            requests = []
+            for stream, prompt in zip(streams, prompts, strict=True):
+                plain = unwrapped(prompt)
+                if isinstance(plain, str):
+                    requests.append(stream.request(await self.encode(plain), plain))
+                else:
+                    requests.append(stream.request(plain, None))
             params = sampling_params or SamplingParams()
-            added = self._thread.submit(partial(self._thread.add, request_id, token_ids, params, text, mailbox))
-            await asyncio.wrap_future(added)
+            await asyncio.wrap_future(self._thread.submit(partial(self._thread.add, requests, params)))
         except BaseException:
-            stream.abort()
+            for stream in streams:
+                stream.abort()
             raise
-        return stream
 
     async def abort(self, request_id: str) -> None:
         """End a request; its blocks are free on return, and its stream ends with finish reason "abort".
@@ -170,6 +200,10 @@ class Stream:
         self._thread = thread
         self._mailbox = mailbox
         self._is_done = False
+
+    def request(self, token_ids: Sequence[int], prompt: str | None) -> NewRequest:
+        """The request of this stream, for the engine's thread."""
+        return NewRequest(self.request_id, token_ids, prompt, self._mailbox)
 
     def __aiter__(self) -> Stream:
         return self

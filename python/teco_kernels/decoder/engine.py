@@ -207,12 +207,12 @@ class Engine:
             )
         return wanted
 
-    def abort_request(self, request_id: str) -> RequestOutput | None:
-        """Drop a request, and give what it has come to; None for unknown and finished ones."""
+    def abort_request(self, request_id: str, reason: str = "abort") -> RequestOutput | None:
+        """Drop a request, and give what it has come to, finish reason `reason`; None for unknown and finished ones."""
         request = self._requests.get(request_id)
         if request is None:
             return None
-        self._end(request, "abort")
+        self._end(request, reason)
         return request.take_output()
 
     def held_blocks(self) -> dict[str, list[list[int]]]:

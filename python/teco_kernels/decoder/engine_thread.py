@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from teco_kernels.decoder.engine import Engine
 from teco_kernels.decoder.request_statistics import RequestStatistics
@@ -85,6 +85,15 @@ class Mailbox:
             return output
 
 
+class NewRequest(NamedTuple):
+    """A request to be taken in; `prompt` is its text, if it had one."""
+
+    request_id: str
+    token_ids: Sequence[int]
+    prompt: str | None
+    mailbox: Mailbox
+
+
 class EngineThread(threading.Thread):
     """Runs an engine, which no other thread may touch meanwhile.
 
@@ -141,8 +150,8 @@ class EngineThread(threading.Thread):
             self._inbox.put(run)
         return future
 
-    def open_mailbox(self, loop: asyncio.AbstractEventLoop) -> Mailbox:
-        """Count a request in.
+    def open_mailboxes(self, loop: asyncio.AbstractEventLoop, count: int) -> list[Mailbox]:
+        """Count so many requests in, or none of them.
 
         Raises
         ------
@@ -150,13 +159,13 @@ class EngineThread(threading.Thread):
         """
         with self._lock:
             self._check_open()
-            if self.num_open >= self.max_concurrent_requests:
-                self.statistics.refused += 1
+            if self.num_open + count > self.max_concurrent_requests:
+                self.statistics.refused += count
                 raise QueueFullError(
                     f"expected at most {self.max_concurrent_requests} requests at a time (max_concurrent_requests)"
                 )
-            self.num_open += 1
-        return Mailbox(loop)
+            self.num_open += count
+        return [Mailbox(loop) for _ in range(count)]
 
     def stop(self) -> None:
         """End the thread after the step that it is in; requests that are open get an EngineClosedError."""
@@ -174,12 +183,19 @@ class EngineThread(threading.Thread):
 
     # Called in this thread, by `submit`.
 
-    def add(
-        self, request_id: str, token_ids: Sequence[int], params: SamplingParams, prompt: str | None, mailbox: Mailbox
-    ) -> None:
-        """Take in a request, see `Engine.add_request`."""
-        self.engine.add_request(request_id, token_ids, params, prompt)
-        self._mailboxes[request_id] = mailbox
+    def add(self, requests: Sequence[NewRequest], params: SamplingParams) -> None:
+        """Take in requests, or none of them; see `Engine.add_request`."""
+        added: list[str] = []
+        try:
+            for request_id, token_ids, prompt, mailbox in requests:
+                self.engine.add_request(request_id, token_ids, params, prompt)
+                self._mailboxes[request_id] = mailbox
+                added.append(request_id)
+        except Exception:
+            for request_id in added:
+                self.engine.abort_request(request_id)
+                del self._mailboxes[request_id]
+            raise
 
     def abort(self, request_id: str) -> None:
         """End a request, and tell its consumer."""
@@ -192,10 +208,10 @@ class EngineThread(threading.Thread):
         """End a request whose consumer has gone; it may never have been taken in."""
         self._drop(request_id, mailbox)
 
-    def _drop(self, request_id: str, mailbox: Mailbox) -> RequestOutput | None:
+    def _drop(self, request_id: str, mailbox: Mailbox, reason: str = "abort") -> RequestOutput | None:
         output = None
         if self._mailboxes.get(request_id) is mailbox:  # else the name is that of another request
-            output = self.engine.abort_request(request_id)
+            output = self.engine.abort_request(request_id, reason)
             if output is not None:
                 self.statistics.end(output, mailbox.arrival_time)
         self._close(request_id, mailbox)
@@ -268,13 +284,14 @@ class EngineThread(threading.Thread):
                 self.abandon(output.request_id, mailbox)
 
     def _end_all(self, kind: type[RuntimeError], message: str, cause: Exception | None = None) -> None:
+        cause = cause or self.failure
         for request_id, mailbox in list(self._mailboxes.items()):
             try:
-                self._drop(request_id, mailbox)
+                self._drop(request_id, mailbox, "abort" if cause is None else "error")
             except Exception:
                 if not self._is_closed:
                     raise
                 _logger.exception("request %r could not be taken out of an engine that has failed", request_id)
             error = kind(message)
-            error.__cause__ = cause or self.failure
+            error.__cause__ = cause
             mailbox.put(error)

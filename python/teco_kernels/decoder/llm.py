@@ -260,7 +260,7 @@ class LLM:
         prompts = [self.chat_prompt(conversation, **template_variables) for conversation in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
-    def chat_prompt(self, messages: Sequence[Message], **template_variables: Any) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Message], /, **template_variables: Any) -> list[int]:
         """Token ids of a conversation ``[{"role": ..., "content": ...}, ...]`` in the model's chat template."""
         text = self.tokenizer.apply_chat_template(messages, **template_variables)
         return self.tokenizer.encode(text, add_special_tokens=False)

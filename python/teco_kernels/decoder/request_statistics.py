@@ -42,7 +42,7 @@ class Histogram:
 
 
 class RequestStatistics:
-    """Numbers and durations of requests. Only the thread that steps the engine writes them.
+    """Numbers and durations of requests, written by the thread that steps the engine.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ class RequestStatistics:
     finished : Counter of str
         Requests that have ended by finish reason: that of their first answer.
     refused : int
-        Requests that were turned away as there were too many.
+        Requests that were turned away as there were too many; written by callers, under their lock.
     """
 
     def __init__(self) -> None:

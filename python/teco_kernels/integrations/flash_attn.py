@@ -7,7 +7,7 @@ An engine written for flash-attn runs on these kernels by changing one import::
 Arguments, their order and their defaults are those of flash-attn 2; what is not supported is refused by name, never
 ignored. fp32 works besides fp16 and bf16, on the CPU as on other devices. Differences: a row that sees no key has lse
 -inf (flash-attn 2: +inf, flash-attn 3: -inf), and ``num_splits``, ``max_seqlen_q`` and ``max_seqlen_k`` are taken but
-change nothing. No gradients.
+change nothing. A backward pass raises: there are no gradients.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teco_kernels.integrations.gradients import without_gradient
 from teco_kernels.ops import paged_attention, reshape_and_cache, rotary_embedding
 
 
@@ -65,7 +66,8 @@ def flash_attn_varlen_func(
     causal : bool
         The last query sees all keys, the one before it all but the last, and so on.
     window_size : (int, int)
-        A query sees that many keys to its left and right; -1: all. Without `causal`, only the same on both sides.
+        A query sees that many keys to its left and right; -1, or as many as the longest sequence has keys: all.
+        Without `causal`, only the same on both sides, of sequences with no more queries than keys.
     softcap : float
         ``softcap * tanh(score / softcap)``; 0: none.
     alibi_slopes : Tensor, optional
@@ -77,7 +79,7 @@ def flash_attn_varlen_func(
     block_table : Tensor, optional
         int32 ``[batch, max_blocks]``.
     seqused_k : Tensor, optional
-        int32 ``[batch]``: only so many of a sequence's keys are used.
+        int32 ``[batch]``: only so many of a sequence's keys are used; without `block_table`, at most those it has.
     s_aux : Tensor, optional
         fp32 ``[nheads]``: attention sinks.
     out : Tensor, optional
@@ -88,7 +90,8 @@ def flash_attn_varlen_func(
     out : Tensor
         ``[total_q, nheads, headdim]``.
     softmax_lse : Tensor
-        fp32 ``[nheads, total_q]``, with None behind it; only with `return_attn_probs`.
+        fp32 ``[nheads, total_q]``, with None behind it; only with `return_attn_probs`. With `alibi_slopes` of scores
+        ``slope * (key position - query position)``.
 
     Raises
     ------
@@ -104,21 +107,35 @@ def flash_attn_varlen_func(
     ----------
     Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", arXiv 2307.08691.
     """
+    name = "flash_attn_varlen_func"
     if dropout_p:
-        raise ValueError(f"flash_attn_varlen_func: dropout_p: expected 0, got {dropout_p}")
+        raise ValueError(f"{name}: dropout_p: expected 0, got {dropout_p}")
+    batch = cu_seqlens_q.numel() - 1
+    _check_int32(name, "cu_seqlens_q", cu_seqlens_q, batch + 1)
+    _check_int32(name, "cu_seqlens_k", cu_seqlens_k, batch + 1)
+    _check_int32(name, "seqused_k", seqused_k, batch)
+    inputs = q, k, v
     if block_table is None:
         if cu_seqlens_k is None:
+            raise ValueError(f"{name}: cu_seqlens_k: expected a tensor, as block_table is None, got None")
+        lengths = cu_seqlens_k.diff()
+        if seqused_k is not None and (seqused_k > lengths).any():  # the next sequence's keys lie behind a sequence's
             raise ValueError(
-                "flash_attn_varlen_func: cu_seqlens_k: expected a tensor, as block_table is None, got None"
+                f"{name}: seqused_k: expected at most the numbers of keys {lengths.tolist()}, as block_table is None, "
+                f"got {seqused_k.tolist()}"
             )
         k, v, block_table = _as_blocks(k, v, cu_seqlens_k)
     if seqused_k is None:
         if cu_seqlens_k is None:
-            raise ValueError("flash_attn_varlen_func: cu_seqlens_k: expected a tensor, as seqused_k is None, got None")
+            raise ValueError(f"{name}: cu_seqlens_k: expected a tensor, as seqused_k is None, got None")
         seqused_k = cu_seqlens_k.diff()
-    options = _options("flash_attn_varlen_func", softmax_scale, causal, window_size, softcap, alibi_slopes)
-    result, lse = _attend(q, k, v, block_table, seqused_k, cu_seqlens_q, out, **options, sinks=s_aux)
-    return (result, lse.t().contiguous(), None) if return_attn_probs else result
+    sequences = seqused_k, cu_seqlens_q
+    options = _options(name, *sequences, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    result, lse = _attend(q, k, v, block_table, *sequences, out, **options, sinks=s_aux)
+    result = without_gradient(name, result, *inputs)
+    if not return_attn_probs:
+        return result
+    return result, without_gradient(name, lse.t().contiguous(), *inputs), None
 
 
 def flash_attn_with_kvcache(
@@ -204,13 +221,14 @@ def flash_attn_with_kvcache(
         cache_seqlens = block_table.shape[1] * k_cache.shape[1]
     if isinstance(cache_seqlens, int):
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+    _check_int32(name, "cache_seqlens", cache_seqlens, batch)
     if (k is None) != (v is None):
         raise ValueError(f"{name}: v: expected {'None' if k is None else 'a tensor'}, as k is")
     if (rotary_cos is None) != (rotary_sin is None):
         raise ValueError(
             f"{name}: rotary_sin: expected {'None' if rotary_cos is None else 'a tensor'}, as rotary_cos is"
         )
-    seq_lens = cache_seqlens
+    inputs = q, k_cache, v_cache, k, v
     if k is not None and v is not None:
         if k.dim() != 4 or k.shape[0] != batch:
             raise ValueError(f"{name}: k: expected shape [{batch}, seqlen_new, nheads_k, headdim], got {list(k.shape)}")
@@ -222,19 +240,36 @@ def flash_attn_with_kvcache(
             q = _rotated(q, q_positions.expand(batch, seqlen_q), table, rotary_interleaved)
             k = _rotated(k, positions, table, rotary_interleaved)
         slots = _slots(positions, block_table, k_cache.shape[1])
-        reshape_and_cache(k.flatten(0, 1), v.flatten(0, 1), k_cache, v_cache, slots)
-        seq_lens = cache_seqlens + k.shape[1]
     elif rotary_cos is not None:
         raise ValueError(f"{name}: rotary_cos: expected None, as k is None")
+    queries = q.flatten(0, 1)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * seqlen_q
-    options = _options(name, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    out, lse = _attend(q.flatten(0, 1), k_cache, v_cache, block_table, seq_lens, starts, None, **options)
-    out = out.unflatten(0, (batch, seqlen_q))
-    return (out, lse.unflatten(0, (batch, seqlen_q)).transpose(1, 2).contiguous()) if return_softmax_lse else out
+    seq_lens = cache_seqlens if k is None else cache_seqlens + k.shape[1]
+    options = _options(name, seq_lens, starts, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    cache = k_cache, v_cache, block_table, seq_lens
+    if k is not None and v is not None:
+        # Of no queries: shapes, dtypes and options are refused before the cache is written.
+        _attend(queries[:0], *cache, starts * 0, None, **options)
+        reshape_and_cache(k.flatten(0, 1), v.flatten(0, 1), k_cache, v_cache, slots)
+    out, lse = _attend(queries, *cache, starts, None, **options)
+    out = without_gradient(name, out.unflatten(0, (batch, seqlen_q)), *inputs)
+    if not return_softmax_lse:
+        return out
+    lse = lse.unflatten(0, (batch, seqlen_q)).transpose(1, 2).contiguous()
+    return out, without_gradient(name, lse, *inputs)
+
+
+def _check_int32(name: str, argument: str, tensor: Tensor | None, length: int) -> None:
+    if tensor is not None and (tensor.dtype != torch.int32 or tensor.shape != (length,)):
+        raise ValueError(
+            f"{name}: {argument}: expected int32 of shape [{length}], got {tensor.dtype} of shape {list(tensor.shape)}"
+        )
 
 
 def _options(
     name: str,
+    seq_lens: Tensor,
+    starts: Tensor,
     softmax_scale: float | None,
     causal: bool,
     window_size: Sequence[int],
@@ -242,11 +277,17 @@ def _options(
     alibi_slopes: Tensor | None,
 ) -> dict[str, Any]:
     """What `paged_attention` takes in their place."""
-    left, right = (None if size < 0 else size for size in window_size)
+    longest = int(seq_lens.max()) if max(window_size) > 0 and len(seq_lens) else 0
+    left, right = (None if size < 0 or 0 < longest <= size else size for size in window_size)
     causal = causal or right == 0
     if not causal and left != right:
         raise ValueError(
             f"{name}: window_size: expected the same on both sides without causal, got {tuple(window_size)}"
+        )
+    if not causal and left is not None and ((starts.diff() > seq_lens) & (seq_lens > 0)).any():
+        raise ValueError(
+            f"{name}: window_size: expected (-1, -1) without causal where a sequence has more queries than keys, "
+            f"got {tuple(window_size)}"
         )
     if alibi_slopes is not None:
         if not causal:
@@ -323,6 +364,8 @@ def _as_blocks(k: Tensor, v: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, Tens
 def _slots(positions: Tensor, block_table: Tensor, block_size: int) -> Tensor:
     """int64 ``[batch * seqlen]``: the slots of these positions ``[batch, seqlen]``."""
     room = block_table.shape[1] * block_size
+    if positions.numel() and int(positions.min()) < 0:
+        raise ValueError(f"flash_attn: cache_seqlens: expected values >= 0, got {int(positions.min())}")
     if positions.numel() and int(positions.max()) >= room:
         raise ValueError(
             f"flash_attn: cache_seqlens: expected room for k in {room} slots, got {int(positions.max()) + 1}"

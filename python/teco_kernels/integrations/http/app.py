@@ -12,7 +12,6 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from teco_kernels import __version__
 from teco_kernels.decoder.async_engine import AsyncEngine
@@ -53,9 +52,9 @@ def create_app(engine: AsyncEngine, settings: Settings) -> FastAPI:
         names = "kv_blocks", "kv_block_size", "kv_blocks_used", "kv_blocks_cached", "requests_running"
         return {**{name: numbers[name] for name in names}, "held": held}
 
-    # No pages of documentation: they would load scripts from elsewhere.
-    app = FastAPI(title="teco_kernels", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_api_route("/", page, methods=["GET"], include_in_schema=False, response_model=None)
+    # Without a schema there are no pages of documentation, which would load scripts from elsewhere.
+    app = FastAPI(title="teco_kernels", version=__version__, lifespan=lifespan, openapi_url=None)
+    app.add_api_route("/", page, methods=["GET", "HEAD"], include_in_schema=False, response_model=None)
     app.add_api_route("/metrics", metrics, methods=["GET"], response_model=None)
     app.add_api_route("/kv_cache", kv_cache, methods=["GET"], response_model=None)
     app.include_router(OpenAIRoutes(engine, settings).router)
@@ -65,11 +64,11 @@ def create_app(engine: AsyncEngine, settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, errors.on_http_error)
     app.add_exception_handler(Exception, errors.on_any_error)
     app.add_middleware(Guard, settings=settings)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.allowed_hosts), www_redirect=False)
     return app
 
 
 def serve(engine: AsyncEngine, settings: Settings, *, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serve until a signal comes; answers that are then open have some seconds to end."""
     app = create_app(engine, settings)
-    uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=5)
+    limit = settings.max_connections + 1  # at which uvicorn begins to refuse
+    uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=5, limit_concurrency=limit)

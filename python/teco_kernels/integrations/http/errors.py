@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import Request
 
 from teco_kernels.decoder.engine_thread import EngineClosedError, QueueFullError
+from teco_kernels.decoder.sampling_params import RequestError
 
 _TGI_STATUS = {400: 422, 413: 422, 500: 424}  # where TGI's differ from OpenAI's
 _TGI_KIND = {401: "authentication", 422: "validation", 424: "generation", 429: "overloaded", 503: "generation"}
@@ -67,7 +68,7 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(429, f"The server is overloaded: {error}", code="overloaded")
     if isinstance(error, EngineClosedError):
         return ApiError(503, str(error), code="unavailable")
-    if isinstance(error, (ValueError, TypeError)):
+    if isinstance(error, (ValueError, TypeError)) and not isinstance(error, RequestError):
         found = re.match(r"(\w+): ", str(error))
         return ApiError(400, str(error), param=found[1] if found else None, code="invalid_value")
     return ApiError(500, str(error))
@@ -112,9 +113,10 @@ async def on_validation_error(request: Request, error: Exception) -> JSONRespons
 
 async def on_http_error(request: Request, error: Any) -> JSONResponse:
     """Handler of unknown paths, methods, and bodies that cannot be read."""
-    return ApiError(error.status_code, f"{error.detail}: {request.method} {request.url.path!r}").response(
-        request.url.path
-    )
+    path = request.url.path
+    response = ApiError(error.status_code, f"{error.detail}: {request.method} {path!r}").response(path)
+    response.headers.update(error.headers or {})
+    return response
 
 
 async def on_any_error(request: Request, error: Exception) -> JSONResponse:

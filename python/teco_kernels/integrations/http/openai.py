@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -17,7 +18,7 @@ from teco_kernels.decoder.sampling_params import CompletionOutput, Logprob, Requ
 from teco_kernels.integrations.http.errors import ApiError, as_api_error
 from teco_kernels.integrations.http.openai_requests import ChatRequest, CompletionRequest, GenerationRequest
 from teco_kernels.integrations.http.settings import Settings
-from teco_kernels.integrations.http.streaming import Events, add_all, event, finished, merged, unless_disconnected
+from teco_kernels.integrations.http.streaming import Events, event, finished, merged, reserved, unless_disconnected
 
 _REASONS = {"stop": "stop", "length": "length"}
 
@@ -61,14 +62,18 @@ class OpenAIRoutes:
         """Go on from prompts."""
         self._check_model(body.model)
         params = body.params()
-        prompts = await self._encode_all(body.prompts())
-        self._check_lengths(prompts, params, "prompt", body.max_tokens)
-        streams = await add_all(self._engine, prompts, params)
+        texts = body.prompts()
+        if not 1 <= len(texts) <= self._engine.max_concurrent_requests:
+            limit = self._engine.max_concurrent_requests
+            raise ApiError(400, f"prompt: expected 1 to {limit} prompts, got {len(texts)}", param="prompt")
+        with reserved(self._engine, len(texts)) as streams:
+            prompts = await self._encode_all(texts)
+            self._check_lengths(prompts, params, "prompt", body.max_tokens)
+            await self._engine.start(streams, prompts, params)
         head = self._head("cmpl", "text_completion")
         echoes = [""] * len(prompts)
         if body.echo:
             decode = self._engine.tokenizer.decode
-            texts = body.prompts()
             echoes = [text if isinstance(text, str) else decode(text) for text in texts]
         if body.stream:
             return Events(self._completion_events(head, streams, body, params, echoes), streams)
@@ -115,20 +120,13 @@ class OpenAIRoutes:
         self._check_model(body.model)
         params = body.params()
         messages = [message.plain() for message in body.messages]
-        reserved = {"messages", "add_generation_prompt"} & body.chat_template_kwargs.keys()
-        if reserved:
-            raise ApiError(400, f"chat_template_kwargs: {reserved.pop()!r} is set by the server")
-        try:
-            prompt = await asyncio.to_thread(
-                self._engine.llm.chat_prompt,
-                messages,
-                add_generation_prompt=body.add_generation_prompt,
-                **body.chat_template_kwargs,
-            )
-        except ValueError as error:
-            raise as_api_error(error) from None
-        self._check_lengths([prompt], params, "messages", params.max_tokens)
-        streams = await add_all(self._engine, [prompt], params)
+        if clash := {"messages", "add_generation_prompt"} & body.chat_template_kwargs.keys():
+            raise ApiError(400, f"chat_template_kwargs: {clash.pop()!r} is set by the server")
+        variables = {"add_generation_prompt": body.add_generation_prompt, **body.chat_template_kwargs}
+        with reserved(self._engine, 1) as streams:
+            prompt = await asyncio.to_thread(partial(self._engine.llm.chat_prompt, messages, **variables))
+            self._check_lengths([prompt], params, "messages", params.max_tokens)
+            await self._engine.start(streams, [prompt], params)
         head = self._head("chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion")
         if body.stream:
             return Events(self._chat_events(head, streams, body, params), streams)
@@ -208,11 +206,6 @@ class OpenAIRoutes:
             raise ApiError(404, f"The model {name!r} does not exist", param="model", code="model_not_found")
 
     async def _encode_all(self, prompts: list[str] | list[list[int]]) -> list[list[int]]:
-        if not prompts:
-            raise ApiError(400, "prompt: expected at least one, got none", param="prompt")
-        if len(prompts) > self._engine.max_concurrent_requests:
-            limit = self._engine.max_concurrent_requests
-            raise ApiError(400, f"prompt: expected at most {limit} prompts, got {len(prompts)}", param="prompt")
         try:
             return [await self._engine.encode(text) if isinstance(text, str) else text for text in prompts]
         except ValueError as error:
@@ -263,7 +256,8 @@ def _completion_logprobs(answer: CompletionOutput, start: int, offset: int) -> d
     return {
         "tokens": [own.decoded_token for own, _ in entries],
         "token_logprobs": [own.logprob for own, _ in entries],
-        "top_logprobs": [{other.decoded_token: other.logprob for other in top} for _, top in entries],
+        # Of tokens with one text the likeliest, which a dictionary keeps when it comes last.
+        "top_logprobs": [{other.decoded_token: other.logprob for other in reversed(top)} for _, top in entries],
         "text_offset": offsets,
     }
 

@@ -9,7 +9,22 @@ from pydantic import BaseModel, ConfigDict, Field
 from teco_kernels.decoder.sampling_params import SamplingParams
 from teco_kernels.integrations.http.errors import ApiError, as_api_error
 
-_MAX_STOPS, _MAX_BIASES = 4, 300  # OpenAI's
+_MAX_STOPS, _MAX_BIASES, _LARGEST_BIAS = 4, 300, 100  # OpenAI's
+_ASKING_NOTHING: dict[str, tuple[Any, ...]] = {  # values of fields that are not supported
+    "audio": (None,),
+    "function_call": (None, "none", "auto"),
+    "functions": (None, []),
+    "modalities": (None, ["text"]),
+    "moderation": (None,),
+    "prediction": (None,),
+    "reasoning_effort": (None, "none"),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "verbosity": (None, "medium"),
+    "web_search_options": (None,),
+}
 
 
 class _Body(BaseModel):
@@ -60,6 +75,10 @@ class GenerationRequest(_Body):
             bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
         except ValueError:
             raise ApiError(400, "logit_bias: expected token ids as keys", param="logit_bias") from None
+        if any(abs(value) > _LARGEST_BIAS for value in bias.values()):
+            raise ApiError(
+                400, f"logit_bias: expected values from -{_LARGEST_BIAS} to {_LARGEST_BIAS}", param="logit_bias"
+            )
         try:
             return SamplingParams(
                 n=self.n or 1,
@@ -151,24 +170,38 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    parallel_tool_calls: bool | None = None
-    store: bool | None = None
-    metadata: dict[str, str] | None = None
+    # Of `_ASKING_NOTHING`
+    audio: Any = None
+    function_call: Any = None
+    functions: list[Any] | None = None
+    modalities: list[str] | None = None
+    moderation: Any = None
+    prediction: Any = None
+    reasoning_effort: str | None = None
     service_tier: str | None = None
+    store: bool | None = None
+    tool_choice: Any = None
+    tools: list[Any] | None = None
+    verbosity: str | None = None
+    web_search_options: Any = None
+    # Of no effect
+    metadata: dict[str, str] | None = None
+    parallel_tool_calls: bool | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    # vLLM's
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     def params(self) -> SamplingParams:
         """For the engine."""
-        for name, unsupported in (
-            ("tools", bool(self.tools)),
-            ("tool_choice", self.tool_choice not in (None, "none", "auto")),
-            ("response_format", self.response_format is not None and self.response_format.type != "text"),
-        ):
-            if unsupported:
-                raise ApiError(400, f"{name}: not supported", param=name, code="unsupported_parameter")
+        unsupported = [name for name, values in _ASKING_NOTHING.items() if getattr(self, name) not in values]
+        if self.response_format is not None and self.response_format.type != "text":
+            unsupported.append("response_format")
+        for name in unsupported:
+            raise ApiError(400, f"{name}: not supported", param=name, code="unsupported_parameter")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs: only allowed when 'logprobs' is true", param="top_logprobs")
         logprobs = (self.top_logprobs or 0) if self.logprobs else None

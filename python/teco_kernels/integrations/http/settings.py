@@ -22,6 +22,10 @@ class Settings:
     allowed_hosts : tuple of str
         Names by which clients may address the server, ``("*",)`` for any. A server on loopback that takes any name
         could be reached by the pages that its user visits.
+    body_seconds : float
+        Longest time in which a body comes.
+    max_connections : int
+        Most connections at a time, idle ones included.
     """
 
     model_name: str
@@ -29,3 +33,5 @@ class Settings:
     max_body_bytes: int = 1 << 20
     max_prompt_tokens: int | None = None
     allowed_hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")
+    body_seconds: float = 60.0
+    max_connections: int = 512

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from fastapi.responses import Response, StreamingResponse
@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from teco_kernels.decoder.async_engine import AsyncEngine, Stream
-from teco_kernels.decoder.sampling_params import RequestOutput, SamplingParams
+from teco_kernels.decoder.sampling_params import RequestOutput
 from teco_kernels.integrations.http.errors import as_api_error
 
 _T = TypeVar("_T")
@@ -42,19 +42,22 @@ def event(data: Any) -> str:
     return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
-async def add_all(engine: AsyncEngine, prompts: Sequence[list[int]], params: SamplingParams) -> list[Stream]:
-    """Take in requests: all of them, or none."""
+@contextmanager
+def reserved(engine: AsyncEngine, count: int) -> Iterator[list[Stream]]:
+    """Places in the queue for requests that the block makes and starts; given up when it raises.
+
+    Before the prompts are encoded: a server that has no room for them must not work on them.
+    """
     streams: list[Stream] = []
     try:
-        for prompt in prompts:
-            streams.append(await engine.add(prompt, params))
+        streams = engine.reserve(count)
+        yield streams
     except BaseException as error:
         for stream in streams:
             stream.abort()
         if isinstance(error, Exception):
             raise as_api_error(error) from error
         raise
-    return streams
 
 
 async def merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, RequestOutput]]:

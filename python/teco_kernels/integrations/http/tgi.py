@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,7 +18,7 @@ from teco_kernels.decoder.sampling_params import CompletionOutput, Logprob, Samp
 from teco_kernels.decoder.tokenizer import Detokenizer
 from teco_kernels.integrations.http.errors import ApiError, as_api_error
 from teco_kernels.integrations.http.settings import Settings
-from teco_kernels.integrations.http.streaming import Events, add_all, event, finished, unless_disconnected
+from teco_kernels.integrations.http.streaming import Events, event, finished, reserved, unless_disconnected
 
 _MAX_STOPS, _MAX_TOP = 4, 5  # TGI's defaults
 _UNSUPPORTED = "typical_p", "watermark", "grammar", "decoder_input_details", "adapter_id"
@@ -53,10 +55,12 @@ class Parameters(BaseModel):
                 raise ApiError(400, f"`{name}` is not supported", param=name)
         if self.best_of not in (None, 1):
             raise ApiError(400, "`best_of` is not supported above 1", param="best_of")
-        samples = self.do_sample or any(value is not None for value in (self.temperature, self.top_k, self.top_p))
+        temperature = 1.0 if self.temperature is None else self.temperature
+        samples = self.do_sample or temperature != 1.0 or self.top_k is not None or self.top_p is not None
+        seed = secrets.randbits(63) if self.seed is None else self.seed
         try:
             return SamplingParams(
-                temperature=(1.0 if self.temperature is None else self.temperature) if samples else 0.0,
+                temperature=temperature if samples else 0.0,
                 top_k=self.top_k or 0,
                 top_p=1.0 if self.top_p is None else self.top_p,
                 repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
@@ -64,7 +68,7 @@ class Parameters(BaseModel):
                 max_tokens=self.max_new_tokens,
                 stop=self.stop or None,
                 include_stop_str_in_output=True,  # as TGI does
-                seed=self.seed,
+                seed=seed if samples else None,  # drawn here, as the answer's details tell it
                 logprobs=(self.top_n_tokens or 0) if logprobs else None,
             )
         except ValueError as error:
@@ -138,8 +142,13 @@ class TGIRoutes:
     async def tokenize(self, body: TokenizeRequest) -> list[dict[str, Any]]:
         """Tokens of a text."""
         token_ids = await self._encode(body.inputs)
+        self._check_length(token_ids)
         decode = self._engine.tokenizer.decode
-        return [{"id": token, "text": decode([token], skip_special_tokens=False)} for token in token_ids]
+
+        def tokens() -> list[dict[str, Any]]:
+            return [{"id": token, "text": decode([token], skip_special_tokens=False)} for token in token_ids]
+
+        return await asyncio.to_thread(tokens)
 
     async def generate(self, body: GenerateRequest, request: Request) -> Response:
         """Go on from a text."""
@@ -155,7 +164,8 @@ class TGIRoutes:
 
     async def _answer(self, body: GenerateRequest, request: Request) -> dict[str, Any] | Response:
         parameters = body.parameters or Parameters()
-        stream = await self._add(body, parameters, logprobs=parameters.details)
+        params = parameters.sampling_params(logprobs=parameters.details)
+        stream = await self._add(body, parameters, params)
         outputs = await unless_disconnected(request, finished([stream]))
         if isinstance(outputs, Response):
             return outputs
@@ -164,7 +174,7 @@ class TGIRoutes:
         if not parameters.details:
             return {"generated_text": text}
         pieces = _Pieces(self._engine, outputs[0].prompt_token_ids)
-        details = {"prefill": [], **_details(answer, parameters), "tokens": pieces.tokens(answer)}
+        details = {"prefill": [], **_details(answer, params), "tokens": pieces.tokens(answer)}
         if parameters.top_n_tokens:
             assert answer.logprobs is not None
             details["top_tokens"] = [pieces.top(entry, parameters.top_n_tokens) for entry in answer.logprobs]
@@ -173,10 +183,13 @@ class TGIRoutes:
     async def generate_stream(self, body: GenerateRequest) -> Response:
         """Go on from a text, token by token."""
         parameters = body.parameters or Parameters()
-        stream = await self._add(body, parameters, logprobs=True)
-        return Events(self._events(stream, body.inputs, parameters), [stream])
+        params = parameters.sampling_params(logprobs=True)
+        stream = await self._add(body, parameters, params)
+        return Events(self._events(stream, body.inputs, parameters, params), [stream])
 
-    async def _events(self, stream: Stream, inputs: str, parameters: Parameters) -> AsyncIterator[str]:
+    async def _events(
+        self, stream: Stream, inputs: str, parameters: Parameters, params: SamplingParams
+    ) -> AsyncIterator[str]:
         pieces: _Pieces | None = None
         count = 0
         try:
@@ -192,7 +205,7 @@ class TGIRoutes:
                         "index": count,
                         "token": token,
                         "generated_text": text if is_last else None,
-                        "details": _details(answer, parameters) if is_last else None,
+                        "details": _details(answer, params) if is_last else None,
                     }
                     if parameters.top_n_tokens:
                         assert answer.logprobs is not None
@@ -203,24 +216,27 @@ class TGIRoutes:
         finally:
             stream.abort()
 
-    async def _add(self, body: GenerateRequest, parameters: Parameters, *, logprobs: bool) -> Stream:
-        params = parameters.sampling_params(logprobs=logprobs)
-        token_ids = await self._encode(body.inputs)
-        if parameters.truncate is not None:
-            token_ids = token_ids[-parameters.truncate :]
+    async def _add(self, body: GenerateRequest, parameters: Parameters, params: SamplingParams) -> Stream:
+        with reserved(self._engine, 1) as streams:
+            token_ids = await self._encode(body.inputs)
+            if parameters.truncate is not None:
+                token_ids = token_ids[-parameters.truncate :]
+            self._check_length(token_ids)
+            context, wanted = self._engine.llm.engine.max_model_len, params.max_tokens or 1
+            if len(token_ids) + wanted > context:
+                raise ApiError(
+                    400,
+                    f"`inputs` tokens + `max_new_tokens` must be <= {context}. Given: {len(token_ids)} `inputs` tokens "
+                    f"and {wanted} `max_new_tokens`",
+                )
+            await self._engine.start(streams, [token_ids], params)
+        return streams[0]
+
+    def _check_length(self, token_ids: list[int]) -> None:
         context = self._engine.llm.engine.max_model_len
         limit = min(self._settings.max_prompt_tokens or context, context - 1)
         if len(token_ids) > limit:
             raise ApiError(400, f"`inputs` must have less than {limit + 1} tokens. Given: {len(token_ids)}")
-        wanted = params.max_tokens or 1
-        if len(token_ids) + wanted > context:
-            raise ApiError(
-                400,
-                f"`inputs` tokens + `max_new_tokens` must be <= {context}. Given: {len(token_ids)} `inputs` tokens and "
-                f"{wanted} `max_new_tokens`",
-            )
-        (stream,) = await add_all(self._engine, [token_ids], params)
-        return stream
 
     async def _encode(self, text: str) -> list[int]:
         if not text:
@@ -269,8 +285,8 @@ class _Pieces:
         ]
 
 
-def _details(answer: CompletionOutput, parameters: Parameters) -> dict[str, Any]:
+def _details(answer: CompletionOutput, params: SamplingParams) -> dict[str, Any]:
     reason = "length"
     if answer.finish_reason == "stop":
         reason = "eos_token" if answer.stop_reason is None else "stop_sequence"
-    return {"finish_reason": reason, "generated_tokens": len(answer.token_ids), "seed": parameters.seed}
+    return {"finish_reason": reason, "generated_tokens": len(answer.token_ids), "seed": params.seed}

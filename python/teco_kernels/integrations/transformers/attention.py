@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from teco_kernels.integrations.flash_attn import flash_attn_varlen_func
+from teco_kernels.integrations.gradients import without_gradient
 from teco_kernels.ops import paged_attention
 
 ATTENTION = "teco_paged"
@@ -30,37 +31,68 @@ def mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] | None = None,
     attention_mask: Tensor | None = None,
+    local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
+    config: Any = None,
     **options: Any,
 ) -> Tensor | None:
-    """Where each row's keys begin and end, int32 ``[batch, 1, 1, 2]``; None where they are all there is.
+    """Where each row's keys begin and end, and the sliding window or 0, int32 ``[batch, 1, 1, 3]``; None for all keys.
 
-    Of four dimensions, because transformers takes these for made masks, and makes others of those with two.
+    A row that holds several sequences has begin -1: where they are is known from ``cu_seq_lens_q`` alone. Of four
+    dimensions, because transformers takes these for made masks, and makes others of those with two.
 
     Raises
     ------
     ValueError
-        For masks that are not causal, and holes in `attention_mask`: padding is on the left, or on the right of a
-        prompt.
+        For masks that are not causal, chunks, and holes in `attention_mask`: padding is on the left, or on the right of
+        a prompt.
     """
-    packed = not allow_is_causal_skip and q_length > 1
-    if use_vmap or packed or "allow_is_bidirectional_skip" in options:
+    end = int(q_offset) - kv_offset + q_length  # a static cache is longer
+    has_additions = not allow_is_causal_skip and q_length > 1
+    # What transformers adds without a cache and padding are the boundaries of packed sequences, or else blocks whose
+    # queries see later keys.
+    is_packed = (
+        has_additions
+        and attention_mask is None
+        and q_length == kv_length
+        and _is_causal(mask_function, batch_size, q_length)
+    )
+    if use_vmap or "allow_is_bidirectional_skip" in options or (has_additions and not is_packed):
         raise ValueError(
             f"{ATTENTION}: expected a causal mask with nothing added to it; use sdpa for this model or input"
         )
-    end = int(q_offset) - kv_offset + q_length  # a static cache is longer
-    begins = torch.zeros(batch_size, dtype=torch.int64)
+    if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
+        if kv_offset + end > local_size:
+            raise ValueError(
+                f"{ATTENTION}: attention_chunk_size: expected at most {local_size} keys, as chunks are not supported, "
+                f"got {kv_offset + end}; use sdpa"
+            )
+        local_size = None
+    window = local_size if local_size is not None and local_size < end else 0
+    begins = torch.full((batch_size,), -int(is_packed), dtype=torch.int64)
     if attention_mask is not None:
         seen = attention_mask[:, kv_offset : kv_offset + end].bool()
         begins = seen.int().argmax(dim=1)
         holes = (seen[:, :-1] & ~seen[:, 1:]).any() and q_length < end  # at the end of a prompt no real query sees them
         if holes or (~seen[:, :-1] & seen[:, 1:]).sum(1).max() > 1:
             raise ValueError(f"{ATTENTION}: attention_mask: expected padding on the left only")
-    if end == kv_length and not begins.any():
+    if end == kv_length and not window and not begins.any():
         return None
-    return torch.stack((begins, torch.full_like(begins, end)), dim=1).int().view(batch_size, 1, 1, 2)
+    rows = [begins, torch.full_like(begins, end), torch.full_like(begins, window)]
+    return torch.stack(rows, dim=1).int().view(batch_size, 1, 1, 3)
+
+
+def _is_causal(function: Callable[..., Tensor] | None, batch: int, length: int) -> bool:
+    """Whether a mask hides every later key."""
+    if function is None:
+        return False
+    place = torch.arange(length)
+    row = torch.arange(batch).view(-1, 1, 1, 1)
+    seen = function(row, torch.zeros_like(row), place.view(-1, 1), place)
+    return not (seen & (place > place.view(-1, 1))).any()
 
 
 def attention(
@@ -82,25 +114,48 @@ def attention(
 ) -> tuple[Tensor, None]:
     """What transformers calls: ``query [batch, Hq, T, D]``, ``key, value [batch, Hkv, S, D]`` -> ``[batch, T, Hq, D]``.
 
-    `attention_mask` is what `mask` made, or None. With `cu_seq_lens_q`, one row holds several sequences.
+    `attention_mask` is what `mask` made, or None; its window counts before `sliding_window`. With `cu_seq_lens_q`, the
+    rows of the batch, one after the other, hold sequences of these boundaries.
 
     Raises
     ------
     ValueError
         Naming what is not supported: dropout, a mask or bias of one's own, attention weights as output.
+    RuntimeError
+        In a backward pass: there are no gradients.
     """
     if dropout:
-        raise ValueError(f"{ATTENTION}: dropout: expected 0, got {dropout}; it has no gradients either")
+        raise ValueError(f"{ATTENTION}: dropout: expected 0, got {dropout}")
     if position_bias is not None or options.get("output_attentions"):
         raise ValueError(f"{ATTENTION}: expected neither position_bias nor output_attentions")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     sinks = None if s_aux is None else s_aux.float()
-    query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [batch, T or S, heads, D]
+    inputs = query, key, value
+    query, key, value = (states.transpose(1, 2) for states in inputs)  # [batch, T or S, heads, D]
+    batch, length = query.shape[:2]
+    table = torch.arange(batch, dtype=torch.int32).unsqueeze(1)
+    lengths = torch.full((batch,), key.shape[1], dtype=torch.int32)
+    if attention_mask is not None:
+        if attention_mask.shape != (batch, 1, 1, 3) or attention_mask.dtype != torch.int32:
+            raise ValueError(
+                f"{ATTENTION}: attention_mask: expected None or a mask of padding [batch, length], "
+                f"got one of shape {list(attention_mask.shape)}"
+            )
+        begins, ends, windows = attention_mask.view(batch, 3).unbind(1)
+        sliding_window = int(windows[0]) or sliding_window
+        is_packed, is_padded = bool(begins[0] < 0), bool((begins > 0).any())
+        if is_packed and cu_seq_lens_q is None:
+            raise ValueError(f"{ATTENTION}: cu_seq_lens_q: expected a tensor, as position_ids begin anew, got None")
+        if is_padded and cu_seq_lens_q is not None:
+            raise ValueError(f"{ATTENTION}: cu_seq_lens_q: expected None with padding in attention_mask")
+        if is_padded:
+            key, value, table = _behind_padding(key, value, begins)
+        lengths = ends - begins
     if cu_seq_lens_q is not None:
-        out = flash_attn_varlen_func(
-            query[0],
-            key[0],
-            value[0],
+        packed = flash_attn_varlen_func(
+            query.flatten(0, 1),
+            key.flatten(0, 1),
+            value.flatten(0, 1),
             cu_seq_lens_q,
             cu_seq_lens_k,
             0,
@@ -111,21 +166,8 @@ def attention(
             softcap=softcap or 0.0,
             s_aux=sinks,
         )
-        assert isinstance(out, Tensor)
-        return out.unsqueeze(0), None
-    batch, length = query.shape[:2]
-    table = torch.arange(batch, dtype=torch.int32).unsqueeze(1)
-    lengths = torch.full((batch,), key.shape[1], dtype=torch.int32)
-    if attention_mask is not None:
-        if attention_mask.shape != (batch, 1, 1, 2) or attention_mask.dtype != torch.int32:
-            raise ValueError(
-                f"{ATTENTION}: attention_mask: expected None or a mask of padding [batch, length], "
-                f"got one of shape {list(attention_mask.shape)}"
-            )
-        begins, ends = attention_mask.view(batch, 2).unbind(1)
-        lengths = ends - begins
-        if begins.any():
-            key, value, table = _behind_padding(key, value, begins)
+        assert isinstance(packed, Tensor)
+        return packed.unflatten(0, (batch, length)), None
     starts = None if length == 1 else torch.arange(batch + 1, dtype=torch.int32) * length
     rows = query.reshape(batch * length, *query.shape[2:])
     where = key, value, table, lengths
@@ -142,7 +184,7 @@ def attention(
         )
     else:
         result = attend(rows, *where, starts, scale=scaling, soft_cap=softcap or None, sinks=sinks, **mask_options)
-    return result.unflatten(0, (batch, length)), None
+    return without_gradient(ATTENTION, result.unflatten(0, (batch, length)), *inputs), None
 
 
 def _behind_padding(key: Tensor, value: Tensor, begins: Tensor) -> tuple[Tensor, Tensor, Tensor]:

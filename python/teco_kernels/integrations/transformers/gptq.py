@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import GPTQConfig
 
 from teco_kernels.decoder.quantized_layers import QuantizedLayers
 from teco_kernels.integrations.checkpoint import PARTS, SafetensorsFiles
+from teco_kernels.integrations.gradients import without_gradient
 from teco_kernels.ops import GPTQWeight, gptq_matmul
 from teco_kernels.ops.gptq import Activation
 
@@ -35,7 +36,7 @@ class GPTQLinear(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight_packed is not None
-        return gptq_matmul(x, self.weight_packed, activation=self.activation)
+        return without_gradient("GPTQLinear", gptq_matmul(x, self.weight_packed, activation=self.activation), x)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, activation={self.activation}"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teco_kernels.integrations.gradients import without_gradient
 from teco_kernels.integrations.transformers.attention import ATTENTION
 from teco_kernels.integrations.transformers.gptq import GPTQLinear
 from teco_kernels.ops import GPTQWeight, gptq_matmul, rms_norm, silu_and_mul
@@ -20,7 +21,7 @@ class RMSNorm(torch.nn.Module):
         self.weight, self.variance_epsilon = weight, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.variance_epsilon)
+        return without_gradient("RMSNorm", rms_norm(x, self.weight, self.variance_epsilon), x, self.weight)
 
 
 class GatedMLP(torch.nn.Module):
@@ -33,7 +34,7 @@ class GatedMLP(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate_up = gptq_matmul(x, self.gate_up, activation=self.down_proj.activation)
         out: Tensor = self.down_proj(silu_and_mul(gate_up))
-        return out
+        return without_gradient("GatedMLP", out, x)
 
 
 def accelerate(model: Any) -> Any:
@@ -42,8 +43,9 @@ def accelerate(model: Any) -> Any:
     Parameters
     ----------
     model : PreTrainedModel
-        For inference, on the CPU. Changed: "teco_paged" becomes its attention; ``RMSNorm`` modules of the plain kind
-        and gated MLPs whose layers are `GPTQLinear` are replaced. What is not recognised stays as it is.
+        For inference, on the CPU: a backward pass raises. Changed: "teco_paged" becomes its attention; ``RMSNorm``
+        modules of the plain kind and gated MLPs whose layers are `GPTQLinear` are replaced. What is not recognised
+        stays as it is.
 
     Returns
     -------

@@ -38,8 +38,12 @@ def _let_the_cpu_choose(custom: Any) -> None:
         if selected_backend != custom or custom.get_path() != _BACKEND:
             path: str = vllm_chooses.__func__(cls, selected_backend, config, *args, **options)
             return path
-        if config.use_mla or config.use_sparse:
-            raise ValueError("attention backend CUSTOM (teco_kernels): expected plain attention, got MLA or sparse one")
+        from teco_kernels.integrations.vllm.attention import TecoAttentionBackend
+
+        # As vLLM's platforms of GPUs do it; that of CPUs asks no backend.
+        reasons = TecoAttentionBackend.validate_configuration(device_capability=None, **config._asdict())
+        if reasons:
+            raise ValueError(f"attention backend CUSTOM (teco_kernels): {', '.join(reasons)}")
         return _BACKEND
 
     choose.lets_choose = True  # type: ignore[attr-defined]

@@ -60,6 +60,11 @@ class TecoAttentionBackend(AttentionBackend):
     def supports_non_causal(cls) -> bool:
         return True
 
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        # They would see the arrangement of keys and values that `_keys_and_values` makes; none was tried.
+        return False
+
 
 @dataclass
 class TecoAttentionMetadata:

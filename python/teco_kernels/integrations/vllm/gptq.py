@@ -140,6 +140,8 @@ class TecoGPTQLinearMethod(LinearMethodBase):
         for part in PARTS:
             delattr(layer, part)
         in_features, sizes = self._sizes
+        if len(self._names) == 1:  # fused in the checkpoint already (Phi-3)
+            sizes = [sum(sizes)]
         reader = QuantizedLayers(HeldTensors(self._tensors, self._config.settings, "the checkpoint"))
         weights: list[GPTQWeight] = []
         for name, size in zip(self._names, sizes, strict=True):
