@@ -7,6 +7,7 @@ TORCH  ?= torch==2.13.0
 # Other people's kernels, for bench-peers alone. Their versions are in bench/peers/requirements/.
 PEERS_VENV ?= .venv-peers
 VLLM_VENV  ?= .venv-vllm
+TRITONSERVER_VENV ?= .venv-tritonserver
 PROMPT ?= The capital of France is Paris, and the capital of Germany is
 
 BIN     := $(VENV)/bin
@@ -27,6 +28,9 @@ test: $(VENV)/.test-tools ## install, then run the whole test suite
 
 test-vllm: $(VLLM_VENV)/.plugin ## vLLM, in an environment of its own, through our plug-in (docs/vllm.md)
 	$(VLLM_VENV)/bin/python -m pytest -q tests/test_vllm.py
+
+test-tritonserver: $(TRITONSERVER_VENV)/.model ## Triton Inference Server, in an environment of its own, with our model (docs/triton-server.md)
+	$(TRITONSERVER_VENV)/bin/python -m pytest -q tests/test_tritonserver.py
 
 verify: $(VENV)/.installed ## hold every operator against its reference on this machine
 	$(BIN)/teco-kernels verify
@@ -66,7 +70,7 @@ format: $(VENV)/.lint-tools ## ruff and clang-format: rewrite
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu')
 
 clean: ## remove what was built here (the cache of models stays)
-	rm -rf build $(VENV) $(PEERS_VENV) $(VLLM_VENV) python/teco_kernels/*.so python/teco_kernels/include python/*.egg-info
+	rm -rf build $(VENV) $(PEERS_VENV) $(VLLM_VENV) $(TRITONSERVER_VENV) python/teco_kernels/*.so python/teco_kernels/include python/*.egg-info
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -91,7 +95,7 @@ $(VENV)/.lint-tools: $(VENV)/.test-tools
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
 
-$(PEERS_VENV)/.venv $(VLLM_VENV)/.venv:
+$(PEERS_VENV)/.venv $(VLLM_VENV)/.venv $(TRITONSERVER_VENV)/.venv:
 	$(PYTHON) -m venv $(@D)
 	touch $@
 
@@ -115,4 +119,10 @@ $(VLLM_VENV)/.plugin: $(VLLM_VENV)/.vllm $(SOURCES)
 	$(@D)/bin/python -m pip install -q "$(TORCH)" -e . pytest
 	touch $@
 
-.PHONY: help demo test test-vllm verify bench bench-peers quality cuda-check cuda-mutations triton-check triton-matrix lint format clean
+# The server, from a package whose own library asks for a numpy that is older than what else would be installed. Its
+# backend needs a Python with a shared library, which most have: PYTHON=/usr/bin/python3 where the first one has none.
+$(TRITONSERVER_VENV)/.model: $(SOURCES) | $(TRITONSERVER_VENV)/.venv
+	$(@D)/bin/python -m pip install -q "$(TORCH)" nvidia-pytriton==0.7.0 'tritonclient[all]' pytest -e '.[text]'
+	touch $@
+
+.PHONY: help demo test test-vllm test-tritonserver verify bench bench-peers quality cuda-check cuda-mutations triton-check triton-matrix lint format clean
