@@ -117,6 +117,7 @@ class TestRequests:
         ("inputs", "parameters", "message"),
         [
             ({}, {}, "text_input, input_ids: expected one of them, got none"),
+            ({"max_tokens": 5}, {}, "text_input, input_ids: expected one of them, got none"),
             ({"text_input": "x", "input_ids": [1]}, {}, "expected one of them, got both"),
             ({"text_input": b"\xff"}, {}, "text_input: expected text in UTF-8"),
             ({"text_input": "x", "stop": [b"\xff"]}, {}, "stop: expected text in UTF-8"),

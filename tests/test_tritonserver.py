@@ -64,7 +64,7 @@ def server(model_4bit: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         process = subprocess.Popen([*command, "--", "--log-verbose=0"], stdout=output, stderr=output)
     try:
         client = httpclient.InferenceServerClient(f"127.0.0.1:{ports[0]}", concurrency=8)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not is_ready(client):
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline, log.read_text()[-3000:]
@@ -144,7 +144,7 @@ def metric(server: Any, name: str, **labels: str) -> float:
     return float(value)
 
 
-def wait_until(condition: Any, seconds: float = 10) -> None:
+def wait_until(condition: Any, seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -277,8 +277,9 @@ def test_the_queue_is_full(server: Any) -> None:
     with grpcclient.InferenceServerClient(server.grpc) as client:
         calls = [client.async_infer("single", tensors, lambda result, error: None) for _ in range(8)]
         wait_until(lambda: metric(server, "requests_open", model="single") == 8)
-        status, body = post(server, "single/generate", {"text_input": "x"})
-        assert (status, "max_concurrent_requests" in body["error"]) == (503, True)
+        with pytest.raises(InferenceServerException, match="max_concurrent_requests") as caught:
+            server.client.infer("single", inputs(httpclient, text_input="x"))
+        assert caught.value.status() == "503"
         for call in calls:
             call.cancel()
         wait_until_free(server)
@@ -310,11 +311,11 @@ def test_http_errors(path: str, body: Any, status: int, message: str, server: An
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "must specify at least one input|expected one of them, got none|expected .* inputs but got 0"),
+        ({}, "text_input, input_ids: expected one of them, got none"),
         ({"max_tokens": 3}, "text_input, input_ids: expected one of them, got none"),
         ({"text_output": "x"}, "unexpected inference input 'text_output'"),
         ({"text_input": ["x", "y"]}, "unexpected shape for input 'text_input'"),
-        ({"text_input": 5}, "data-type is 'INT32', but the model 'single' expects 'BYTES'|unexpected.*type"),
+        ({"text_input": 5}, "data-type is 'INT32', but model 'single' expects 'BYTES'"),
         ({"text_input": "x", "max_tokens": 0}, "max_tokens: expected a positive integer"),
         ({"text_input": "x", "sampling_parameters": "{"}, "sampling_parameters: expected JSON"),
         ({"text_input": "word " * 9000}, "prompt: expected fewer tokens than max_model_len, 8192"),

@@ -102,7 +102,9 @@ def read_request(tensors: Mapping[str, np.ndarray[Any, Any]], parameters: Mappin
         Naming what is wrong.
     """
     if ("text_input" in tensors) == ("input_ids" in tensors):
-        raise ValueError(f"text_input, input_ids: expected one of them, got {'both' if tensors else 'none'}")
+        raise ValueError(
+            f"text_input, input_ids: expected one of them, got {'both' if 'text_input' in tensors else 'none'}"
+        )
     prompt = _text(tensors, "text_input") if "text_input" in tensors else tensors["input_ids"].tolist()
     stream = _flag(tensors, "stream", False)
     with_input = not _flag(tensors, "exclude_input_in_output", stream)
