@@ -8,6 +8,7 @@ TORCH  ?= torch==2.13.0
 PEERS_VENV ?= .venv-peers
 VLLM_VENV  ?= .venv-vllm
 TRITONSERVER_VENV ?= .venv-tritonserver
+GUIDELLM_VENV ?= .venv-guidellm
 PROMPT ?= The capital of France is Paris, and the capital of Germany is
 
 BIN     := $(VENV)/bin
@@ -42,6 +43,9 @@ bench-peers: $(VENV)/.test-tools ## time the kernels beside those of others (doc
 	-$(MAKE) --keep-going $(PEERS) # a peer that cannot be installed is a row that says so
 	$(BIN)/python bench/compare_peers.py --peers $(PEERS_VENV)/bin/python --vllm $(VLLM_VENV)/bin/python $(ARGS)
 
+bench-serving: $(VENV)/.test-tools $(GUIDELLM_VENV)/.guidellm ## put the HTTP server under the load of guidellm (docs/serving.md)
+	$(BIN)/python bench/serving.py --guidellm $(GUIDELLM_VENV)/bin/guidellm
+
 quality: $(VENV)/.test-tools ## quantise the small model in many ways and measure what each costs (docs/quality.md)
 	$(BIN)/python bench/quality.py
 
@@ -70,7 +74,7 @@ format: $(VENV)/.lint-tools ## ruff and clang-format: rewrite
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu')
 
 clean: ## remove what was built here (the cache of models stays)
-	rm -rf build $(VENV) $(PEERS_VENV) $(VLLM_VENV) $(TRITONSERVER_VENV) python/teco_kernels/*.so python/teco_kernels/include python/*.egg-info
+	rm -rf build $(VENV) $(PEERS_VENV) $(VLLM_VENV) $(TRITONSERVER_VENV) $(GUIDELLM_VENV) python/teco_kernels/*.so python/teco_kernels/include python/*.egg-info
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -95,7 +99,7 @@ $(VENV)/.lint-tools: $(VENV)/.test-tools
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
 
-$(PEERS_VENV)/.venv $(VLLM_VENV)/.venv $(TRITONSERVER_VENV)/.venv:
+$(PEERS_VENV)/.venv $(VLLM_VENV)/.venv $(TRITONSERVER_VENV)/.venv $(GUIDELLM_VENV)/.venv:
 	$(PYTHON) -m venv $(@D)
 	touch $@
 
@@ -125,4 +129,8 @@ $(TRITONSERVER_VENV)/.model: $(SOURCES) | $(TRITONSERVER_VENV)/.venv
 	$(@D)/bin/python -m pip install -q "$(TORCH)" nvidia-pytriton==0.7.0 'tritonclient[all]' pytest -e '.[text]'
 	touch $@
 
-.PHONY: help demo test test-vllm test-tritonserver verify bench bench-peers quality cuda-check cuda-mutations triton-check triton-matrix lint format clean
+$(GUIDELLM_VENV)/.guidellm: | $(GUIDELLM_VENV)/.venv
+	$(@D)/bin/python -m pip install -q "$(TORCH)" guidellm==0.8.1
+	touch $@
+
+.PHONY: help demo test test-vllm test-tritonserver verify bench bench-peers bench-serving quality cuda-check cuda-mutations triton-check triton-matrix lint format clean
