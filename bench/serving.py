@@ -66,7 +66,10 @@ def run(options: argparse.Namespace, model: Path, url: str, row: tuple[str, int,
         }
         arguments = [part for name, value in settings.items() for part in (f"--{name}", value)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        subprocess.run([options.guidellm, "run", *arguments, "--disable-console"], check=True, env=environment)
+        command = [options.guidellm, "run", *arguments, "--disable-console"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"guidellm: {done.stderr[-2000:]}")
         return json.loads(report.read_text())["benchmarks"][0]
 
 
@@ -110,7 +113,7 @@ def main() -> None:
         port = listener.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     arguments = ["--port", str(port), "--served-model-name", "load", "--max-concurrent-requests", str(MAX_REQUESTS)]
-    server = subprocess.Popen([sys.executable, "-c", SERVER, "serve", model, *arguments], stderr=subprocess.DEVNULL)
+    server = subprocess.Popen([sys.executable, "-c", SERVER, "serve", model, *arguments], stdout=subprocess.DEVNULL)
     try:
         wait_until_healthy(server, url)
         table = Table(
