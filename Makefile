@@ -120,7 +120,7 @@ $(VLLM_VENV)/.vllm: bench/peers/requirements/vllm.txt | $(VLLM_VENV)/.venv
 
 # The package itself, beside vLLM.
 $(VLLM_VENV)/.plugin: $(VLLM_VENV)/.vllm $(SOURCES)
-	$(@D)/bin/python -m pip install -q "$(TORCH)" -e . pytest
+	$(@D)/bin/python -m pip install -q "$(TORCH)" -e '.[text]' pytest
 	touch $@
 
 # The server, from a package whose own library asks for a numpy that is older than what else would be installed. Its

@@ -263,6 +263,21 @@ def test_one_that_waits_is_cancelled_too(path: Path, backend: None) -> None:
     model.finalize()
 
 
+def test_a_server_that_does_not_tell(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next look may find what this one did not."""
+    is_cancelled, failures = Request.is_cancelled, [OSError("no memory"), OSError("no memory")]
+
+    def failing(request: Request) -> bool:
+        if failures:
+            raise failures.pop()
+        return is_cancelled(request)
+
+    monkeypatch.setattr(Request, "is_cancelled", failing)
+    request = ask(model, {"max_tokens": 4000, "ignore_eos": True}, text_input=PROMPT)
+    request.cancelled = True
+    assert error_of(request.wait())[0] == "CANCELLED"
+
+
 def test_errors(path: Path, backend: None) -> None:
     model = load(path, max_concurrent_requests="1", max_num_seqs="1")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ from teco_kernels.integrations.triton_server.metrics import EngineMetrics
 from teco_kernels.integrations.triton_server.protocol import Generation, ResponseWriter, read_request
 from teco_kernels.integrations.triton_server.repository import read_options
 
+_logger = logging.getLogger(__name__)
 # Seconds between two looks at who has gone; the server does not tell by itself.
 _CANCEL_INTERVAL = 0.05
 _LOOKS_PER_REPORT = 10
@@ -108,17 +110,29 @@ class TritonPythonModel:
             self._arrival.clear()
             looks = 0
             while self._senders:
-                for task, sender in list(self._senders.items()):
-                    if task in self._senders and sender.is_cancelled():
-                        task.cancel()
-                    await asyncio.sleep(0)
+                await self._look()
                 looks += 1
                 if looks % _LOOKS_PER_REPORT == 0:
-                    self._metrics.report()
+                    self._report()
                 await asyncio.sleep(_CANCEL_INTERVAL)
             with suppress(EngineClosedError):
                 await self._engine.call(lambda engine: None)  # so that blocks of cancelled requests are free
+            self._report()
+
+    async def _look(self) -> None:
+        for task, sender in list(self._senders.items()):
+            try:
+                if task in self._senders and sender.is_cancelled():
+                    task.cancel()
+            except Exception:
+                _logger.exception("the server does not tell whether a request is cancelled")
+            await asyncio.sleep(0)
+
+    def _report(self) -> None:
+        try:
             self._metrics.report()
+        except Exception:
+            _logger.exception("the server does not take numbers")
 
     async def _close(self) -> None:
         self._watching.cancel()
