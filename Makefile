@@ -7,6 +7,8 @@ TORCH  ?= torch==2.13.0
 # Other people's kernels, for bench-peers alone. Their versions are in bench/peers/requirements/.
 PEERS_VENV ?= .venv-peers
 VLLM_VENV  ?= .venv-vllm
+TRITONSERVER_VENV ?= .venv-tritonserver
+GUIDELLM_VENV ?= .venv-guidellm
 PROMPT ?= The capital of France is Paris, and the capital of Germany is
 
 BIN     := $(VENV)/bin
@@ -28,6 +30,9 @@ test: $(VENV)/.test-tools ## install, then run the whole test suite
 test-vllm: $(VLLM_VENV)/.plugin ## vLLM, in an environment of its own, through our plug-in (docs/vllm.md)
 	$(VLLM_VENV)/bin/python -m pytest -q tests/test_vllm.py
 
+test-tritonserver: $(TRITONSERVER_VENV)/.model ## Triton Inference Server, in an environment of its own, with our model (docs/triton-server.md)
+	$(TRITONSERVER_VENV)/bin/python -m pytest -q tests/test_tritonserver.py
+
 verify: $(VENV)/.installed ## hold every operator against its reference on this machine
 	$(BIN)/teco-kernels verify
 
@@ -37,6 +42,9 @@ bench: $(VENV)/.test-tools ## time every operator beside the machine's measured 
 bench-peers: $(VENV)/.test-tools ## time the kernels beside those of others (docs/performance.md); ARGS=--quick for a first look
 	-$(MAKE) --keep-going $(PEERS) # a peer that cannot be installed is a row that says so
 	$(BIN)/python bench/compare_peers.py --peers $(PEERS_VENV)/bin/python --vllm $(VLLM_VENV)/bin/python $(ARGS)
+
+bench-serving: $(VENV)/.test-tools $(GUIDELLM_VENV)/.guidellm ## put the HTTP server under the load of guidellm (docs/serving.md)
+	$(BIN)/python bench/serving.py --guidellm $(GUIDELLM_VENV)/bin/guidellm
 
 quality: $(VENV)/.test-tools ## quantise the small model in many ways and measure what each costs (docs/quality.md)
 	$(BIN)/python bench/quality.py
@@ -66,7 +74,7 @@ format: $(VENV)/.lint-tools ## ruff and clang-format: rewrite
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu')
 
 clean: ## remove what was built here (the cache of models stays)
-	rm -rf build $(VENV) $(PEERS_VENV) $(VLLM_VENV) python/teco_kernels/*.so python/teco_kernels/include python/*.egg-info
+	rm -rf build $(VENV) $(PEERS_VENV) $(VLLM_VENV) $(TRITONSERVER_VENV) $(GUIDELLM_VENV) python/teco_kernels/*.so python/teco_kernels/include python/*.egg-info
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -91,7 +99,7 @@ $(VENV)/.lint-tools: $(VENV)/.test-tools
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
 
-$(PEERS_VENV)/.venv $(VLLM_VENV)/.venv:
+$(PEERS_VENV)/.venv $(VLLM_VENV)/.venv $(TRITONSERVER_VENV)/.venv $(GUIDELLM_VENV)/.venv:
 	$(PYTHON) -m venv $(@D)
 	touch $@
 
@@ -112,7 +120,17 @@ $(VLLM_VENV)/.vllm: bench/peers/requirements/vllm.txt | $(VLLM_VENV)/.venv
 
 # The package itself, beside vLLM.
 $(VLLM_VENV)/.plugin: $(VLLM_VENV)/.vllm $(SOURCES)
-	$(@D)/bin/python -m pip install -q "$(TORCH)" -e . pytest
+	$(@D)/bin/python -m pip install -q "$(TORCH)" -e '.[text]' pytest
 	touch $@
 
-.PHONY: help demo test test-vllm verify bench bench-peers quality cuda-check cuda-mutations triton-check triton-matrix lint format clean
+# The server, from a package whose own library asks for a numpy that is older than what else would be installed. Its
+# backend needs a Python with a shared library, which most have: PYTHON=/usr/bin/python3 where the first one has none.
+$(TRITONSERVER_VENV)/.model: $(SOURCES) | $(TRITONSERVER_VENV)/.venv
+	$(@D)/bin/python -m pip install -q "$(TORCH)" nvidia-pytriton==0.7.0 'tritonclient[all]' pytest -e '.[text]'
+	touch $@
+
+$(GUIDELLM_VENV)/.guidellm: | $(GUIDELLM_VENV)/.venv
+	$(@D)/bin/python -m pip install -q "$(TORCH)" guidellm==0.8.1
+	touch $@
+
+.PHONY: help demo test test-vllm test-tritonserver verify bench bench-peers bench-serving quality cuda-check cuda-mutations triton-check triton-matrix lint format clean

@@ -178,6 +178,19 @@ def test_prompts_of_a_list_share_their_steps(server: Any, llm: LLM, monkeypatch:
     assert server.engine.metrics()["steps"] - before == 4
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_usage_in_every_chunk(path: str, server: Any) -> None:
+    """An option of vLLM's, which load tools set."""
+    body: dict[str, Any] = {"model": "tiny", "max_tokens": 5, "ignore_eos": True, "stream": True}
+    body |= {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    body |= {"prompt": PROMPT} if path == "/v1/completions" else {"messages": [{"role": "user", "content": PROMPT}]}
+    lines = [line.removeprefix("data: ") for line in server.http.post(path, json=body).text.split("\n\n") if line]
+    usages = [json.loads(line)["usage"] for line in lines[:-1]]
+    counts = [usage["completion_tokens"] for usage in usages if usage]
+    assert counts[-2:] == [5, 5]
+    assert counts == sorted(counts)
+
+
 def test_chat(client: openai.OpenAI) -> None:
     messages: Any = [
         {"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]},

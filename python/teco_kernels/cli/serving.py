@@ -1,8 +1,9 @@
-"""The command that serves a model over HTTP."""
+"""Commands that serve a model: over HTTP, and by Triton Inference Server."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -81,3 +82,63 @@ def serve(
     )
     with llm:
         serve_http(AsyncEngine(llm, max_concurrent_requests=max_concurrent_requests), settings, host=host, port=port)
+
+
+@app.command()
+def triton_repository(
+    model: Model,
+    repository: Annotated[Path, typer.Argument(help="The folder of models; made if there is none.")],
+    name: Annotated[str | None, typer.Option(help="The model's name; that of its file if not given.")] = None,
+    decoupled: Annotated[
+        bool,
+        typer.Option(help="Let clients stream, by Triton's streaming calls; without, they use its plain ones."),
+    ] = True,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Most answers computed at a time.")] = 64,
+    max_concurrent_requests: Annotated[int, typer.Option(min=1, help="Most requests that run or wait.")] = 128,
+    dtype: Dtype = "auto",
+    max_model_len: MaxModelLen = None,
+    kv_cache_dtype: CacheDtype = "auto",
+    kv_cache_memory: CacheMemory = None,
+    recycle_head: RecycleHead = "auto",
+    gptq_activation: Activation = "int8",
+    threads: Threads = None,
+) -> None:
+    """Write a model for Triton Inference Server's Python backend into a repository."""
+    from teco_kernels.integrations.triton_server import add_model
+
+    folder = add_model(
+        repository,
+        model,
+        name=name,
+        decoupled=decoupled,
+        max_num_seqs=max_num_seqs,
+        max_concurrent_requests=max_concurrent_requests,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_memory=kv_cache_memory,
+        recycle_head=None if recycle_head == "none" else recycle_head,
+        gptq_activation=gptq_activation,
+        num_threads=threads,
+    )
+    typer.echo(f"wrote {folder}")
+
+
+@app.command()
+def triton_server(
+    repository: Annotated[Path, typer.Argument(help="The folder of models.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Options of tritonserver, after --.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; by default only this machine reaches it.")
+    ] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=1, max=65535)] = 8001,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535)] = 8002,
+) -> None:
+    """Run Triton Inference Server, that of the package nvidia-pytriton or one that is installed, on a repository."""
+    if not repository.is_dir():
+        raise FileNotFoundError(2, "No such directory", str(repository))
+    from teco_kernels.integrations.triton_server import run_server
+
+    ports = http_port, grpc_port, metrics_port
+    raise typer.Exit(run_server(repository, host=host, ports=ports, arguments=arguments or ()))

@@ -169,7 +169,8 @@ class OpenAIRoutes:
     ) -> AsyncIterator[str]:
         """Events of all answers, then of the usage if it is asked for, then the end."""
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        usage = {"usage": None} if with_usage else {}
+        is_continuous = with_usage and bool(body.stream_options and body.stream_options.continuous_usage_stats)
+        usage: dict[str, Any] = {"usage": None} if with_usage else {}
         last: dict[int, RequestOutput] = {}
         seen: dict[tuple[int, int], int] = {}  # tokens of each answer that were sent
         ended: set[tuple[int, int]] = set()
@@ -186,6 +187,8 @@ class OpenAIRoutes:
                     if ends:
                         ended.add(key)
                     if answer.new_text or has_logprobs or ends:
+                        if is_continuous:
+                            usage = {"usage": _usage([last[key] for key in sorted(last)])}
                         yield event({**head, "choices": [choice(number, answer, start)], **usage})
             if with_usage:
                 yield event({**head, "choices": [], "usage": _usage([last[key] for key in sorted(last)])})

@@ -36,6 +36,7 @@ class StreamOptions(_Body):
 
     include_usage: bool = False
     include_obfuscation: bool | None = None  # of no use without it
+    continuous_usage_stats: bool | None = False  # vLLM's: usage so far in every chunk
 
 
 class GenerationRequest(_Body):
