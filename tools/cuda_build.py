@@ -137,3 +137,19 @@ def compile_for(nvcc: Path, source: Path, architecture: str, output: Path) -> st
     if run.returncode != 0:
         raise RuntimeError(f"{source.name} for sm_{architecture}: {run.stderr}")
     return run.stderr
+
+
+def compile_to_ptx(nvcc: Path, architecture: str, folder: Path, csrc: Path = CSRC) -> dict[str, str]:
+    """PTX of every kernel file for one architecture, by the name of the file; only what changed is compiled again."""
+    ninja = NinjaFile(compiler())
+    ninja.lines += [
+        "rule ptx",
+        f"  command = {nvcc} $flags -MD -MF $out.d -ptx $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+    flags = [*NVCC_FLAGS, f"-I{csrc}", f"-arch=sm_{architecture}"]
+    sources = sorted((csrc / "cuda").glob("*.cu"))
+    outputs = [ninja.compile(source, flags, "ptx", rule="ptx") for source in sources]
+    run_ninja(ninja, folder)
+    return {source.name: (folder / output).read_text() for source, output in zip(sources, outputs, strict=True)}

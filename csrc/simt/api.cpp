@@ -12,6 +12,7 @@ const Thread& self() {
 }
 
 thread_local std::string finding;
+thread_local Interceptor runs_elsewhere = nullptr;
 
 }  // namespace
 
@@ -94,6 +95,13 @@ const char* run(const Launch& launch, void (*body)(void*), void* arguments, std:
   return finding.empty() ? nullptr : finding.c_str();
 }
 
+void intercept(Interceptor interceptor) {
+  runs_elsewhere = interceptor;
+}
+Interceptor interceptor() {
+  return runs_elsewhere;
+}
+
 void set_seed(std::uint64_t value) {
   seed = value;
 }
@@ -125,4 +133,19 @@ SIMT_EXPORT void simt_allow(const void* begin, std::size_t bytes, std::size_t gr
 }
 SIMT_EXPORT void simt_forget() {
   simt::forget_allowed();
+}
+SIMT_EXPORT void simt_intercept(simt::Interceptor interceptor) {
+  simt::intercept(interceptor);
+}
+// The pieces of memory that kernels may use, by their number; false behind the last one.
+SIMT_EXPORT bool simt_allowed(std::size_t number, const void** begin, std::size_t* bytes, bool* writable,
+                              const char** name) {
+  const std::vector<simt::Region>& regions = simt::allowed.all();
+  if (number >= regions.size()) return false;
+  const simt::Region& region = regions[number];
+  *begin = reinterpret_cast<const void*>(region.begin);
+  *bytes = region.end - region.begin;
+  *writable = region.writable;
+  *name = region.name.c_str();
+  return true;
 }

@@ -61,6 +61,7 @@ class Regions {
   void add(Region region);
   void clear() { regions_.clear(), last_ = nullptr; }
   bool empty() const { return regions_.empty(); }
+  const std::vector<Region>& all() const { return regions_; }
   Region* find(std::uintptr_t address);
   // The one that ends closest before the address, or begins closest behind it; null when there is none.
   const Region* nearest(std::uintptr_t address) const;
