@@ -59,18 +59,18 @@ def kernel_names() -> dict[int, str]:
 
 
 @functools.cache
-def ptx_texts() -> dict[str, str]:
-    """PTX of every kernel file, by the file's name; compiled again when a source has changed."""
+def ptx_of(source: Path) -> str:
+    """What nvcc makes of a file; compiled again when that has changed."""
     nvcc = cuda_build.find_nvcc()
     assert nvcc is not None
-    return cuda_build.compile_to_ptx(nvcc, ARCHITECTURE, ROOT / "build" / "ptx")
+    return cuda_build.compile_to_ptx(nvcc, source, ARCHITECTURE, ROOT / "build" / "ptx")
 
 
 @functools.cache
-def entries() -> dict[str, tuple[str, str]]:
-    """File and entry of every kernel, by what the kernel is called in C++."""
-    found = [(source, entry) for source, text in ptx_texts().items() for entry in re.findall(r"\.entry (\w+)", text)]
-    return dict(zip(demangle([entry for _, entry in found]), found, strict=True))
+def entries(source: Path) -> dict[str, str]:
+    """Entries of a file, by what the kernels are called in C++."""
+    names = re.findall(r"\.entry (\w+)", ptx_of(source))
+    return dict(zip(demangle(names), names, strict=True))
 
 
 def without_others(text: str, entry: str) -> str:
@@ -83,10 +83,21 @@ def without_others(text: str, entry: str) -> str:
 
 
 @functools.cache
+def text_of(name: str) -> tuple[str, str]:
+    """PTX and entry of the kernel that has this name in C++: its signature, template arguments included."""
+    plain = re.search(r"(\w+_kernel)\b", name)
+    assert plain is not None, name
+    for source in sorted((cuda_build.CSRC / "cuda").glob("*.cu")):
+        if re.search(rf"__global__ void .*\b{plain[1]}\(", source.read_text()):
+            entry = entries(source)[name]
+            return without_others(ptx_of(source), entry), entry
+    raise LookupError(f"csrc/cuda has no kernel {name}")
+
+
+@functools.cache
 def kernel(name: str) -> Kernel:
-    """The kernel that has this name in C++: its signature, template arguments included."""
-    source, entry = entries()[name]
-    return load(without_others(ptx_texts()[source], entry), entry)
+    """The kernel, ready to run."""
+    return load(*text_of(name))
 
 
 @contextmanager

@@ -139,8 +139,8 @@ def compile_for(nvcc: Path, source: Path, architecture: str, output: Path) -> st
     return run.stderr
 
 
-def compile_to_ptx(nvcc: Path, architecture: str, folder: Path, csrc: Path = CSRC) -> dict[str, str]:
-    """PTX of every kernel file for one architecture, by the name of the file; only what changed is compiled again."""
+def compile_to_ptx(nvcc: Path, source: Path, architecture: str, folder: Path) -> str:
+    """PTX of one file for one architecture; compiled again only when something has changed."""
     ninja = NinjaFile(compiler())
     ninja.lines += [
         "rule ptx",
@@ -148,8 +148,6 @@ def compile_to_ptx(nvcc: Path, architecture: str, folder: Path, csrc: Path = CSR
         "  depfile = $out.d",
         "  deps = gcc",
     ]
-    flags = [*NVCC_FLAGS, f"-I{csrc}", f"-arch=sm_{architecture}"]
-    sources = sorted((csrc / "cuda").glob("*.cu"))
-    outputs = [ninja.compile(source, flags, "ptx", rule="ptx") for source in sources]
-    run_ninja(ninja, folder)
-    return {source.name: (folder / output).read_text() for source, output in zip(sources, outputs, strict=True)}
+    output = ninja.compile(source, [*NVCC_FLAGS, f"-arch=sm_{architecture}"], "ptx", rule="ptx")
+    run_ninja(ninja, folder / source.stem)
+    return (folder / source.stem / output).read_text()

@@ -104,6 +104,7 @@ class Block:
             if place >= len(steps):
                 raise PtxError(f"{self.program.entry.name}: expected the kernel to end with ret")
             step = steps[place]
+            step.has_run = True
             self._steps_left -= 1
             if self._steps_left < 0:
                 raise PtxError(self._located(step, active, "the kernel runs for too long"))

@@ -37,6 +37,10 @@ class Kernel:
         self._program = Program(module, module.entries[name])
         self.parameter_sizes = self._program.parameter_sizes
 
+    def lines(self, that_ran: bool = False) -> set[int]:
+        """Lines of the PTX that hold its instructions; of those that any launch has come to."""
+        return {step.instruction.line for step in self._program.steps if step.has_run or not that_ran}
+
     def launch(
         self,
         grid: Size,

@@ -25,6 +25,8 @@ class Step:
         "", "branch", "exit", "barrier" or "warp barrier".
     target : int
         Of a branch.
+    has_run : bool
+        Whether any thread has come to it.
     """
 
     def __init__(self, instruction: Instruction, guard: Read | None) -> None:
@@ -33,6 +35,7 @@ class Step:
         self.execute: Execute | None = None
         self.control = ""
         self.target = -1
+        self.has_run = False
 
 
 def _laid_out(variables: list[Variable]) -> tuple[dict[str, int], int]:
