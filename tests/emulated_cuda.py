@@ -58,6 +58,22 @@ def united(pieces: list[Piece]) -> Iterator[Piece]:
         yield whole
 
 
+def pieces_of(operator: Any, args: tuple[Any, ...]) -> Iterator[Piece]:
+    """Memory between the first and the last element of each tensor of a call; written as the schema says."""
+    moves_bytes = operator._schema.name.endswith("_blocks")  # where elements are but bytes
+    for argument, tensor in zip(operator._schema.arguments, args, strict=True):
+        if isinstance(tensor, torch.Tensor) and tensor.numel() > 0:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            begin, end = extent(tensor)
+            yield Piece(begin, end, 1 if moves_bytes else tensor.element_size(), written, argument.name)
+
+
+def extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """Addresses of the first element, and behind the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
 @contextmanager
 def emulation(path: Path | None = None, seed: int = 0) -> Iterator[ctypes.CDLL]:
     """Within it, operators on CPU tensors run the emulated CUDA kernels, threads in the order of the seed.
@@ -71,17 +87,7 @@ def emulation(path: Path | None = None, seed: int = 0) -> Iterator[ctypes.CDLL]:
 
     def allow(operator: Any, args: tuple[Any, ...]) -> None:
         simt.simt_forget()
-        pieces = []
-        moves_bytes = operator._schema.name.endswith("_blocks")  # where elements are but bytes
-        for argument, tensor in zip(operator._schema.arguments, args, strict=True):
-            if isinstance(tensor, torch.Tensor) and tensor.numel() > 0:
-                last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-                begin, size = tensor.data_ptr(), tensor.element_size()
-                written = argument.alias_info is not None and argument.alias_info.is_write
-                pieces.append(
-                    Piece(begin, begin + (last + 1) * size, 1 if moves_bytes else size, written, argument.name)
-                )
-        for piece in united(pieces):
+        for piece in united(list(pieces_of(operator, args))):
             simt.simt_allow(piece.begin, piece.end - piece.begin, piece.granule, piece.written, piece.name.encode())
 
     simt.simt_seed(seed)

@@ -79,7 +79,7 @@ def without_others(text: str, entry: str) -> str:
     def blank(match: re.Match[str]) -> str:
         return match[0] if match[1] == entry else "\n" * match[0].count("\n")
 
-    return re.sub(r"^\.visible \.entry (\w+)\(.*?^}$", blank, text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^(?:\.visible )?\.entry (\w+)\(.*?^}$", blank, text, flags=re.MULTILINE | re.DOTALL)
 
 
 @functools.cache

@@ -356,9 +356,13 @@ class _Parser:
         while True:
             name = self.next().text
             if self.accept("<"):
-                self.next()
+                count = _integer(self.next().text)
                 self.expect(">")
-                entry.ranges[name] = kind
+                if len(self.scopes) == 1:
+                    entry.ranges[name] = kind
+                else:
+                    for i in range(count):
+                        entry.registers[self.rename(f"{name}{i}", declare=True)] = kind
             else:
                 entry.registers[self.rename(name, declare=True)] = kind
             if not self.accept(","):

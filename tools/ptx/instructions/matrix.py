@@ -100,7 +100,7 @@ def build_mma(program: Program, instruction: Instruction, step: Step) -> None:
     """D = A * B + C of a warp: 16 x K by K x 8."""
     form = re.fullmatch(
         r"sync\.aligned\.m16n8k(\d+)\.row\.col\.(?:(f32)\.(f16|bf16|tf32)\.(f16|bf16|tf32)\.f32"
-        r"|(s32)\.([us]8)\.([us]8)\.s32)",
+        r"|(?:satfinite\.)?(s32)\.([us]8)\.([us]8)\.s32)",
         ".".join(instruction.modifiers),
     )
     if form is None:
@@ -109,6 +109,7 @@ def build_mma(program: Program, instruction: Instruction, step: Step) -> None:
     first, second = TYPES[form[3] or form[6]], TYPES[form[4] or form[7]]
     if depth * first.bits not in (128, 256):
         raise PtxError(f"an instruction that is not known to the interpreter: mma of .{first.name} with k{depth}")
+    saturates = "satfinite" in instruction.modifiers
     registers = depth * first.bits // 128  # of B; A has twice as many
     u32 = TYPES["u32"]
     writes = writers(program, instruction.operands[0], result)
@@ -130,7 +131,11 @@ def build_mma(program: Program, instruction: Instruction, step: Step) -> None:
         parts = product.reshape(shape[0], 2, 8, 4, 2)
         for i, write in enumerate(writes):
             part = parts[:, i // 2, :, :, i % 2].reshape(shape)
-            total = sums[i] + part if result.is_float else (sums[i].astype(np.int64) + part).astype(np.int32)
+            if result.is_float:
+                total = sums[i] + part
+            else:
+                exact = sums[i].astype(np.int64) + part
+                total = (np.clip(exact, -(2**31), 2**31 - 1) if saturates else exact).astype(np.int32)
             write(block, active, np.ascontiguousarray(total).ravel())
 
     step.execute = execute

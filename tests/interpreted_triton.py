@@ -1,0 +1,139 @@
+"""The Triton kernels as Triton compiles them for sm_80: their PTX, interpreted on the CPU (tools/ptx).
+
+    python tests/interpreted_triton.py case ...       JSON: a line per case of the table
+    python tests/interpreted_triton.py --plant        JSON: a line per bug that is planted in a kernel's PTX
+
+Run as a process of its own: the tests' process has Triton interpret its kernels, see test_triton_ptx.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
+
+import torch
+from emulated_cuda import Piece, extent, pieces_of, united
+
+import teco_kernels as tk
+sys.path.insert(0, "tools")
+from ptx import BankCounter, GlobalMemory, Kernel, PtxError, load
+from teco_kernels.ops import _library
+from teco_kernels.ops.triton_backend import use_triton
+from teco_kernels.testing import all_cases, run_case
+from teco_kernels.triton_kernels import _language, _launch
+from teco_kernels.triton_kernels._launch import Launch
+from teco_kernels.triton_kernels.ahead_of_time import Instance
+from teco_kernels.triton_kernels.embedded import is_multiple_of_16
+
+TARGET = "sm_80"
+
+Change = Callable[[str, str], str]
+
+
+class Compiled:
+    """A kernel as it was compiled for a launch."""
+
+    def __init__(self, launch: Launch, variant: str, change: Change) -> None:
+        instance = Instance(launch)
+        compiled = instance.compile(TARGET, variant)
+        self.kinds = [kind for kind, _ in instance.parameters(variant)]
+        self.shared = compiled.metadata.shared
+        self.text = change(compiled.metadata.name, compiled.asm["ptx"])
+        self.kernel: Kernel = load(self.text, compiled.metadata.name)
+        self.name = compiled.metadata.name
+
+    def run(self, launch: Launch, memory: GlobalMemory, banks: BankCounter) -> None:
+        """All programs of the grid."""
+        formats = {"i32": "i", "i64": "q", "fp32": "f"}
+        values = [value for value in launch.args if value is not None]
+        data = [
+            struct.pack(formats.get(kind, "Q"), value.data_ptr() if isinstance(value, torch.Tensor) else value)
+            for kind, value in zip(self.kinds, values, strict=True)
+        ]
+        scratch = [bytes(8), bytes(8)]
+        x, y, z = (*launch.grid, 1, 1)[:3]
+        threads = (32 * launch.num_warps, 1, 1)
+        self.kernel.launch((x, y, z), threads, [*data, *scratch], memory, self.shared, banks)
+
+
+class Interpreter:
+    """Runs launches; `compiled` and `banks` have what was met, by the key of a kernel."""
+
+    def __init__(self, change: Change = lambda name, text: text) -> None:
+        self.change = change
+        self.compiled: dict[str, Compiled] = {}
+        self.banks: dict[str, BankCounter] = {}
+        self.pieces: list[Piece] = []
+
+    def allow(self, operator: Any, args: tuple[Any, ...]) -> None:
+        """What the kernels of this call may touch, beside their workspace."""
+        self.pieces = list(pieces_of(operator, args))
+
+    def memory(self, launch: Launch) -> GlobalMemory:
+        """The call's tensors; what else the launch is given is workspace."""
+        pieces = list(self.pieces)
+        for value in launch.args:
+            if isinstance(value, torch.Tensor) and value.numel() > 0:
+                begin, end = extent(value)
+                if not any(p.begin <= begin and end <= p.end for p in self.pieces):
+                    pieces.append(Piece(begin, end, 1, True, "workspace"))
+        memory = GlobalMemory()
+        for piece in united(pieces):
+            memory.add(piece.begin, piece.end - piece.begin, piece.written, piece.name)
+        return memory
+
+    def run(self, launch: Launch) -> None:
+        """As `_launch.launch_with` takes it."""
+        tensors = [value for value in launch.args if isinstance(value, torch.Tensor)]
+        variant = "aligned" if all(map(is_multiple_of_16, tensors)) else "general"
+        kinds = [kind for kind in Instance(launch).parameters(variant)]
+        key = f"{launch.kernel.__name__} {launch.constants} {launch.num_warps} {variant} {kinds}"
+        key += "".join("-" if value is None else "x" for value in launch.args)
+        if key not in self.compiled:
+            self.compiled[key] = Compiled(launch, variant, self.change)
+        self.compiled[key].run(launch, self.memory(launch), self.banks.setdefault(launch.kernel.__name__, BankCounter()))
+
+
+@contextmanager
+def interpretation(interpreter: Interpreter) -> Iterator[None]:
+    """Within it, operators on CPU tensors run Triton's PTX."""
+    require, _language.require = _language.require, lambda interpreted: None  # it is PTX that runs, not Triton
+    use_triton("cpu")
+    _language.require = require
+    _launch.launch_with(interpreter.run)
+    _library.record_calls(interpreter.allow)
+    try:
+        yield
+    finally:
+        _library.record_calls(None)
+        _launch.launch_with(None)
+        use_triton(None)
+
+
+def run_cases(names: list[str]) -> None:
+    """Print what became of each case."""
+    cases = {case.name: case for case in all_cases()}
+    for name in names:
+        interpreter = Interpreter()
+        try:
+            with interpretation(interpreter):
+                result = run_case(cases[name])
+            found: dict[str, Any] = {"ok": result.ok, "errors": str(result.errors)}
+        except PtxError as error:
+            found = {"ok": False, "errors": str(error)}
+        kernels = sorted({compiled.name for compiled in interpreter.compiled.values()})
+        print(json.dumps({"case": name, "kernels": kernels, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    run_cases(sys.argv[1:])
+
+__all__ = ["re", "tk"]
