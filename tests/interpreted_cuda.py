@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from emulated_cuda import ROOT, emulation, library
 
@@ -47,15 +48,23 @@ _Interceptor = ctypes.CFUNCTYPE(
 
 def demangle(names: list[str]) -> list[str]:
     """C++ names as they are written, without what comes of the file they are in."""
-    return subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout.split("\n")[: len(names)]
+    run = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return run.stdout.split("\n")[: len(names)]
+
+
+@functools.cache
+def symbols() -> dict[str, int]:
+    """Offset of every function in the emulation's library."""
+    run = subprocess.run(["nm", "--defined-only", str(library())], capture_output=True, text=True, check=True)
+    found = (line.split() for line in run.stdout.splitlines())
+    return {name: int(place, 16) for place, _, name in found}
 
 
 @functools.cache
 def kernel_names() -> dict[int, str]:
-    """Name of the kernel at each offset in the emulation's library."""
-    symbols = subprocess.run(["nm", str(library())], capture_output=True, text=True, check=True).stdout.split("\n")
-    found = [line.split() for line in symbols if "_kernel" in line]
-    return {int(place, 16): name for (place, _, _), name in zip(found, demangle([f[2] for f in found]), strict=True)}
+    """Name of the kernel at each offset there."""
+    found = {name: place for name, place in symbols().items() if "_kernel" in name}
+    return dict(zip(found.values(), demangle(list(found)), strict=True))
 
 
 @functools.cache
@@ -116,16 +125,14 @@ def interpretation(
         simt.simt_allowed.restype = ctypes.c_bool
         base = ctypes.cast(simt.simt_intercept, ctypes.c_void_p).value
         assert base is not None
-        base -= _symbol("simt_intercept")
+        base -= symbols()["simt_intercept"]
 
         def memory() -> GlobalMemory:
             found = GlobalMemory()
             begin, size = ctypes.c_void_p(), ctypes.c_size_t()
             writable, name = ctypes.c_bool(), ctypes.c_char_p()
             number = 0
-            while simt.simt_allowed(
-                ctypes.c_size_t(number), *map(ctypes.byref, (begin, size, writable, name))
-            ):
+            while simt.simt_allowed(ctypes.c_size_t(number), *map(ctypes.byref, (begin, size, writable, name))):
                 found.add(begin.value or 0, size.value, writable.value, (name.value or b"").decode())
                 number += 1
             return found
@@ -161,10 +168,3 @@ def interpretation(
             raise
         finally:
             simt.simt_intercept(None)
-
-
-@functools.cache
-def _symbol(name: str) -> int:
-    symbols = subprocess.run(["nm", str(library())], capture_output=True, text=True, check=True).stdout.split("\n")
-    return next(int(line.split()[0], 16) for line in symbols if line.endswith(f" {name}"))
-

@@ -1,7 +1,8 @@
 """The Triton kernels as Triton compiles them for sm_80: their PTX, interpreted on the CPU (tools/ptx).
 
     python tests/interpreted_triton.py case ...       JSON: a line per case of the table
-    python tests/interpreted_triton.py --plant        JSON: a line per bug that is planted in a kernel's PTX
+    python tests/interpreted_triton.py --plant CALL N JSON: a line per bug that is planted in a kernel's PTX
+    python tests/interpreted_triton.py --banks        JSON: a line per call, how busy the banks of shared memory were
 
 Run as a process of its own: the tests' process has Triton interpret its kernels, see test_triton_ptx.py.
 """
@@ -15,15 +16,16 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import torch
 from emulated_cuda import Piece, extent, pieces_of, united
+from kernel_calls import CALLS
 
-import teco_kernels as tk
-sys.path.insert(0, "tools")
 from ptx import BankCounter, GlobalMemory, Kernel, PtxError, load
 from teco_kernels.ops import _library
 from teco_kernels.ops.triton_backend import use_triton
@@ -94,12 +96,14 @@ class Interpreter:
         """As `_launch.launch_with` takes it."""
         tensors = [value for value in launch.args if isinstance(value, torch.Tensor)]
         variant = "aligned" if all(map(is_multiple_of_16, tensors)) else "general"
-        kinds = [kind for kind in Instance(launch).parameters(variant)]
+        kinds = list(Instance(launch).parameters(variant))
         key = f"{launch.kernel.__name__} {launch.constants} {launch.num_warps} {variant} {kinds}"
         key += "".join("-" if value is None else "x" for value in launch.args)
         if key not in self.compiled:
             self.compiled[key] = Compiled(launch, variant, self.change)
-        self.compiled[key].run(launch, self.memory(launch), self.banks.setdefault(launch.kernel.__name__, BankCounter()))
+        self.compiled[key].run(
+            launch, self.memory(launch), self.banks.setdefault(launch.kernel.__name__, BankCounter())
+        )
 
 
 @contextmanager
@@ -133,7 +137,56 @@ def run_cases(names: list[str]) -> None:
         print(json.dumps({"case": name, "kernels": kernels, **found}), flush=True)
 
 
-if __name__ == "__main__":
-    run_cases(sys.argv[1:])
+#: In a kernel's PTX: what is replaced in one line, and by what.
+BUGS: dict[str, tuple[str, Callable[[re.Match[str]], str]]] = {
+    "dropped barrier": (r"bar\.sync\s+0;", lambda match: ""),
+    "a group too few is waited for": (r"(cp\.async\.wait_group\s+)(\d+)", lambda m: f"{m[1]}{int(m[2]) + 1}"),
+    "another shift": (r"(sh[lr]\.[bu]32\s.*, )(\d+);", lambda m: f"{m[1]}{int(m[2]) + 1};"),
+    "another half of the factors": (r"(mma\.[^}]*\}, \{ )(%\w+), (%\w+)", lambda m: f"{m[1]}{m[3]}, {m[2]}"),
+}
 
-__all__ = ["re", "tk"]
+
+def plant(call: str, most: int) -> None:
+    """Print what became of each bug, planted in at most so many of the lines that the call's first kernel runs."""
+    interpreter = Interpreter()
+    with interpretation(interpreter):
+        expected = CALLS[call]()
+    compiled = next(iter(interpreter.compiled.values()))
+    name = compiled.name
+    rows, ran = compiled.text.split("\n"), sorted(compiled.kernel.lines(that_ran=True))
+    for bug, (pattern, replacement) in BUGS.items():
+        lines = [line for line in ran if re.search(pattern, rows[line - 1])]
+        for line in lines[:: max(-(-len(lines) // most), 1)]:
+            row = re.sub(pattern, replacement, rows[line - 1])
+            changed = "\n".join([*rows[: line - 1], row, *rows[line:]])
+            wrong = Interpreter(lambda other, text, changed=changed: changed if other == name else text)
+            try:
+                with interpretation(wrong):
+                    out = CALLS[call]()
+                outcome = "unnoticed" if torch.equal(out, expected) else "another result"
+            except PtxError as error:
+                outcome = str(error)
+            print(
+                json.dumps({"kernel": name, "bug": bug, "line": rows[line - 1].strip(), "outcome": outcome}), flush=True
+            )
+
+
+def count_banks() -> None:
+    """Print, for each call: cycles of the banks and their ideal, by kernel and instruction."""
+    for call, function in CALLS.items():
+        interpreter = Interpreter()
+        with interpretation(interpreter):
+            function()
+        print(
+            json.dumps({"call": call, "banks": {k: banks.total() for k, banks in interpreter.banks.items()}}),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--plant":
+        plant(sys.argv[2], int(sys.argv[3]))
+    elif sys.argv[1] == "--banks":
+        count_banks()
+    else:
+        run_cases(sys.argv[1:])

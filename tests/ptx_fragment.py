@@ -76,8 +76,18 @@ def run(
         lines += [f"st.global.b{8 * size} [%target+{size * i}], {name};" for i, name in enumerate(names)]
     parameters = ", ".join(f".param .u64 run_param_{i}" for i in range(len(pointers)))
     text = "\n".join(
-        [".version 8.7", ".target sm_80", ".address_size 64", f".visible .entry run({parameters})", "{", _REGISTERS]
-        + [*lines, "ret;", "}", ""]
+        [
+            ".version 8.7",
+            ".target sm_80",
+            ".address_size 64",
+            f".visible .entry run({parameters})",
+            "{",
+            _REGISTERS,
+            *lines,
+            "ret;",
+            "}",
+            "",
+        ]
     )
     load(text, "run").launch((1, 1, 1), (count, 1, 1), [struct.pack("Q", p) for p in pointers], memory, banks=banks)
     return out[:, 0] if per_thread == 1 else out

@@ -4,33 +4,37 @@ whole kernels over the case table, within the contract."""
 from __future__ import annotations
 
 import ctypes
+import json
 import re
 import shutil
 import struct
 from collections.abc import Callable
 
+import interpreted_cuda
 import numpy as np
 import pytest
 import torch
 from emulated_cuda import ROOT, emulation
+from interpreted_cuda import interpretation
+from kernel_calls import CALLS
+from test_cuda_emulation import CASES, is_on_tensor_cores
 
+import cuda_build
+import cuda_check
 import teco_kernels as tk
+from ptx import BankCounter, GlobalMemory, Kernel, PtxError, load
 from teco_kernels.ops import gptq
 from teco_kernels.testing import Case, run_case
 from teco_kernels.testing.cases.matmul import random_checkpoint
-
-import cuda_build
-import interpreted_cuda
-from interpreted_cuda import interpretation
-from ptx import GlobalMemory, Kernel, PtxError, load
-from test_cuda_emulation import CASES, is_on_tensor_cores
 
 NVCC = cuda_build.find_nvcc()
 needs_nvcc = pytest.mark.skipif(
     NVCC is None or shutil.which("c++filt") is None, reason="nvcc or c++filt is not installed (docs/gpu.md, Building)"
 )
 FUNCTIONS = ROOT / "tests" / "simt" / "ptx_functions.cu"
+BANKS = ROOT / "tests" / "data" / "cuda_banks.json"
 INPUTS, OUTPUTS = 12, 4  # words of a thread
+
 
 def functions_of(header: str) -> set[str]:
     """Names of the functions that a header defines or declares."""
@@ -97,7 +101,9 @@ def edge_words() -> np.ndarray:
 def operand_words(kind: str) -> np.ndarray:
     """Words [n, INPUTS] of factors in fp16 or bf16 and accumulators in fp32, the first warp with infinities and NaN."""
     generator = torch.Generator().manual_seed(0)
-    factors = torch.randn(16 * 32, 12, generator=generator) * torch.randint(1, 9, (16 * 32, 1), generator=generator) ** 4
+    factors = (
+        torch.randn(16 * 32, 12, generator=generator) * torch.randint(1, 9, (16 * 32, 1), generator=generator) ** 4
+    )
     factors[0, 3], factors[5, 8], factors[7, 2] = torch.inf, -torch.inf, torch.nan
     words = np.zeros((16 * 32, INPUTS), np.uint32)
     dtype = torch.float16 if kind == "half" else torch.bfloat16
@@ -225,3 +231,37 @@ def test_planted_bugs_are_caught(bug: str) -> None:
         except PtxError:
             continue
         assert not torch.equal(out, expected), bug
+
+
+def bank_table() -> dict[str, dict[str, dict[str, list[int]]]]:
+    """Cycles of the banks and their ideal, by call, kernel and instruction."""
+    found: dict[str, dict[str, dict[str, list[int]]]] = {}
+    for call, function in CALLS.items():
+        banks: dict[str, BankCounter] = {}
+        if call.startswith("dense_matmul"):
+            continue  # of which there is no CUDA kernel
+        with interpretation(banks=banks):
+            function()
+        for name, counter in banks.items():
+            kernel = re.search(r"(\w+)_kernel\b", name)
+            assert kernel is not None
+            found.setdefault(call, {})[kernel[1]] = {key: list(value) for key, value in counter.total().items()}
+    return found
+
+
+@needs_nvcc
+def test_bank_conflicts() -> None:
+    """As the table says, which `python tests/test_cuda_ptx.py` writes."""
+    table = json.loads(BANKS.read_text())
+    found = bank_table()
+    if cuda_check.version(NVCC) == table["nvcc"]:
+        assert found == table["calls"]
+    tensor_cores = found["gptq_matmul, 40 rows"]["gptq_tensor_cores"]
+    cycles, ideal = tensor_cores["ldmatrix"]  # rows are 80 bytes apart for its sake
+    assert cycles == ideal > 0
+
+
+if __name__ == "__main__":
+    assert NVCC is not None
+    rows = ",\n".join(f" {json.dumps(call)}: {json.dumps(kernels)}" for call, kernels in bank_table().items())
+    BANKS.write_text(f'{{"nvcc": "{cuda_check.version(NVCC)}", "calls": {{\n{rows}\n}}}}\n')

@@ -17,8 +17,32 @@ A32, B32 = (x.ravel() for x in np.meshgrid(EDGES_32, EDGES_32))
 
 _TINY = 2.0**-149
 FLOATS = np.array(
-    [0.0, -0.0, 1.0, -1.0, 1.5, _TINY, -_TINY, 3 * 2.0**-127, 2.0**-126, 0.1, 3e38, -3e38, 1e-30, np.inf, -np.inf]
-    + [np.nan, 65504.0, 65519.99, 65520.0, 2.0**-24, 2.0**-25, 1.0 + 2.0**-11, 1.0 + 3 * 2.0**-11, 1 + 2.0**-8],
+    [
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        1.5,
+        _TINY,
+        -_TINY,
+        3 * 2.0 ** (-127),
+        2.0 ** (-126),
+        0.1,
+        3e38,
+        -3e38,
+        1e-30,
+        np.inf,
+        -np.inf,
+        np.nan,
+        65504.0,
+        65519.99,
+        65520.0,
+        2.0 ** (-24),
+        2.0 ** (-25),
+        1.0 + 2.0 ** (-11),
+        1.0 + 3 * 2.0 ** (-11),
+        1 + 2.0 ** (-8),
+    ],
     np.float32,
 )
 FA, FB = (np.ascontiguousarray(x.ravel()) for x in np.meshgrid(FLOATS, FLOATS))
@@ -171,7 +195,9 @@ def test_fma_rounds_once() -> None:
     # Sums near a tie of the result, and cancellation.
     c = np.concatenate([(-a * b)[:100], (a * b * np.float32(2.0**24))[100:200], (a * np.float32(2.0**-24))[200:]])
     values = [exact(x) * exact(y) + exact(z) for x, y, z in zip(a, b, c, strict=True)]
-    out = {mode: run(f"fma.{mode}.f32 %out, %in0, %in1, %in2;", a, b, c, result=np.float32) for mode in ("rn", "rm", "rp")}
+    out = {
+        mode: run(f"fma.{mode}.f32 %out, %in0, %in1, %in2;", a, b, c, result=np.float32) for mode in ("rn", "rm", "rp")
+    }
     for value, nearest, low, high in zip(values, out["rn"], out["rm"], out["rp"], strict=True):
         assert exact(low) <= value <= exact(high)
         assert low == high or np.nextafter(low, np.float32(np.inf)) == high
@@ -226,7 +252,13 @@ def test_signs_of_floats() -> None:
 
 def test_approximations_are_close() -> None:
     x = np.linspace(0.1, 20, 64, dtype=np.float32)
-    functions = {"ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal, "rsqrt": lambda v: 1 / np.sqrt(v), "tanh": np.tanh}
+    functions = {
+        "ex2": np.exp2,
+        "lg2": np.log2,
+        "rcp": np.reciprocal,
+        "rsqrt": lambda v: 1 / np.sqrt(v),
+        "tanh": np.tanh,
+    }
     for name, function in functions.items():
         out = run(f"{name}.approx.f32 %out, %in0;", x, result=np.float32)
         np.testing.assert_allclose(out, function(x.astype(np.float64)), rtol=2e-7, atol=1e-7)
@@ -305,11 +337,17 @@ def test_float_to_integer() -> None:
 def test_integer_to_float_and_sizes() -> None:
     values = np.array([0, 1, -1, 2**24 + 1, 2**31 - 1, -(2**31)], np.int32)
     assert (run("cvt.rn.f32.s32 %out, %in0;", values, result=np.float32) == values.astype(np.float32)).all()
-    assert run("cvt.s8.s32 %h1, %in0; cvt.s32.s16 %out, %h1;", np.array([255, 128, 127], np.int32), result=np.int32).tolist() == [-1, -128, 127]
-    saturated = run("cvt.sat.s8.s32 %h1, %in0; cvt.s32.s16 %out, %h1;", np.array([300, -300, 5], np.int32), result=np.int32)
+    assert run(
+        "cvt.s8.s32 %h1, %in0; cvt.s32.s16 %out, %h1;", np.array([255, 128, 127], np.int32), result=np.int32
+    ).tolist() == [-1, -128, 127]
+    saturated = run(
+        "cvt.sat.s8.s32 %h1, %in0; cvt.s32.s16 %out, %h1;", np.array([300, -300, 5], np.int32), result=np.int32
+    )
     assert saturated.tolist() == [127, -128, 5]
     assert run("cvt.s64.s32 %out, %in0;", values, result=np.int64).tolist() == values.tolist()
-    assert run("cvt.u64.u32 %out, %in0;", values, result=np.uint64).tolist() == (values.astype(np.int64) % 2**32).tolist()
+    assert (
+        run("cvt.u64.u32 %out, %in0;", values, result=np.uint64).tolist() == (values.astype(np.int64) % 2**32).tolist()
+    )
 
 
 def test_tf32() -> None:

@@ -1,4 +1,4 @@
-"""The PTX interpreter's threads, memory and warp-wide instructions, against the PTX ISA; each test names the section."""
+"""The PTX interpreter's threads, memory and warp-wide instructions against the PTX ISA, by its sections."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def test_generic_addresses_and_local_memory() -> None:
 
 
 def test_global_findings() -> None:
-    with pytest.raises(PtxError, match=r"line \d+: ld.global(.|\n)*out of bounds: a read of 4 bytes at offset 128 of input 0"):
+    with pytest.raises(
+        PtxError, match=r"line \d+: ld.global(.|\n)*out of bounds: a read of 4 bytes at offset 128 of input 0"
+    ):
         run("ld.global.u32 %out, [%address0+4];", LANES)
     with pytest.raises(PtxError, match="read-only memory: a write of 4 bytes to input 0"):
         run("st.global.u32 [%address0], 1;", LANES)
@@ -86,7 +88,9 @@ def test_global_findings() -> None:
 
 def test_unknown_instructions_name_themselves() -> None:
     for line, name in (("frobnicate.u32 %out, 1;", "frobnicate"), ("add.cc.u32 %out, %in0, 1;", ".cc")):
-        with pytest.raises(PtxError, match=rf"run, line \d+: {line.split()[0]}(.|\n)*not known to the interpreter: {name}"):
+        with pytest.raises(
+            PtxError, match=rf"run, line \d+: {line.split()[0]}(.|\n)*not known to the interpreter: {name}"
+        ):
             run(line, LANES)
 
 
@@ -160,7 +164,9 @@ def test_copies_arrive_when_waited_for() -> None:
     second = "add.u32 %r3, %r2, 512; cp.async.ca.shared.global [%r3], [%d2+512], 4; cp.async.commit_group;"
     read = "cp.async.wait_group 1; ld.shared.u32 %out, [%r2];"
     assert (run(COPY + second + read, WORDS, threads=32, shared=KILOBYTE) == WORDS[:128:4]).all()
-    part = COPY.replace(", 16; cp", ", 16, 8; cp") + "cp.async.wait_all; ld.shared.v4.u32 {%r5, %out0, %out1, %r6}, [%r2];"
+    part = (
+        COPY.replace(", 16; cp", ", 16, 8; cp") + "cp.async.wait_all; ld.shared.v4.u32 {%r5, %out0, %out1, %r6}, [%r2];"
+    )
     out = run(part, WORDS, threads=32, per_thread=2, shared=KILOBYTE)
     assert (out[:, 0] == WORDS[1:128:4]).all()
     assert (out[:, 1] == 0).all()
@@ -193,6 +199,7 @@ def test_copies_too_early(behind: str, finding: str) -> None:
 
 def test_shuffles() -> None:
     """Segments of c[12:8]; lanes whose source lies outside keep their own value and get false."""
+
     def shuffle(mode: str, by: int, c: int) -> tuple[list[int], list[int]]:
         body = f"shfl.sync.{mode}.b32 %out0|%p1, %in0, {by}, {c}, 0xffffffff; selp.u32 %out1, 1, 0, %p1;"
         out = run(body, LANES * 10, per_thread=2)
@@ -334,7 +341,16 @@ def test_partial_warps_cannot_multiply() -> None:
 
 @pytest.mark.parametrize(
     ("stride", "width", "cycles", "ideal"),
-    [(4, 4, 1, 1), (8, 4, 2, 1), (128, 4, 32, 1), (0, 4, 1, 1), (8, 8, 2, 2), (16, 16, 4, 4), (80, 16, 4, 4), (64, 16, 16, 4)],
+    [
+        (4, 4, 1, 1),
+        (8, 4, 2, 1),
+        (128, 4, 32, 1),
+        (0, 4, 1, 1),
+        (8, 8, 2, 2),
+        (16, 16, 4, 4),
+        (80, 16, 4, 4),
+        (64, 16, 16, 4),
+    ],
 )
 def test_bank_conflicts(stride: int, width: int, cycles: int, ideal: int) -> None:
     registers = ", ".join(f"%r{i}" for i in range(2, 2 + width // 4))

@@ -110,12 +110,12 @@ __device__ __forceinline__ void multiply(Data data, Multiply multiply) {
   for (int i = 0; i < 4; ++i) output(data)[i] = ptx::as_bits(sums[i]);
 }
 __global__ void multiply_half(Data data) {
-  multiply(data, [](float(&sums)[4], const ptx::Words<4>& a, uint32_t low, uint32_t high) {
+  multiply(data, [](float (&sums)[4], const ptx::Words<4>& a, uint32_t low, uint32_t high) {
     ptx::multiply_half(sums, a, low, high);
   });
 }
 __global__ void multiply_bfloat16(Data data) {
-  multiply(data, [](float(&sums)[4], const ptx::Words<4>& a, uint32_t low, uint32_t high) {
+  multiply(data, [](float (&sums)[4], const ptx::Words<4>& a, uint32_t low, uint32_t high) {
     ptx::multiply_bfloat16(sums, a, low, high);
   });
 }

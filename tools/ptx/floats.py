@@ -1,4 +1,4 @@
-"""Floating-point arithmetic with one rounding, whatever numpy has: bf16, fused multiply-adds, NaN as a GPU leaves it."""
+"""Floating-point arithmetic with one rounding: bf16, fused multiply-adds, NaN as a GPU leaves it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def encode(numbers: Array, kind: Type) -> Array:
         raise PtxError("tf32 is no result of arithmetic")
     if kind.kind == "bf":
         bits = (to_float32(numbers) if numbers.dtype == np.float64 else numbers).view(np.uint32)
-        bits = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+        bits = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(
+            np.uint16
+        )
         return np.where(np.isnan(numbers), CANONICAL_NAN[16], bits)
     rounded = numbers.astype(kind.dtype)
     if not np.isnan(rounded).any():

@@ -1,4 +1,4 @@
-"""Global memory: pieces of this process's own, at their own addresses; whatever lies outside of them is out of bounds."""
+"""Global memory: pieces of this process's own, at their own addresses; what lies outside of them is out of bounds."""
 
 from __future__ import annotations
 

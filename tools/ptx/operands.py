@@ -76,7 +76,9 @@ def writer(program: Program, operand: Operand, kind: Type) -> Write:
     wide = UNSIGNED[declared.bits]
     if kind.kind == "s":
         signed = TYPES[f"s{declared.bits}"].dtype
-        return lambda block, active, values: block.set_register(name, as_bits(np.asarray(values).astype(signed)), active)
+        return lambda block, active, values: block.set_register(
+            name, as_bits(np.asarray(values).astype(signed)), active
+        )
     return lambda block, active, values: block.set_register(name, as_bits(np.asarray(values)).astype(wide), active)
 
 

@@ -120,4 +120,3 @@ class Program:
         if not isinstance(operand, Symbol) or operand.name not in self.entry.labels:
             raise PtxError(f"expected a label, got {operand}")
         return self.entry.labels[operand.name]
-

@@ -46,9 +46,13 @@ class SharedMemory:
         """`count` neighbouring elements of `width` bytes at each address: [n, count]."""
         places = self._places(addresses, count * width, "a read")
         if self._pending[places].any():
-            raise PtxError(f"a read of shared memory at {self._first(places, self._pending)} before the cp.async was waited for")
+            raise PtxError(
+                f"a read of shared memory at {self._first(places, self._pending)} before the cp.async was waited for"
+            )
         if not self._written[places].all():
-            raise PtxError(f"a read of shared memory at {self._first(places, ~self._written)}, which nobody has written")
+            raise PtxError(
+                f"a read of shared memory at {self._first(places, ~self._written)}, which nobody has written"
+            )
         self._check_writes(threads, places, "a read")
         self._note_reads(threads, places)
         return self._bytes[places].view(UNSIGNED[8 * width])
@@ -85,7 +89,9 @@ class SharedMemory:
     def _places(self, addresses: Array, size: int, what: str) -> Array:
         places = addresses.astype(np.int64)
         if (places % size).any():
-            raise PtxError(f"misaligned: {what} of {size} bytes of shared memory at {int(places[(places % size) != 0][0])}")
+            raise PtxError(
+                f"misaligned: {what} of {size} bytes of shared memory at {int(places[(places % size) != 0][0])}"
+            )
         if int(places.min()) < 0 or int(places.max()) + size > self.size:
             outside = int(places[(places < 0) | (places + size > self.size)][0])
             raise PtxError(f"out of bounds: {what} of {size} bytes at {outside} of {self.size} bytes of shared memory")
@@ -104,8 +110,8 @@ class SharedMemory:
         if race.any():
             who, byte = np.argwhere(race)[0]
             raise PtxError(
-                f"race: {what} of shared memory at {int(places[who, byte])} by thread {int(threads[who])}, which thread "
-                f"{int(writer[who, byte])} writes, without a barrier between them"
+                f"race: {what} of shared memory at {int(places[who, byte])} by thread {int(threads[who])}, which "
+                f"thread {int(writer[who, byte])} writes, without a barrier between them"
             )
 
     def _check_reads(self, threads: Array, places: Array) -> None:
@@ -119,8 +125,8 @@ class SharedMemory:
         if race.any():
             who, byte = np.argwhere(race)[0]
             raise PtxError(
-                f"race: a write of shared memory at {int(places[who, byte])} by thread {int(threads[who])}, which other "
-                "threads read, without a barrier between them"
+                f"race: a write of shared memory at {int(places[who, byte])} by thread {int(threads[who])}, which "
+                "other threads read, without a barrier between them"
             )
 
     def _note_writes(self, threads: Array, places: Array) -> None:

@@ -398,9 +398,7 @@ class _Parser:
             return Vector(tuple(elements))
         if token.text == "[":
             base, offset = self.operand(entry), 0
-            if self.accept("+"):
-                offset = self.signed()
-            elif self.peek().text == "-":
+            if self.accept("+") or self.peek().text == "-":
                 offset = self.signed()
             self.expect("]")
             return Address(base, offset)

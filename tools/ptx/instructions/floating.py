@@ -108,12 +108,12 @@ def build_float(program: Program, instruction: Instruction, step: Step) -> None:
     refuse(instruction, _KNOWN)
     element = kind.element
     if instruction.name in ("abs", "neg"):
-        sign = element_sign = np.array(1 << (element.bits - 1), f"u{element.bytes}")[()]
+        sign = np.array(1 << (element.bits - 1), f"u{element.bytes}")[()]
         is_abs = instruction.name == "abs"
 
         def function(x: Array) -> Array:
             bits = as_bits(np.asarray(x))
-            bits = bits & ~sign if is_abs else bits ^ element_sign
+            bits = bits & ~sign if is_abs else bits ^ sign
             values = bits.view(element.dtype)
             return flush(values) if "ftz" in instruction.modifiers and element.name == "f32" else values
 

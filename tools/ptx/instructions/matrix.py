@@ -139,5 +139,3 @@ def build_mma(program: Program, instruction: Instruction, step: Step) -> None:
             write(block, active, np.ascontiguousarray(total).ravel())
 
     step.execute = execute
-
-

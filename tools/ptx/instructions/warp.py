@@ -1,5 +1,5 @@
-"""Exchange within a warp (PTX ISA, "Data Movement and Conversion Instructions": shfl.sync; "Parallel Synchronization and
-Communication Instructions": vote.sync, redux.sync, activemask)."""
+"""Exchange within a warp (PTX ISA, "Data Movement and Conversion Instructions": shfl.sync; "Parallel Synchronization
+and Communication Instructions": vote.sync, redux.sync, activemask)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def build_shuffle(program: Program, instruction: Instruction, step: Step) -> Non
         missing = active.mask & ~active.mask[source]
         if missing.any():
             thread = int(np.flatnonzero(missing)[0])
-            raise PtxError(f"thread {thread} asks for the value of thread {int(source[thread])}, which is not in its mask")
+            raise PtxError(
+                f"thread {thread} asks for the value of thread {int(source[thread])}, which is not in its mask"
+            )
         write(block, active, np.broadcast_to(value(block), block.shape)[source])
         write_inside(block, active, inside)
 
@@ -97,7 +99,10 @@ def build_redux(program: Program, instruction: Instruction, step: Step) -> None:
     name = next(word for word in instruction.modifiers if word in operations)
     function, neutral = operations[name]
     write = writer(program, instruction.operands[0], kind)
-    source, members = reader(program, instruction.operands[1], kind), reader(program, instruction.operands[2], TYPES["u32"])
+    source, members = (
+        reader(program, instruction.operands[1], kind),
+        reader(program, instruction.operands[2], TYPES["u32"]),
+    )
     info = np.iinfo(kind.dtype)
     start = {"min": info.max, "max": info.min}.get(name, neutral)
 
