@@ -49,15 +49,15 @@ bench-serving: $(VENV)/.test-tools $(GUIDELLM_VENV)/.guidellm ## put the HTTP se
 quality: $(VENV)/.test-tools ## quantise the small model in many ways and measure what each costs (docs/quality.md)
 	$(BIN)/python bench/quality.py
 
-cuda-check: $(VENV)/.test-tools ## compile the CUDA kernels for every architecture, and emulate them in every order of threads (docs/gpu.md)
-	$(BIN)/python -m pytest -q --nvcc tests/test_cuda_compile.py
+cuda-check: $(VENV)/.test-tools ## compile the CUDA kernels for every architecture, interpret their PTX, and emulate them in every order of threads (docs/gpu.md)
+	$(BIN)/python -m pytest -q --nvcc tests/test_cuda_compile.py tests/test_cuda_ptx.py
 	$(BIN)/python -m pytest -q --stress tests/test_simt.py tests/test_cuda_emulation.py
 
 cuda-mutations: $(VENV)/.test-tools ## plant mistakes in the CUDA kernels and tell which are caught (docs/gpu.md)
 	$(BIN)/python tests/cuda_mutations.py
 
-triton-check: $(VENV)/.triton ## compile the Triton kernels for every GPU, and interpret all cases (docs/triton.md)
-	$(BIN)/python -m pytest -q --triton tests/test_triton.py tests/test_triton_build.py
+triton-check: $(VENV)/.triton ## compile the Triton kernels for every GPU, and interpret all cases, and their PTX (docs/triton.md)
+	$(BIN)/python -m pytest -q --triton tests/test_triton.py tests/test_triton_build.py tests/test_triton_ptx.py
 
 triton-matrix: $(VENV)/.triton ## hold every operator of every backend against the contract, and draw the picture of docs/triton.md
 	$(BIN)/python bench/backends.py

@@ -59,14 +59,19 @@ def united(pieces: list[Piece]) -> Iterator[Piece]:
 
 
 def pieces_of(operator: Any, args: tuple[Any, ...]) -> Iterator[Piece]:
-    """Memory of an operator's tensors, between the first and the last element of each."""
+    """Memory between the first and the last element of each tensor of a call; written as the schema says."""
     moves_bytes = operator._schema.name.endswith("_blocks")  # where elements are but bytes
     for argument, tensor in zip(operator._schema.arguments, args, strict=True):
         if isinstance(tensor, torch.Tensor) and tensor.numel() > 0:
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            begin, size = tensor.data_ptr(), tensor.element_size()
             written = argument.alias_info is not None and argument.alias_info.is_write
-            yield Piece(begin, begin + (last + 1) * size, 1 if moves_bytes else size, written, argument.name)
+            begin, end = extent(tensor)
+            yield Piece(begin, end, 1 if moves_bytes else tensor.element_size(), written, argument.name)
+
+
+def extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """Addresses of the first element, and behind the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 @contextmanager

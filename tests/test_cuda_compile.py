@@ -1,4 +1,5 @@
-"""nvcc compiles every kernel for every architecture; what they take of a multiprocessor is as the table says."""
+"""nvcc compiles every kernel for every architecture; what they take of a multiprocessor, and which instructions
+they are made of, is as the tables say."""
 
 from __future__ import annotations
 
@@ -12,12 +13,24 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import cuda_build
 import cuda_check
+import cuda_sass
 
-NVCC = cuda_build.find_nvcc()
+NVCC, CUOBJDUMP = cuda_build.find_nvcc(), cuda_sass.find_cuobjdump()
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc here")
 
-pytestmark = [pytest.mark.nvcc, pytest.mark.skipif(NVCC is None, reason="no nvcc here")]
+#: What every instance of a kernel has. Of what is meant and missing, docs/gpu.md tells.
+MEANT = {
+    "gptq_tensor_cores": {"HMMA", "LDGSTS.128", "LDSM.4"},
+    "merge_attention_states": {"LDG.128", "STG.128"},
+    "paged_attention": {"LDS.128"},
+    "rms_norm": {"LDG.128", "STG.128"},
+    "rotary_embedding": {"LDG.128", "STG.128"},
+    "silu_and_mul": {"LDG.128"},
+}
 
 
+@pytest.mark.nvcc
+@needs_nvcc
 @pytest.mark.parametrize("architecture", cuda_check.ARCHITECTURES)
 @pytest.mark.parametrize("source", cuda_check.sources(), ids=lambda path: path.stem)
 def test_resources(source: Path, architecture: str) -> None:
@@ -27,3 +40,28 @@ def test_resources(source: Path, architecture: str) -> None:
         assert resources.spilled_bytes == 0, kernel
         if cuda_check.version(NVCC) == table["nvcc"]:  # others allot registers in their own way
             assert asdict(resources) == table["kernels"][kernel][architecture]
+
+
+@pytest.mark.nvcc
+@needs_nvcc
+@pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump beside nvcc, in $PATH or in the package triton")
+@pytest.mark.parametrize("architecture", cuda_sass.ARCHITECTURES)
+@pytest.mark.parametrize("source", cuda_check.sources(), ids=lambda path: path.stem)
+def test_instructions(source: Path, architecture: str) -> None:
+    assert NVCC is not None
+    assert CUOBJDUMP is not None
+    table = json.loads(cuda_sass.TABLE.read_text())
+    for kernel, counts in cuda_sass.measure(NVCC, CUOBJDUMP, architecture, source).items():
+        if cuda_check.version(NVCC) == table["nvcc"]:
+            assert counts == table["kernels"][kernel][architecture], kernel
+
+
+def test_instructions_are_those_meant() -> None:
+    """By the table."""
+    table = json.loads(cuda_sass.TABLE.read_text())["kernels"]
+    for kernel, instructions in MEANT.items():
+        for architecture, counts in table[kernel].items():
+            for instruction in instructions:
+                assert counts.get(instruction) == counts["instances"], (kernel, architecture, instruction)
+    for architecture, counts in table["gptq_matmul"].items():
+        assert counts["IDP.4A"] == counts["instances"] // 2, architecture  # those of int8

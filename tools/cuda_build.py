@@ -137,3 +137,17 @@ def compile_for(nvcc: Path, source: Path, architecture: str, output: Path) -> st
     if run.returncode != 0:
         raise RuntimeError(f"{source.name} for sm_{architecture}: {run.stderr}")
     return run.stderr
+
+
+def compile_to_ptx(nvcc: Path, source: Path, architecture: str, folder: Path) -> str:
+    """PTX of one file for one architecture; compiled again only when something has changed."""
+    ninja = NinjaFile(compiler())
+    ninja.lines += [
+        "rule ptx",
+        f"  command = {nvcc} $flags -MD -MF $out.d -ptx $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+    output = ninja.compile(source, [*NVCC_FLAGS, f"-arch=sm_{architecture}"], "ptx", rule="ptx")
+    run_ninja(ninja, folder / source.stem)
+    return (folder / source.stem / output).read_text()

@@ -63,6 +63,14 @@ def _demangle(name: str) -> str:
     return subprocess.run(["c++filt", name], capture_output=True, text=True).stdout.strip()
 
 
+def kernel_of(name: str) -> str:
+    """What the kernel of an entry is called in tables: its name in C++, without "_kernel"."""
+    kernel = re.search(r"(\w+)_kernel\b", _demangle(name))
+    if kernel is None:
+        raise RuntimeError(f"no kernel in {name}")
+    return kernel[1]
+
+
 def _instances(report: str) -> Iterator[tuple[str, int, int, int]]:
     """(kernel, registers, spilled bytes, shared bytes) of every entry that ptxas tells of."""
     pattern = re.compile(
@@ -71,16 +79,13 @@ def _instances(report: str) -> Iterator[tuple[str, int, int, int]]:
         re.DOTALL,
     )
     for match in pattern.finditer(report):
-        name = _demangle(match[1])
-        kernel = re.search(r"(\w+)_kernel\b", name)
-        if kernel is None:
-            raise RuntimeError(f"no kernel in {name}")
+        name, kernel = _demangle(match[1]), kernel_of(match[1])
         shared = re.search(r"(\d+) bytes smem", match[0])
         shared_bytes = int(shared[1]) if shared else 0
-        if kernel[1] == "paged_attention":
+        if kernel == "paged_attention":
             dim = re.search(r"paged_attention_kernel<(\d+)", name)
             shared_bytes += ATTENTION_SHARED[int(dim[1])] if dim else 0
-        yield kernel[1], int(match[4]), int(match[2]) + int(match[3]), shared_bytes
+        yield kernel, int(match[4]), int(match[2]) + int(match[3]), shared_bytes
 
 
 def resident_warps(architecture: str, threads: int, registers: int, shared_bytes: int) -> int:

@@ -19,7 +19,9 @@ def quad_words(block, quad, column, BITS: tl.constexpr):
     if BITS == 3:
         low = tl.load(words + (quad // 2) * 16, mask=quad < 6, other=0) >> (quad % 2 * 3).to(tl.uint32) & 0x07070707
         top = tl.load(words + (quad - 6) * 16, mask=quad >= 6, other=0) >> 6 & 0x03030303
-        high = tl.load(words + 32, mask=quad >= 6, other=0) >> (quad - 2).to(tl.uint32) & 0x04040404
+        # A shift by less than 0 would be undefined, and so would all that is made of it, also where `other` is shifted.
+        shift = tl.maximum(quad - 2, 0).to(tl.uint32)
+        high = tl.load(words + 32, mask=quad >= 6, other=0) >> shift & 0x04040404
         return low | top | high
     PER_WORD: tl.constexpr = 8 // BITS
     MASK: tl.constexpr = 0x01010101 * ((1 << BITS) - 1)

@@ -12,6 +12,7 @@ const Thread& self() {
 }
 
 thread_local std::string finding;
+thread_local Interceptor runs_elsewhere = nullptr;
 
 // Launches that wait for run_ranks(), with their arguments.
 struct Line {
@@ -139,6 +140,13 @@ const char* run_ranks() {
   return result;
 }
 
+void intercept(Interceptor interceptor) {
+  runs_elsewhere = interceptor;
+}
+Interceptor interceptor() {
+  return runs_elsewhere;
+}
+
 void set_seed(std::uint64_t value) {
   seed = value;
 }
@@ -190,4 +198,19 @@ SIMT_EXPORT void simt_set_rank(int rank) {
 }
 SIMT_EXPORT const char* simt_run_ranks() {
   return simt::run_ranks();
+}
+SIMT_EXPORT void simt_intercept(simt::Interceptor interceptor) {
+  simt::intercept(interceptor);
+}
+// The pieces of memory that kernels may use, by their number; false behind the last one.
+SIMT_EXPORT bool simt_allowed(std::size_t number, const void** begin, std::size_t* bytes, bool* writable,
+                              const char** name) {
+  const std::vector<simt::Region>& regions = simt::allowed[simt::line.rank].all();
+  if (number >= regions.size()) return false;
+  const simt::Region& region = regions[number];
+  *begin = reinterpret_cast<const void*>(region.begin);
+  *bytes = region.end - region.begin;
+  *writable = region.writable;
+  *name = region.name.c_str();
+  return true;
 }

@@ -65,6 +65,7 @@ class Regions {
   void remove_within(std::uintptr_t begin, std::uintptr_t end);
   void clear() { regions_.clear(), last_ = nullptr; }
   bool empty() const { return regions_.empty(); }
+  const std::vector<Region>& all() const { return regions_; }
   Region* find(std::uintptr_t address);
   // The one that ends closest before the address, or begins closest behind it; null when there is none.
   const Region* nearest(std::uintptr_t address) const;

@@ -88,8 +88,23 @@ struct Launch {
 // and run_ranks() it is only put in line.
 const char* run(const Launch& launch, void (*body)(void*), void* arguments, std::size_t argument_bytes);
 
+// A launch as a driver would be given it: the kernel by its address, and where each argument lies.
+struct Argument {
+  const void* data;
+  std::size_t bytes;
+};
+using Interceptor = const char* (*)(const Launch& launch, const void* kernel, const Argument* arguments,
+                                    std::size_t count);
+// What launches go to in place of the emulation: it runs what another compiler made of the same kernel. Null ends it.
+void intercept(Interceptor interceptor);
+Interceptor interceptor();
+
 template <class... Parameters>
 const char* launch(const Launch& launch, void (*kernel)(Parameters...), Parameters... arguments) {
+  if (const Interceptor run_elsewhere = interceptor()) {
+    const Argument list[] = {{&arguments, sizeof(arguments)}...};
+    return run_elsewhere(launch, reinterpret_cast<const void*>(kernel), list, sizeof...(arguments));
+  }
   auto body = [=] { kernel(arguments...); };
   static_assert((std::is_trivially_copyable_v<Parameters> && ...));
   return run(launch, [](void* context) { (*static_cast<decltype(body)*>(context))(); }, &body, sizeof(body));
