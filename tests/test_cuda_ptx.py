@@ -34,6 +34,8 @@ needs_nvcc = pytest.mark.skipif(
 FUNCTIONS = ROOT / "tests" / "simt" / "ptx_functions.cu"
 BANKS = ROOT / "tests" / "data" / "cuda_banks.json"
 INPUTS, OUTPUTS = 12, 4  # words of a thread
+#: What they are for takes several GPUs and a clock: the interpreter has neither, tests/test_cuda_collectives.py has both.
+OF_RANKS = {"store_release", "load_acquire", "store_relaxed", "load_relaxed", "nanoseconds"}
 
 
 def functions_of(header: str) -> set[str]:
@@ -47,7 +49,7 @@ def test_every_function_is_tried() -> None:
     functions = functions_of("cuda/ptx.h")
     assert functions == functions_of("simt/ptx.h")
     tried = set(re.findall(r"ptx::(\w+)(?:<\d>)?\(", FUNCTIONS.read_text()))
-    assert functions <= tried, f"tests/simt/ptx_functions.cu lacks {functions - tried}"
+    assert functions <= tried | OF_RANKS, f"tests/simt/ptx_functions.cu lacks {functions - tried - OF_RANKS}"
 
 
 @pytest.fixture(scope="module")
