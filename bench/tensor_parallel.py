@@ -86,8 +86,10 @@ def collective_milliseconds(world_size: int, hidden_size: int, rounds: int) -> f
         return 0.0
     with tempfile.TemporaryDirectory() as folder:
         ranks = python_ranks("teco", Path(folder), world_size)
-        times = [ranks.time("all_reduce_rms_norm, native", 8 * hidden_size) for _ in range(rounds)]
-        ranks.close()
+        try:
+            times = [ranks.time("all_reduce_rms_norm, native", 8 * hidden_size) for _ in range(rounds)]
+        finally:
+            ranks.close()
     return statistics.median(times) * 1e3
 
 

@@ -67,7 +67,7 @@ struct SiluAndMulParams {
 // Rotates the first rotary_dim elements of every head, in place, by the angle of the token's position:
 // (x, y) -> (x cos - y sin, y cos + x sin). Pairs are (i, i + rotary_dim / 2), or (2i, 2i + 1) when interleaved.
 struct RotaryEmbeddingParams {
-  const int64_t* positions;    // [num_tokens], checked to lie within the cache
+  const int64_t* positions;    // [num_tokens], within the cache
   void* query;                 // [num_tokens, num_query_heads, head_dim]
   void* key;                   // [num_tokens, num_kv_heads, head_dim]
   const float* cos_sin_cache;  // [max_position, rotary_dim]: cosines, then sines
@@ -228,7 +228,7 @@ struct VerifyRecycledSampledParams {
   int64_t* next_token_ids;   // [num_seqs]
   const void* target;        // p [num_seqs, num_recycled + 1, vocab_size]
   const void* recycled;      // q [num_seqs, num_recycled, vocab_size]
-  const int64_t* token_ids;  // [num_seqs, num_recycled], checked to lie within the vocabulary
+  const int64_t* token_ids;  // [num_seqs, num_recycled], within the vocabulary
   const int64_t* seed;       // [num_seqs]
   const int64_t* offset;     // [num_seqs], of the first recycled token
   int64_t num_seqs, num_recycled, vocab_size;
@@ -251,7 +251,7 @@ struct ReshapeAndCacheParams {
   const void* key;    // [num_tokens, num_kv_heads, head_dim]
   const void* value;  // the same
   KVCacheView key_cache, value_cache;
-  const int64_t* slot_mapping;  // [num_tokens]: block * block_size + offset, -1 to skip; checked
+  const int64_t* slot_mapping;  // [num_tokens]: block * block_size + offset, -1 to skip
   int64_t num_tokens, num_kv_heads, head_dim, block_size;
   int64_t key_stride, key_head_stride, value_stride, value_head_stride;
   DType dtype;         // of key and value
@@ -264,7 +264,7 @@ struct ReshapeAndCacheParams {
 struct CopyBlocksParams {
   const void* source;
   void* target;
-  const int64_t* block_mapping;  // [num_pairs, 2]: source block, destination block; checked
+  const int64_t* block_mapping;  // [num_pairs, 2]: source block, destination block
   int64_t num_pairs, outer, inner, run_bytes;
   int64_t source_block_bytes, source_outer_bytes, source_inner_bytes;  // strides
   int64_t target_block_bytes, target_outer_bytes, target_inner_bytes;

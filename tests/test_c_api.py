@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -196,3 +197,90 @@ def test_a_checkpoint_that_is_no_good(library: ctypes.CDLL) -> None:
     assert error(num_groups=3).startswith("num_groups: expected a number that divides in_features = 32")
     assert error(qzeros=0) == "qzeros: expected an address, got a null pointer"
     assert error() == "scales[0][0]: expected a finite number, got NaN or infinity"
+
+
+C_TYPES = {
+    "int64_t": ctypes.c_int64,
+    "int32_t": ctypes.c_int32,
+    "TecoDType": ctypes.c_int32,
+    "float": ctypes.c_float,
+    "bool": ctypes.c_bool,
+}
+
+
+def structs() -> dict[str, type[ctypes.Structure]]:
+    """The params of the header."""
+    found: dict[str, type[ctypes.Structure]] = {}
+    bare = re.sub(r"//[^\n]*|/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
+    for name, body in re.findall(r"typedef struct (\w+) \{(.*?)\}", bare, re.DOTALL):
+        fields: list[tuple[str, Any]] = []
+        for kind, declared in re.findall(r"(?:const )?(\w+) ?([^;]+);", body):
+            for field in declared.split(","):
+                size = re.search(r"\[(\d+)\]", field)
+                is_pointer = "*" in field or f"{kind}*" in body.split(declared)[0].rsplit(";", 1)[-1]
+                one: Any = ctypes.c_void_p if is_pointer else {**C_TYPES, **found}[kind]
+                fields.append((re.sub(r"[*\s]|\[.*", "", field), one * int(size[1]) if size else one))
+        found[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return found
+
+
+MEMORY = ctypes.create_string_buffer(1 << 16)
+AT = ctypes.addressof(MEMORY)
+CACHE = {"data": AT, "scale": AT, "scale_slot_stride": 1}
+WRITE = {"key": AT, "value": AT, "slot_mapping": AT, "key_cache": CACHE, "value_cache": CACHE, "num_tokens": 1}
+WRITE |= {"num_kv_heads": 1, "head_dim": 4, "block_size": 4, "cache_dtype": 3}
+ATTENTION = {"num_tokens": 1, "num_seqs": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "block_size": 4}
+MATMUL = {"num_rows": 1, "in_features": 32, "out_features": 16, "num_groups": 1, "blocks_per_group": 1, "bits": 4}
+NORM = {"hidden_size": 16, "input": AT, "weight": AT}
+EMBEDDING = {"hidden_size": 16, "token_ids": AT, "weight": AT, "tokens": {"count": 1}}
+PROJECTION = {"num_rows": 1, "in_features": 32, "out_features": 16, "out": AT, "weight": AT}
+RECYCLE = {"embedding": EMBEDDING, "embedding_norm": NORM, "hidden_norm": NORM, "vocab_size": 1}
+
+BAD_FIELDS = [
+    ("rms_norm", {"num_rows": -1}, "num_rows: expected a number >= 0, got -1"),
+    ("rms_norm", {"num_rows": 2**60}, "num_rows: expected at most 2^40, got "),
+    (
+        "rms_norm",
+        {"num_rows": 1, "hidden_size": 4},
+        "inner_rows: expected num_rows, or a number that divides it, got 0",
+    ),
+    ("rms_norm", {"num_rows": 1, "hidden_size": 4, "inner_rows": 1}, "out: expected an address"),
+    ("silu_and_mul", {"dtype": 3}, "dtype: expected fp32 (0), fp16 (1) or bf16 (2), got 3"),
+    ("rotary_embedding", {"rotary_dim": 3}, "rotary_dim: expected an even number, got 3"),
+    ("sample", {"vocab_size": 0}, "vocab_size: expected 1 to 2^22, got 0"),
+    ("sum_ranks", {"num_ranks": 9}, "num_ranks: expected 1 to 8, got 9"),
+    ("sparse24_matmul", {"in_features": 6}, "in_features: expected a multiple of 4, got 6"),
+    ("gptq_matmul", {**MATMUL, "bits": 5}, "bits: expected 2, 3, 4 or 8, got 5"),
+    ("gptq_matmul", {**MATMUL, "in_features": 31}, "in_features: expected, without an input_order, "),
+    ("gptq_matmul", {**MATMUL, "num_groups": 2**39, "blocks_per_group": 2**39}, "num_groups * blocks_per_group: "),
+    ("gptq_matmul", MATMUL, "out, exact_out: expected one of the two, got neither"),
+    ("gptq_matmul", {**MATMUL, "groups_per_section": 1}, "int8_activation: expected true, as there are sections"),
+    ("reshape_and_cache", {"block_size": 0}, "block_size: expected a number >= 1, got 0"),
+    ("reshape_and_cache", {**WRITE, "writes_scales": True}, "writes_scales: expected false, as one scale "),
+    ("reshape_and_cache", {**WRITE, "cache_dtype": 0}, "key_cache.scale: expected a null pointer"),
+    ("paged_attention", {**ATTENTION, "num_heads": 3}, "num_heads: expected a multiple of num_kv_heads = 2, got 3"),
+    ("paged_attention", {**ATTENTION, "head_dim": 513}, "head_dim: expected 1 to 512, got 513"),
+    ("paged_attention", {**ATTENTION, "num_seqs": 2}, "num_seqs: expected num_tokens, as there is no query_start_loc"),
+    ("lm_head_argmax", {"matmul": {"num_rows": 1}}, "matmul.out_features: expected 1 to 2^32 - 1 tokens, got 0"),
+    (
+        "recycle_project",
+        {"input": {**RECYCLE, "hidden_norm": {**NORM, "residual": AT}}, "projection": PROJECTION},
+        "input.hidden_norm.residual, input.embedding_norm.residual: expected null pointers",
+    ),
+]
+
+
+@pytest.mark.parametrize(("operator", "fields", "message"), BAD_FIELDS)
+def test_a_bad_field_is_named(library: ctypes.CDLL, operator: str, fields: dict[str, Any], message: str) -> None:
+    def fill(params: ctypes.Structure, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                fill(getattr(params, name), value)
+            else:
+                setattr(params, name, value)
+
+    (kind,) = re.findall(rf"teco_{operator}\(const (\w+)\* params", HEADER.read_text())
+    params = structs()[kind]()
+    fill(params, fields)
+    assert library[f"teco_{operator}"](ctypes.byref(params), 1) == INVALID_ARGUMENT
+    assert library.teco_last_error().decode().startswith(message)

@@ -34,7 +34,7 @@ needs_nvcc = pytest.mark.skipif(
 FUNCTIONS = ROOT / "tests" / "simt" / "ptx_functions.cu"
 BANKS = ROOT / "tests" / "data" / "cuda_banks.json"
 INPUTS, OUTPUTS = 12, 4  # words of a thread
-#: What they are for takes several GPUs and a clock: the interpreter has neither, tests/test_cuda_collectives.py has both.
+#: These take several GPUs and a clock: the interpreter has neither, tests/test_cuda_collectives.py both.
 OF_RANKS = {"store_release", "load_acquire", "store_relaxed", "load_relaxed", "nanoseconds"}
 
 

@@ -589,7 +589,7 @@ def two_models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("two-models")
     model = random_model(**SIZES)
     first = save_model(folder / "first", model)
-    model.model.norm.weight.data *= 1.001
+    model.model.layers[1].self_attn.q_proj.weight.data *= 1.001
     return [str(first), str(save_model(folder / "second", model))]
 
 

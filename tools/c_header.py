@@ -39,6 +39,10 @@ def _functions(table: str) -> str:
     """The operators of the kernel table; the probes behind them are none."""
     operators = table.split("struct KernelTable {", 1)[1].split("// Probes", 1)[0]
     functions = re.findall(r"void \(\*(\w+)\)\(const (\w+)&(, int num_threads)?\);", operators)
+    if len(functions) != operators.count("(*"):
+        raise SystemExit(
+            "c_header: kernels.h: expected operators such as `void (*name)(const Params&, int num_threads);`"
+        )
     return "\n".join(
         f"TecoStatus teco_{name}(const Teco{params}* params{', int32_t num_threads' if threads else ''});"
         for name, params, threads in functions

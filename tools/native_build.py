@@ -54,6 +54,8 @@ KNOWS_OF_CUDA = "backend.cpp"
 OPERATORS_SONAME = "libteco_kernels_operators.so"
 # The kernels, and the C interface to them: `_C` finds them where it lies itself.
 KERNELS_NAME = "libteco_kernels"
+# Workers of its pool never end, so it stays; and it calls its own functions, whatever else a process has loaded.
+KERNELS_LINK_FLAGS = ["-Wl,--no-undefined", "-Wl,-z,nodelete", "-Wl,-Bsymbolic"]
 
 
 def compiler() -> str:
@@ -191,7 +193,7 @@ def build(outputs: dict[str, Path], verbose: bool = False) -> None:
     objects, cuda_libs = cuda_build.add_kernels(ninja, nvcc) if nvcc else ([], [])
     objects += _operator_objects(ninja, torch, with_cuda=nvcc is not None)
     kernels = modules[KERNELS_NAME]
-    ninja.link(kernels, _kernel_objects(ninja), ["-pthread", f"-Wl,-soname,{kernels.name}", "-Wl,--no-undefined"])
+    ninja.link(kernels, _kernel_objects(ninja), ["-pthread", f"-Wl,-soname,{kernels.name}", *KERNELS_LINK_FLAGS])
     names = [f"-Wl,-soname,{OPERATORS_SONAME}", "-Wl,-rpath,$ORIGIN"]
     ninja.link(modules["_C"], [*objects, str(kernels)], [*torch_libs, *cuda_libs, *names])
     ninja.link(modules["_host"], [*_host_objects(ninja), str(modules["_C"])], [])

@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kBlock = 32, kMaxHeadDim = 512, kMaxVocabSize = 1 << 22;
 
 void require_sizes(std::initializer_list<std::pair<const char*, int64_t>> sizes) {
-  for (const auto& [field, value] : sizes) require_at_least(field, value, 0);
+  for (const auto& [field, value] : sizes) require_size(field, value, 0);
 }
 
 void require_floating(const char* field, DType dtype) {
@@ -44,7 +44,10 @@ template <class Params>
 void require_packed(const Params& p, int64_t num_inputs, const char* inputs_field) {
   require_bits(p.bits);
   require_sizes({{"num_groups", p.num_groups}, {"blocks_per_group", p.blocks_per_group}});
-  const int64_t packed = p.num_groups * p.blocks_per_group * kBlock;
+  int64_t packed = 0;
+  const bool overflows = __builtin_mul_overflow(p.num_groups, p.blocks_per_group * kBlock, &packed);
+  require(!overflows && packed <= kMaxSize, "num_groups * blocks_per_group: expected less than 2^35 blocks, got ",
+          p.num_groups, " * ", p.blocks_per_group);
   require(p.input_order ? packed >= num_inputs : packed == num_inputs, inputs_field,
           p.input_order ? ": expected at most " : ": expected, without an input_order, ",
           "num_groups * blocks_per_group * 32 = ", packed, ", got ", num_inputs);
@@ -64,7 +67,7 @@ void require_weight(const GptqMatmulParams& p) {
   require_sizes({{"num_rows", p.num_rows}, {"in_features", p.in_features}, {"out_features", p.out_features}});
   require_floating("dtype", p.dtype);
   require_packed(p, p.in_features, "in_features");
-  require_at_least("groups_per_section", p.groups_per_section, 0);
+  require_size("groups_per_section", p.groups_per_section, 0);
   if (p.groups_per_section) {
     require(p.int8_activation, "int8_activation: expected true, as there are sections, got false");
     require(!p.input_order, "input_order: expected a null pointer, as there are sections");
@@ -89,7 +92,7 @@ bool check_recycle(const RecycleInputParams& input, const Matmul& projection) {
   require_weight(projection);
   const int64_t hidden_size = input.hidden_norm.hidden_size;
   const bool is_packed = input.packed_embedding.weight;
-  require_at_least("input.hidden_norm.hidden_size", hidden_size, 1);
+  require_size("input.hidden_norm.hidden_size", hidden_size, 1);
   require(input.embedding_norm.hidden_size == hidden_size, "input.embedding_norm.hidden_size: expected ", hidden_size,
           ", as of hidden_norm, got ", input.embedding_norm.hidden_size);
   const int64_t embedding_size = is_packed ? input.packed_embedding.hidden_size : input.embedding.hidden_size;
@@ -97,9 +100,11 @@ bool check_recycle(const RecycleInputParams& input, const Matmul& projection) {
           ", as of hidden_norm, got ", embedding_size);
   require(projection.in_features == 2 * hidden_size,
           "projection.in_features: expected 2 * hidden_size = ", 2 * hidden_size, ", got ", projection.in_features);
-  require_at_least("input.vocab_size", input.vocab_size, 1);
+  require_size("input.vocab_size", input.vocab_size, 1);
   require_eps(input.embedding_norm.eps);
   require_eps(input.hidden_norm.eps);
+  require(!input.embedding_norm.residual && !input.hidden_norm.residual,
+          "input.hidden_norm.residual, input.embedding_norm.residual: expected null pointers");
   const DType embedding_dtype = is_packed ? input.packed_embedding.dtype : input.embedding.dtype;
   for (const DType dtype : {embedding_dtype, input.embedding_norm.dtype, input.hidden_norm.dtype})
     require(dtype == projection.dtype, "input: expected the dtype of projection everywhere, ",
@@ -160,7 +165,7 @@ bool check(const RmsNormParams& p) {
 }
 
 bool check(const SumRanksParams& p) {
-  require_at_least("count", p.count, 0);
+  require_size("count", p.count, 0);
   require(p.num_ranks >= 1 && p.num_ranks <= 8, "num_ranks: expected 1 to 8, got ", p.num_ranks);
   require_floating("out_dtype", p.out_dtype);
   require(p.dtype == p.out_dtype || p.dtype == DType::kFloat64, "dtype: expected that of out, ",
@@ -195,7 +200,7 @@ bool check(const RotaryEmbeddingParams& p) {
 }
 
 bool check(const SampleParams& p) {
-  require_at_least("num_rows", p.num_rows, 0);
+  require_size("num_rows", p.num_rows, 0);
   require(p.vocab_size >= 1 && p.vocab_size <= kMaxVocabSize, "vocab_size: expected 1 to 2^22, got ", p.vocab_size);
   require_floating("dtype", p.dtype);
   if (p.num_rows == 0) return false;
@@ -247,7 +252,7 @@ bool check(const GptqMatmulParams& p) {
 
 bool check(const ReshapeAndCacheParams& p) {
   require_sizes({{"num_tokens", p.num_tokens}, {"num_kv_heads", p.num_kv_heads}, {"head_dim", p.head_dim}});
-  require_at_least("block_size", p.block_size, 1);
+  require_size("block_size", p.block_size, 1);
   require_floating("dtype", p.dtype);
   require_cache_dtype(p.cache_dtype);
   if (p.num_tokens == 0 || p.num_kv_heads == 0 || p.head_dim == 0) return false;
@@ -255,6 +260,9 @@ bool check(const ReshapeAndCacheParams& p) {
   require_cache("key_cache", p.key_cache, p.cache_dtype);
   require_cache("value_cache", p.value_cache, p.cache_dtype);
   require(!p.writes_scales || p.key_cache.scale, "writes_scales: expected false, as the cache has no scales, got true");
+  for (const KVCacheView* cache : {&p.key_cache, &p.value_cache})
+    require(!p.writes_scales || (cache->scale_block_stride && cache->scale_slot_stride && cache->scale_head_stride),
+            "writes_scales: expected false, as one scale (of stride 0) is for several slots or heads, got true");
   return true;
 }
 
@@ -270,8 +278,8 @@ bool check(const PagedAttentionParams& p) {
                  {"num_seqs", p.num_seqs},
                  {"num_heads", p.num_heads},
                  {"sliding_window", p.sliding_window}});
-  require_at_least("num_kv_heads", p.num_kv_heads, 1);
-  require_at_least("block_size", p.block_size, 1);
+  require_size("num_kv_heads", p.num_kv_heads, 1);
+  require_size("block_size", p.block_size, 1);
   require(p.num_heads % p.num_kv_heads == 0, "num_heads: expected a multiple of num_kv_heads = ", p.num_kv_heads,
           ", got ", p.num_heads);
   require(p.head_dim >= 1 && p.head_dim <= kMaxHeadDim, "head_dim: expected 1 to ", kMaxHeadDim, ", got ", p.head_dim);

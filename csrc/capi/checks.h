@@ -1,4 +1,4 @@
-// What can be told of params without looking at memory. Each check throws std::invalid_argument, naming the field;
+// What can be told of params. Each check throws std::invalid_argument, naming the field;
 // it returns whether there is anything to do.
 #pragma once
 

@@ -1,7 +1,6 @@
 // The C interface: checks, and the kernels of the instruction set in use. An exception becomes a status.
+#include <cstdio>
 #include <cstring>
-#include <new>
-#include <string>
 
 #include "capi/checks.h"
 #include "capi/guard.h"
@@ -40,9 +39,13 @@ TecoStatus run(const CParams* given, int32_t num_threads, void (*KernelTable::*k
 
 }  // namespace
 
-std::string& last_error() {
-  thread_local std::string message;
-  return message;
+namespace {
+// Without a destructor, it can be written to as long as the thread lives.
+thread_local char last_error[512] = "";
+}  // namespace
+
+void tell(const char* message) {
+  std::snprintf(last_error, sizeof(last_error), "%s", message);
 }
 
 }  // namespace teco::capi
@@ -54,10 +57,12 @@ int32_t teco_abi_version(void) {
   return TECO_ABI_VERSION;
 }
 const char* teco_last_error(void) {
-  return teco::capi::last_error().c_str();
+  return teco::capi::last_error;
 }
 const char* teco_instruction_set(void) {
-  return teco::cpu::isa_name();
+  const char* name = "";
+  teco::capi::guarded([&] { name = teco::cpu::isa_name(); });
+  return name;
 }
 
 TecoStatus teco_embedding(const TecoEmbeddingParams* params, int32_t num_threads) {

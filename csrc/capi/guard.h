@@ -1,9 +1,9 @@
 // Turns what C++ throws into what C returns.
 #pragma once
 
+#include <cstring>
 #include <exception>
 #include <stdexcept>
-#include <string>
 
 #include "capi/require.h"
 #include "teco_kernels.h"
@@ -14,8 +14,8 @@ struct UnsupportedCpu : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// This thread's.
-std::string& last_error();
+// Keeps what teco_last_error() returns to this thread.
+void tell(const char* message);
 
 template <class Body>
 TecoStatus guarded(Body body) noexcept {
@@ -25,12 +25,14 @@ TecoStatus guarded(Body body) noexcept {
     return TECO_OK;
   } catch (const std::invalid_argument& error) {
     status = TECO_INVALID_ARGUMENT;
-    last_error() = error.what();
+    tell(error.what());
   } catch (const UnsupportedCpu& error) {
     status = TECO_UNSUPPORTED_CPU;
-    last_error() = error.what();
+    tell(error.what());
   } catch (const std::exception& error) {
-    last_error() = error.what();
+    const char* prefix = "MemoryError: ";  // for Python
+    const bool has_prefix = std::strncmp(error.what(), prefix, std::strlen(prefix)) == 0;
+    tell(error.what() + (has_prefix ? std::strlen(prefix) : 0));
   }
   return status;
 }

@@ -2,6 +2,8 @@
 // once, when a model is loaded: written to be read.
 #include <algorithm>
 #include <cstring>
+#include <limits>
+#include <utility>
 #include <vector>
 
 #include "capi/guard.h"
@@ -18,9 +20,9 @@ int64_t round_up(int64_t count, int64_t multiple) {
 
 void check(const TecoGptqCheckpoint& c) {
   require_bits(c.bits);
-  require_at_least("in_features", c.in_features, 1);
-  require_at_least("out_features", c.out_features, 1);
-  require_at_least("num_groups", c.num_groups, 1);
+  for (const auto& [field, size] :
+       {std::pair{"in_features", c.in_features}, {"out_features", c.out_features}, {"num_groups", c.num_groups}})
+    require(size >= 1 && size <= std::numeric_limits<int32_t>::max(), field, ": expected 1 to 2^31 - 1, got ", size);
   require(c.in_features * c.bits % 32 == 0, "in_features: expected codes of ", c.bits,
           " bits that fill whole words of 32, got ", c.in_features);
   require(c.out_features * c.bits % 32 == 0, "out_features: expected zero points of ", c.bits,

@@ -20,6 +20,13 @@ inline void require_at_least(const char* field, int64_t value, int64_t least) {
   require(value >= least, field, ": expected a number >= ", least, ", got ", value);
 }
 
+// Far more than there is memory, and far from overflow.
+constexpr int64_t kMaxSize = int64_t{1} << 40;
+inline void require_size(const char* field, int64_t value, int64_t least) {
+  require_at_least(field, value, least);
+  require(value <= kMaxSize, field, ": expected at most 2^40, got ", value);
+}
+
 struct Pointer {
   const char* field;
   const void* value;

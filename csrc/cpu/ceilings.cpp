@@ -1,7 +1,7 @@
 // Probes of what the machine can do, for `bench` to hold the operators against: reading memory, fp32 multiply-adds, and
 // 8-bit multiply-adds, each with nothing else in the loop and with the widest instructions of the set.
-#include "cpu/kernels.h"
 #include "cpu/int8_dot.h"
+#include "cpu/kernels.h"
 
 namespace teco::cpu::TECO_ISA {
 namespace {

@@ -142,7 +142,11 @@ ThreadPool& the_pool() {
 }
 
 struct ScratchBuffer {
-  ~ScratchBuffer() { std::free(data); }
+  ~ScratchBuffer() {  // and may be used again: other destructors of the thread come later
+    std::free(data);
+    data = nullptr;
+    size = 0;
+  }
   void* data = nullptr;
   size_t size = 0;
 };

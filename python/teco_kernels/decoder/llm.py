@@ -395,12 +395,16 @@ def _meet_ranks(source: Source, options: RankOptions, size: int, num_threads: in
         return Ranks.start(
             source.path, options, size, num_threads=num_threads, registered_bytes=shared, timeout=timeout
         )
-    found.check_alike(source, options)
-    if found.comm.rank > 0:
+    try:
+        found.check_alike(source, options)
+        if found.comm.rank == 0:
+            return found
         serve(source, options, found.comm, found.messages, found.meet)
-        found.end()
-        raise SystemExit(0)
-    return found
+    except BaseException:
+        found.leave()
+        raise
+    found.end()
+    raise SystemExit(0)
 
 
 def _open_head(source: Source, recycle_head: str | Path | None) -> RecycleHeadTensors | None:

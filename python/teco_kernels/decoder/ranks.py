@@ -170,17 +170,9 @@ class Ranks:
         return cls(comm, messages, loading, leave=lambda: dist.destroy_process_group(None if is_own else group))
 
     def check_alike(self, source: Source, options: RankOptions) -> None:
-        """Raise ValueError, on every rank, where ranks were given other options or another model.
-
-        A model is told by its config and its last norm, which a fine-tuned one does not share.
-        """
-        norm = source.tensor("model.norm.weight", (source.config.hidden_size,))
-        parts = {
-            "arguments": json.dumps(options.to_dict(), sort_keys=True).encode(),
-            "model": repr(source.config).encode() + norm.double().numpy().tobytes(),
-        }
-        own = torch.tensor([zlib.crc32(part) for part in parts.values()])
-        for name, everyone in zip(parts, all_gather(own, self.comm).t().tolist(), strict=True):
+        """Raise ValueError, on every rank, where ranks were given other options or another model."""
+        own = torch.tensor([zlib.crc32(json.dumps(options.to_dict(), sort_keys=True).encode()), source.fingerprint()])
+        for name, everyone in zip(("arguments", "model"), all_gather(own, self.comm).t().tolist(), strict=True):
             if (odd := next((rank for rank, other in enumerate(everyone) if other != everyone[0]), None)) is not None:
                 raise ValueError(f"LLM: expected the same {name} on every rank, rank {odd} differs from rank 0")
 
