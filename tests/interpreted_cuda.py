@@ -92,13 +92,20 @@ def without_others(text: str, entry: str) -> str:
 
 
 @functools.cache
+def with_headers(source: Path) -> str:
+    """The text of a file, and of those of csrc/cuda that it includes."""
+    text = source.read_text()
+    headers = re.findall(r'^#include "(cuda/\w+\.h)"', text, re.MULTILINE)
+    return "\n".join([text, *(with_headers(cuda_build.CSRC / header) for header in headers)])
+
+
+@functools.cache
 def text_of(name: str) -> tuple[str, str]:
     """PTX and entry of the kernel that has this name in C++: its signature, template arguments included."""
     plain = re.search(r"(\w+_kernel)\b", name)
     assert plain is not None, name
     for source in sorted((cuda_build.CSRC / "cuda").glob("*.cu")):
-        if re.search(rf"__global__ void .*\b{plain[1]}\(", source.read_text()):
-            entry = entries(source)[name]
+        if plain[1] in with_headers(source) and (entry := entries(source).get(name)):
             return without_others(ptx_of(source), entry), entry
     raise LookupError(f"csrc/cuda has no kernel {name}")
 

@@ -25,6 +25,7 @@ import teco_kernels as tk
 from ptx import BankCounter, GlobalMemory, Kernel, PtxError, load
 from teco_kernels.ops import gptq
 from teco_kernels.testing import Case, run_case
+from teco_kernels.testing.cases import collectives
 from teco_kernels.testing.cases.matmul import random_checkpoint
 
 NVCC = cuda_build.find_nvcc()
@@ -149,7 +150,13 @@ def quick() -> set[str]:
 
 
 _QUICK = quick()
-MARKED = [pytest.param(case, id=case.name, marks=[] if case.name in _QUICK else [pytest.mark.nvcc]) for case in CASES]
+# The interpreter has one GPU: collectives are emulated only (tests/test_cuda_collectives.py).
+_COLLECTIVES = {case.operator for case in collectives.cases()}
+MARKED = [
+    pytest.param(case, id=case.name, marks=[] if case.name in _QUICK else [pytest.mark.nvcc])
+    for case in CASES
+    if case.operator not in _COLLECTIVES
+]
 
 
 @needs_nvcc
