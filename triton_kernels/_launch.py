@@ -63,16 +63,17 @@ class Rows(NamedTuple):
     size: int
     inner: int
     stride: int
-    outer_stride: int
+    outer_stride: int | None  # None: there is one stride
 
 
 def rows_of(tensor: Tensor) -> Rows:
     """Rows of a tensor whose last dimension has stride 1. They have two strides at most, as was checked."""
     size, count = tensor.shape[-1], 1
-    inner, stride, outer_stride = 1, size, 0
+    inner, stride = 1, size
+    outer_stride: int | None = None
     for n, s in reversed(list(zip(tensor.shape, tensor.stride(), strict=True))[:-1]):
         count *= n
-        if n == 1 or outer_stride:
+        if n == 1 or outer_stride is not None:
             continue
         if inner == 1:
             inner, stride = n, s

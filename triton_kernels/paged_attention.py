@@ -33,6 +33,7 @@ from teco_kernels.triton_kernels.reshape_and_cache import scale_strides
 
 CHUNK_KEYS = 256  # splits are of so many keys or a multiple
 MAX_SPLITS = 32
+NO_WINDOW = 2**31 - 1
 FEW_ROWS = 16  # sequences with so many query rows per kv head, or a group of them, have their keys split
 
 
@@ -195,9 +196,9 @@ def paged_attention_kernel(
     begin, end = position * 0, position * 0 + seq_len
     if CAUSAL:
         end = tl.minimum(end, position + 1)
-    if sliding_window > 0:
-        begin = tl.maximum(begin, position - (sliding_window - 1))
-        end = tl.minimum(end.to(tl.int64), position.to(tl.int64) + sliding_window).to(tl.int32)
+    # Not under an `if`: Triton would forget how keys and values are aligned, and load them element by element.
+    begin = tl.maximum(begin.to(tl.int64), position.to(tl.int64) - sliding_window + 1).to(tl.int32)
+    end = tl.minimum(end.to(tl.int64), position.to(tl.int64) + sliding_window).to(tl.int32)
     used_begin = tl.maximum(tl.min(tl.where(there, begin, 0x7FFFFFFF), axis=0), split * split_keys)
     used_end = tl.minimum(tl.max(tl.where(there, end, 0), axis=0), split * split_keys + split_keys)
 
@@ -223,7 +224,7 @@ def paged_attention_kernel(
         if KIND != "float":
             scales = (
                 key_scale
-                + kv_head * key_scale_head_stride
+                + kv_head.to(tl.int64) * key_scale_head_stride
                 + block * key_scale_block_stride
                 + slot * key_scale_slot_stride
             )
@@ -253,7 +254,7 @@ def paged_attention_kernel(
         else:  # the scale goes into the value: in fp16, a weight times a scale could be too small
             scales = (
                 value_scale
-                + kv_head * value_scale_head_stride
+                + kv_head.to(tl.int64) * value_scale_head_stride
                 + block * value_scale_block_stride
                 + slot * value_scale_slot_stride
             )
@@ -398,7 +399,7 @@ def paged_attention(
     if num_seqs == 0:
         return
     group = num_heads // num_kv_heads
-    split_rows = max(group, FEW_ROWS)
+    split_rows = group if query_start_loc is None else max(group, FEW_ROWS)
     max_splits = max(min(ceil_div(max_blocks * block_size, CHUNK_KEYS), MAX_SPLITS), 1)
     block_d = power_of_two(head_dim, 16)
     kind = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(key_cache.dtype, "float")
@@ -436,7 +437,7 @@ def paged_attention(
         head_dim,
         split_rows,
         max_splits,
-        min(sliding_window, 2**31 - 1),
+        min(sliding_window or NO_WINDOW, NO_WINDOW),
         scale,
         soft_cap,
         *out.stride()[:2],

@@ -64,7 +64,7 @@ def _launch(
     if rows.size == 0:
         return
     # Where one of both has a single stride, it is a special case of the other's two.
-    inner = rows.inner if rows.outer_stride else out_rows.inner
+    inner = rows.inner if rows.outer_stride is not None else out_rows.inner
     launch(
         rms_norm_kernel,
         (rows.num_rows,),
@@ -77,9 +77,9 @@ def _launch(
         eps,
         inner,
         rows.stride,
-        rows.outer_stride or inner * rows.stride,
+        inner * rows.stride if rows.outer_stride is None else rows.outer_stride,
         out_rows.stride,
-        out_rows.outer_stride or inner * out_rows.stride,
+        inner * out_rows.stride if out_rows.outer_stride is None else out_rows.outer_stride,
         0 if residual is None else rows_of(residual).stride,
         0 if residual_out is None else rows_of(residual_out).stride,
         BLOCK=power_of_two(rows.size, 16, 4096),
