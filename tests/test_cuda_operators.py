@@ -181,3 +181,22 @@ def test_unaligned_tensors() -> None:
         with emulation(seed=1):
             assert torch.equal(tk.dense_matmul(moved(x), other_dense), tk.dense_matmul(x, dense))
             assert torch.equal(tk.sparse24_matmul(moved(x), other_sparse), tk.sparse24_matmul(x, sparse))
+
+
+def test_a_weight_without_inputs() -> None:
+    """On tensor cores too, whose pipeline begins before its loop."""
+    weight = torch.empty(1, 0, 320, dtype=torch.uint8)
+    out = torch.full((17, 16), torch.nan, dtype=torch.float16)
+    with emulation():
+        torch.ops.teco_kernels.gptq_matmul(
+            out, torch.empty(17, 0, dtype=torch.float16), weight, None, None, 0, 16, 4, False, False, 0
+        )
+    assert torch.equal(out, torch.zeros(17, 16, dtype=torch.float16))
+
+
+def test_a_weight_that_is_not_aligned() -> None:
+    weight = torch.zeros(321, dtype=torch.uint8)[1:].view(1, 1, 320)
+    arguments = torch.zeros(1, 16), torch.zeros(1, 32), weight, None, None, 32, 16, 4, False, False, 0
+    torch.ops.teco_kernels.gptq_matmul(*arguments)  # the CPU takes it
+    with emulation(), pytest.raises(RuntimeError, match="weight: expected memory aligned to 16 bytes"):
+        torch.ops.teco_kernels.gptq_matmul(*arguments)

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <type_traits>
 
 #include "params.h"
@@ -41,8 +42,16 @@ __device__ __forceinline__ T& dynamic_shared() {
   return *reinterpret_cast<T*>(memory);
 }
 
+// Until this thread's next failure.
+inline Status failure(const char* name, cudaError_t error) {
+  thread_local char text[200];
+  cudaGetLastError();  // or the next launch would be told of it
+  snprintf(text, sizeof(text), "%s: %s", name, cudaGetErrorString(error));
+  return text;
+}
+
 template <class... Parameters>
-Status launch(const char*, dim3 blocks, dim3 threads, DynamicShared dynamic, void* stream,
+Status launch(const char* name, dim3 blocks, dim3 threads, DynamicShared dynamic, void* stream,
               void (*kernel)(Parameters...), const std::type_identity_t<Parameters>&... arguments) {
   constexpr size_t kWithoutAsking = 48 * 1024;
   cudaError_t error = cudaSuccess;
@@ -52,7 +61,7 @@ Status launch(const char*, dim3 blocks, dim3 threads, DynamicShared dynamic, voi
     kernel<<<blocks, threads, dynamic.bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
     error = cudaGetLastError();
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return error == cudaSuccess ? nullptr : failure(name, error);
 }
 
 #else

@@ -71,8 +71,10 @@ inline int max_splits(int64_t max_keys) {
   return static_cast<int>(larger<int64_t>(splits, 1));
 }
 
+// Query rows per kv head of the sequences whose keys are split: those of a token, or of a tile.
 inline int split_rows(const PagedAttentionParams& p) {
-  return larger(static_cast<int>(p.num_heads / p.num_kv_heads), kTileRows);
+  const int group = static_cast<int>(p.num_heads / p.num_kv_heads);
+  return p.query_start_loc ? larger(group, kTileRows) : group;
 }
 
 // The sequence that tile number `tile` of the call is of, and its first row. Sequences have their tiles one after the

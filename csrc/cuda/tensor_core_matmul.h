@@ -102,8 +102,11 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, const Weight& we
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kTile;
 
   float sums[2][4][4] = {};
-  fetch_input<T>(p, inputs, first_row, 0, memory.input[0]);
-  typename Weight::Fragment fragment = weight.fetch(first_column, 0);
+  typename Weight::Fragment fragment = {};
+  if (num_blocks > 0) {
+    fetch_input<T>(p, inputs, first_row, 0, memory.input[0]);
+    fragment = weight.fetch(first_column, 0);
+  }
   for (int b = 0; b < num_blocks; ++b) {
     weight.unpack(fragment, memory.weight);
     ptx::wait_for_copies<0>();

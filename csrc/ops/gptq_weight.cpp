@@ -10,6 +10,8 @@ PackedGptq packed_gptq(const Tensor& weight, const std::optional<Tensor>& input_
   require(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits: expected 2, 3, 4 or 8, got ", bits);
   Size panels{"num_panels", (out_features + kPanel - 1) / kPanel, out_name}, groups{"num_groups"}, bytes{"group_bytes"};
   Argument(weight, "weight").dtype(ScalarType::Byte).shape({&panels, &groups, &bytes}).contiguous();
+  const bool is_aligned = reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 == 0;
+  require(is_aligned || !cuda_kernels_for(weight), "weight: expected memory aligned to 16 bytes; call .clone()");
   const int64_t block_bytes = bits * 64;
   require(bytes.value > kHeaderBytes && (bytes.value - kHeaderBytes) % block_bytes == 0,
           "weight: expected groups of 64 + n * ", block_bytes, " bytes, got ", bytes.value);
