@@ -33,7 +33,7 @@ from teco_kernels.triton_kernels.reshape_and_cache import scale_strides
 
 CHUNK_KEYS = 256  # splits are of so many keys or a multiple
 MAX_SPLITS = 32
-NO_WINDOW = 2**31 - 1
+NO_WINDOW = 2**30  # further than any two positions are apart, and added to one it is still of 32 bits
 FEW_ROWS = 16  # sequences with so many query rows per kv head, or a group of them, have their keys split
 
 
@@ -197,8 +197,8 @@ def paged_attention_kernel(
     if CAUSAL:
         end = tl.minimum(end, position + 1)
     # Not under an `if`: Triton would forget how keys and values are aligned, and load them element by element.
-    begin = tl.maximum(begin.to(tl.int64), position.to(tl.int64) - sliding_window + 1).to(tl.int32)
-    end = tl.minimum(end.to(tl.int64), position.to(tl.int64) + sliding_window).to(tl.int32)
+    begin = tl.maximum(begin, position - sliding_window + 1)
+    end = tl.minimum(end, position + sliding_window)
     used_begin = tl.maximum(tl.min(tl.where(there, begin, 0x7FFFFFFF), axis=0), split * split_keys)
     used_end = tl.minimum(tl.max(tl.where(there, end, 0), axis=0), split * split_keys + split_keys)
 
