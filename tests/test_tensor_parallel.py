@@ -428,8 +428,9 @@ def test_a_rank_that_fails_is_an_error(how: signal.Signals, gptq_path: Path) -> 
 
 
 PARENT = """
-import sys
+import signal, sys
 from teco_kernels import LLM, SamplingParams
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 llm = LLM(sys.argv[1], tensor_parallel_size=3, max_model_len=128, num_threads=1)
 print(*(process.pid for process in llm._ranks.processes), flush=True)
 while True:

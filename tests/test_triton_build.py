@@ -233,12 +233,15 @@ def test_resources_of_some() -> None:
 def test_no_kernel_spills() -> None:
     """By the table; and shared memory is what a program can have.
 
-    The exception: attention in fp32 over heads of 512, whose registers NVIDIA's assembler limits to 128.
+    The exception is attention, whose tiles were chosen when it loaded keys and values element by element: a few bytes
+    where NVIDIA's assembler stays at 128 registers, and 80 where AMD's has used all 256.
     """
     table = json.loads((ROOT / "tests/data/triton_resources.json").read_text())["kernels"]
     assert all(set(by_target) == set(TARGETS) for by_target in table.values())
     for kernel, by_target in table.items():
         for target, taken in by_target.items():
-            allowed = 40 if "FP32=True" in kernel and "BLOCK_D=512" in kernel else 0
+            allowed = 0
+            if kernel.startswith("paged_attention_kernel"):
+                allowed = 80 if target == "gfx942" and "BLOCK_M=64,BLOCK_N=64" in kernel else 24
             assert taken["spilled_bytes"] <= allowed, (kernel, target)
             assert taken["shared_bytes"] <= SHARED_LIMITS[target], (kernel, target)

@@ -355,11 +355,11 @@ def merge_splits_kernel(
 
 
 def tile_sizes(block_d: int, kind: str, fp32: bool, is_decode: bool) -> dict[str, int]:
-    """Rows and keys of a tile, warps and stages: the most rows, then keys, with which no target spills a register.
+    """Rows and keys of a tile, warps and stages: the most rows, then keys, with which targets spill next to nothing.
 
     Products in fp32 are made without tensor cores, whose operands all lie in registers: they take a quarter of the
     tile. Elements of 8 bits take registers to be converted. The 64 KB of shared memory that gfx942 has are enough for
-    each. See tests/data/triton_resources.json; with heads of 512 in fp32, NVIDIA's assembler spills up to 40 bytes.
+    each. See tests/data/triton_resources.json.
     """
     if block_d > 256:
         rows, keys, warps = 16, 16, 8
