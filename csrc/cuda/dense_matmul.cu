@@ -106,9 +106,7 @@ struct RowMajorPanels {
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        float sum = sums[r][c];
-#pragma unroll
-        for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+        const float sum = warp_sum<kLanes / 2>(sums[r][c]);
         if (lane_id() % kLanes == 0) out[r][c * kApart + lane_id() / kLanes] = sum;
       }
   }

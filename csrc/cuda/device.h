@@ -64,6 +64,8 @@ Status launch(const char* name, dim3 blocks, dim3 threads, DynamicShared dynamic
   return error == cudaSuccess ? nullptr : failure(name, error);
 }
 
+inline void use_workspace(void*, int64_t, int64_t = 4) {}
+
 #else
 
 template <class T, int kElement = 4>
@@ -83,11 +85,6 @@ Status launch(const char* name, dim3 blocks, dim3 threads, DynamicShared dynamic
   return simt::launch<Parameters...>({name, blocks, threads, dynamic.bytes}, kernel, arguments...);
 }
 
-#endif
-
-#ifdef __CUDACC__
-inline void use_workspace(void*, int64_t, int64_t = 4) {}
-#else
 // Memory of this call that is none of its tensors', of elements of so many bytes or more. Reading it before it is
 // written gives NaN.
 inline void use_workspace(void* begin, int64_t bytes, int64_t element_bytes = 4) {
@@ -95,6 +92,7 @@ inline void use_workspace(void* begin, int64_t bytes, int64_t element_bytes = 4)
   __builtin_memset(begin, 0xff, static_cast<size_t>(bytes));
   simt::allow_workspace(begin, static_cast<size_t>(bytes), static_cast<size_t>(element_bytes));
 }
+
 #endif
 
 constexpr int kWarpSize = 32;
@@ -236,10 +234,12 @@ __device__ __forceinline__ void store_up_to(T* address, const Pack<T, N>& pack, 
     if (i < count) address[i] = pack.at[i];
 }
 
-// Sum over the lanes of a warp: a butterfly, so that all lanes get the same bits.
-__device__ __forceinline__ float warp_sum(float x) {
+// Sum over the lanes of a warp, or over those at distances of kFirst, kFirst / 2, ..., kLast: a butterfly, so that all
+// of them get the same bits.
+template <int kFirst = kWarpSize / 2, int kLast = 1, class T>
+__device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
+  for (int distance = kFirst; distance >= kLast; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
   return x;
 }
 __device__ __forceinline__ float warp_max(float x) {

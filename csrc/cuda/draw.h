@@ -84,8 +84,7 @@ __device__ int64_t token_at(uint64_t point, int64_t size, Weigh weigh) {
   const int64_t begin = warp_id() * section, end = smaller(begin + section, size);
   uint64_t sum = 0;
   for (int64_t i = begin + lane_id(); i < end; i += kWarpSize) sum += weigh(i);
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  sum = warp_sum(sum);
   __syncthreads();  // what the last call found has been read
   if (lane_id() == 0) found.weight[warp_id()] = sum;
   __syncthreads();

@@ -49,8 +49,7 @@ __device__ __forceinline__ void take_panel(const Params& p, const PanelBest& bes
   float sum = 0.f;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) sum += expf(products[i] - shift);
-#pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  sum = warp_sum<kLanes / 2>(sum);
   if (writes) best.sums[panel * p.num_rows + row] = sum;
 }
 

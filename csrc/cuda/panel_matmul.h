@@ -80,10 +80,7 @@ struct Lines {
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        float sum = sums[r][c];
-#pragma unroll
-        for (int distance = kWarpSize / 2; distance >= kParts; distance /= 2)
-          sum += __shfl_xor_sync(kAllLanes, sum, distance);
+        const float sum = warp_sum<kWarpSize / 2, kParts>(sums[r][c]);
         if (line() == 0) out[r][part() * kColumns + c] = sum;
       }
   }
