@@ -9,29 +9,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from teco_kernels.decoder.async_engine import AsyncEngine
+from teco_kernels.integrations.engine_numbers import COUNTERS, GAUGES
 
 _PREFIX = "teco_kernels_"
-_COUNTERS = {
-    "steps": "Steps of the engine",
-    "prompt_tokens": "Tokens of prompts",
-    "generated_tokens": "Tokens of answers",
-    "guessed_tokens": "Tokens that were guessed ahead (recycled decoding)",
-    "accepted_tokens": "Guesses that the model agreed with",
-    "preemptions": "Requests that gave up their blocks to others",
-    "prefix_cache_queried_tokens": "Tokens of prompts that were looked up in the prefix cache",
-    "prefix_cache_hit_tokens": "Tokens of prompts that the prefix cache had",
-    "requests_refused": "Requests that found the queue full",
-}
-_GAUGES = {
-    "requests_running": "Sequences in the batch",
-    "requests_waiting": "Sequences that wait for room",
-    "requests_open": "Requests that have not ended",
-    "kv_blocks": "Blocks of the KV cache",
-    "kv_blocks_used": "Blocks that requests hold",
-    "kv_blocks_cached": "Blocks that only the prefix cache holds",
-    "kv_cache_bytes": "Size of the KV cache",
-    "weight_bytes": "Size of the weights",
-}
 _HISTOGRAMS = {
     "time_to_first_token_seconds": "From a request's arrival to its first token",
     "time_per_output_token_seconds": "Mean of a request's tokens after the first",
@@ -47,9 +27,9 @@ class _Collector:
 
     def collect(self) -> Iterator[Any]:
         metrics = self._engine.metrics()
-        for name, text in _COUNTERS.items():
+        for name, text in COUNTERS.items():
             yield CounterMetricFamily(_PREFIX + name, text, value=metrics[name])
-        for name, text in _GAUGES.items():
+        for name, text in GAUGES.items():
             yield GaugeMetricFamily(_PREFIX + name, text, value=metrics[name])
         finished = CounterMetricFamily(_PREFIX + "requests_finished", "Requests that have ended", labels=["reason"])
         for reason, count in metrics["requests_finished"].items():

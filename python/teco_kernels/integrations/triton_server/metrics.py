@@ -7,24 +7,15 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from teco_kernels.decoder.async_engine import AsyncEngine
+from teco_kernels.integrations.engine_numbers import COUNTERS, GAUGES
 from teco_kernels.ops import kernel_calls
 
-_COUNTERS = {
-    "steps": "Steps of the engine",
-    "prompt_tokens": "Tokens of prompts",
-    "generated_tokens": "Tokens of answers",
-    "guessed_tokens": "Tokens that were guessed ahead (recycled decoding)",
-    "accepted_tokens": "Guesses that the model agreed with",
-    "preemptions": "Requests that gave up their blocks to others",
-    "requests_refused": "Requests that found the queue full",
-}
-_GAUGES = {
-    "requests_running": "Sequences in the batch",
-    "requests_waiting": "Sequences that wait for room",
-    "requests_open": "Requests that have not ended",
-    "kv_blocks": "Blocks of the KV cache",
-    "kv_blocks_used": "Blocks that requests hold",
-}
+# Of all of them, those that tell how the model does; each has a family of its own in the server.
+_COUNTERS = (
+    *("steps", "prompt_tokens", "generated_tokens", "guessed_tokens"),
+    *("accepted_tokens", "preemptions", "requests_refused"),
+)
+_GAUGES = "requests_running", "requests_waiting", "requests_open", "kv_blocks", "kv_blocks_used"
 _KERNELS = "paged_attention", "reshape_and_cache", "gptq_matmul", "dense_matmul"
 
 
@@ -45,8 +36,8 @@ class EngineMetrics:
         counter, gauge = pb_utils.MetricFamily.COUNTER, pb_utils.MetricFamily.GAUGE
         try:
             self._families = {
-                **{name: _family(f"{name}_total", text, counter) for name, text in _COUNTERS.items()},
-                **{name: _family(name, text, gauge) for name, text in _GAUGES.items()},
+                **{name: _family(f"{name}_total", COUNTERS[name], counter) for name in _COUNTERS},
+                **{name: _family(name, GAUGES[name], gauge) for name in _GAUGES},
                 "kernel_calls": _family("kernel_calls_total", "Runs of a kernel", counter),
             }
         except pb_utils.TritonModelException as error:
