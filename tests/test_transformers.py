@@ -18,6 +18,7 @@ from teco_kernels import LLM
 from teco_kernels.decoder.loader import load_source
 from teco_kernels.integrations.transformers import ATTENTION, GPTQLinear, accelerate, enable_gptq
 from teco_kernels.integrations.transformers.model import GatedMLP, RMSNorm
+from teco_kernels.integrations.transformers.self_attention import SelfAttention
 from teco_kernels.ops import kernel_calls
 from teco_kernels.quantization.model import QuantizationSettings, quantize_model
 
@@ -168,28 +169,75 @@ def test_what_is_refused() -> None:
         enable_gptq(activation="int4")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])  # qwen2 has biases
+def quantised(family: str, directory: Path, activation: Any = "int8", **config: Any) -> tuple[Any, Path]:
+    """A random model of 4 bits in transformers, and its directory."""
+    plain = save_model(directory / "plain", random_model(family, **config))
+    settings = QuantizationSettings(group_size=32, num_sequences=2, sequence_length=64, act_order=family == "qwen2")
+    quantize_model(plain, directory / "gptq", settings, calibration=list(range(300)), use_tqdm=False)
+    enable_gptq(activation=activation)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory / "gptq", dtype=torch.float32).eval()
+    return model, directory / "gptq"
+
+
+@pytest.mark.parametrize("family", FAMILIES)  # qwen2 has biases, qwen3 norms of heads
 @pytest.mark.parametrize("activation", ["exact", "int8"])
 def test_a_gptq_directory(family: str, activation: Any, tmp_path: Path) -> None:
-    plain = save_model(tmp_path / "plain", random_model(family))
-    settings = QuantizationSettings(group_size=32, num_sequences=2, sequence_length=64, act_order=family == "qwen2")
-    quantize_model(plain, tmp_path / "gptq", settings, calibration=list(range(300)), use_tqdm=False)
-    enable_gptq(activation=activation)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gptq", dtype=torch.float32).eval()
+    model, path = quantised(family, tmp_path, activation)
     assert sum(isinstance(module, GPTQLinear) for module in model.modules()) >= 7 * 3
-    ours = LLM(tmp_path / "gptq", max_model_len=64, kv_cache_memory=1 << 20, gptq_activation=activation)
+    ours = LLM(path, max_model_len=64, kv_cache_memory=1 << 20, gptq_activation=activation)
     expected = logits_of(ours, PROMPT[0].tolist())
     before = kernel_calls("gptq_matmul")
     with torch.no_grad():
         assert relative_error(model(PROMPT).logits[0], expected) < 2e-2
         assert kernel_calls("gptq_matmul") > before
         accelerate(model)
-        assert any(isinstance(module, GatedMLP) for module in model.modules())
+        kinds = [type(module) for module in model.modules()]
+        assert kinds.count(GatedMLP) == kinds.count(SelfAttention) == model.config.num_hidden_layers
         assert relative_error(model(PROMPT).logits[0], expected) < 2e-2
     for kind in (GPTQLinear, GatedMLP):
         layer = next(module for module in model.modules() if isinstance(module, kind))
+        size = layer.in_features if isinstance(layer, GPTQLinear) else 64
         with pytest.raises(RuntimeError, match=f"{kind.__name__}: .* no gradients"):
-            layer(torch.zeros(1, 64, requires_grad=True)).sum().backward()
+            layer(torch.zeros(1, size, requires_grad=True)).sum().backward()
+    attention = next(module for module in model.modules() if isinstance(module, SelfAttention))
+    angles = torch.zeros(1, 3, attention.head_dim)
+    with pytest.raises(RuntimeError, match="SelfAttention: .* no gradients"):
+        attention(torch.zeros(1, 3, 64, requires_grad=True), (angles, angles))[0].sum().backward()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_gptq_directory_generates(family: str, cache: str, tmp_path: Path) -> None:
+    """The tokens of the same layers under transformers' own attention, padded or not."""
+    config = {"sliding_window": 5} if family == "mistral" else {}
+    model, _ = quantised(family, tmp_path, "exact", **config)
+    options = {} if cache == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
+    padded = torch.cat((torch.zeros(1, 2, dtype=torch.int64), PROMPT[:, :5]), dim=1)
+    prompts = torch.cat((PROMPT, padded))
+    seen = (prompts > 0).long()
+    expected = generate(model, prompts, attention_mask=seen, **options), generate(model, **options)
+    accelerate(model)
+    assert torch.equal(generate(model, prompts, attention_mask=seen, **options), expected[0])
+    assert torch.equal(generate(model, **options), expected[1])
+
+
+def test_packed_sequences_of_a_gptq_directory(tmp_path: Path) -> None:
+    """Positions that begin anew within a row."""
+    model, _ = quantised("llama", tmp_path, "exact")
+    with torch.no_grad():
+        expected = torch.cat([model(ids).logits[0] for ids in (PROMPT[:, :3], PROMPT[:, 3:])])
+        accelerate(model)
+        starts = torch.tensor([0, 3, 7], dtype=torch.int32)
+        options = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 4, "max_length_k": 4}
+        positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+        got = model(PROMPT, position_ids=positions, use_cache=False, **options).logits[0]
+        assert relative_error(got, expected) < 1e-4
+
+
+def test_attention_weights_are_refused(tmp_path: Path) -> None:
+    model = accelerate(quantised("llama", tmp_path)[0])
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(PROMPT, output_attentions=True)
 
 
 @pytest.mark.model

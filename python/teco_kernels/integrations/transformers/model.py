@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from teco_kernels.integrations.gradients import without_gradient
-from teco_kernels.integrations.transformers.attention import ATTENTION
+from teco_kernels.integrations.transformers.attention import ATTENTION, attention
 from teco_kernels.integrations.transformers.gptq import GPTQLinear
+from teco_kernels.integrations.transformers.self_attention import Angles, SelfAttention
 from teco_kernels.ops import GPTQWeight, gptq_matmul, rms_norm, silu_and_mul
 
 
@@ -38,14 +39,14 @@ class GatedMLP(torch.nn.Module):
 
 
 def accelerate(model: Any) -> Any:
-    """Put a model on these operators, in place: attention, norms, and the MLPs of GPTQ checkpoints.
+    """Put a model on these operators, in place: attention, norms, and what lies around them in GPTQ checkpoints.
 
     Parameters
     ----------
     model : PreTrainedModel
         For inference, on the CPU: a backward pass raises. Changed: "teco_paged" becomes its attention; ``RMSNorm``
-        modules of the plain kind and gated MLPs whose layers are `GPTQLinear` are replaced. What is not recognised
-        stays as it is.
+        modules of the plain kind, and attention modules and gated MLPs whose layers are `GPTQLinear`, are replaced. What
+        is not recognised stays as it is.
 
     Returns
     -------
@@ -60,8 +61,9 @@ def accelerate(model: Any) -> Any:
     model.set_attn_implementation(ATTENTION)
     if model.config._attn_implementation != ATTENTION:
         raise ValueError(f"model: expected one whose attention can be chosen, {type(model).__name__} does not let it")
+    angles = Angles()
     for name, module in list(model.named_modules()):
-        replacement = _replacement(module)
+        replacement = _replacement(module, angles)
         if replacement is not None:
             model.set_submodule(name, replacement.train(module.training))
     return model
@@ -69,13 +71,18 @@ def accelerate(model: Any) -> Any:
 
 #: Whose norm is ``weight * x / sqrt(mean(x^2) + eps)``; Gemma's, of the same attributes, adds one to the weight.
 _PLAIN_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+_ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 _GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
 
 
-def _replacement(module: torch.nn.Module) -> torch.nn.Module | None:
+def _replacement(module: torch.nn.Module, angles: Angles) -> torch.nn.Module | None:
     kind = type(module).__name__
     if kind in _PLAIN_NORMS:
         return RMSNorm(module.weight, module.variance_epsilon)  # type: ignore[arg-type]
+    if kind in _ATTENTIONS:
+        projections = module.q_proj, module.k_proj, module.v_proj, module.o_proj
+        quantised = all(isinstance(layer, GPTQLinear) for layer in projections)
+        return SelfAttention(module, attention, angles) if quantised else None
     if kind not in _GATED_MLPS or type(module.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
         return None
     layers = module.gate_proj, module.up_proj, module.down_proj

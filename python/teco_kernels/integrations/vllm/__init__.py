@@ -20,7 +20,9 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     from teco_kernels.integrations.vllm import gptq  # noqa: F401 (registers its method)
+    from teco_kernels.integrations.vllm.layers import register_layers
 
+    register_layers()
     register_backend(AttentionBackendEnum.CUSTOM, _BACKEND)
     _let_the_cpu_choose(AttentionBackendEnum.CUSTOM)
 

@@ -1,0 +1,102 @@
+"""vLLM's RMS norms, rotary embeddings and SwiGLU over our operators, on CPUs, beside our attention or linear layers.
+
+vLLM's own rotary embedding on a CPU is a parallel region of OpenMP, whose threads spin for a while when it ends, on the cores
+that the threads of `gptq_matmul` and `paged_attention` need. Without it, a step of decoding enters no such region per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.custom_op import CustomOp, op_registry_oot
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding.dynamic_ntk_scaling_rope import DynamicNTKScalingRotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding.linear_scaling_rope import LinearScalingRotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding.ntk_scaling_rope import NTKScalingRotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding.yarn_scaling_rope import YaRNScalingRotaryEmbedding
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from teco_kernels.integrations.vllm.gptq import NAME
+from teco_kernels.ops import fused_add_rms_norm, rms_norm, rotary_embedding, silu_and_mul
+
+# They differ in their table of angles alone.
+_ROTARY = (
+    RotaryEmbedding,
+    DynamicNTKScalingRotaryEmbedding,
+    LinearScalingRotaryEmbedding,
+    Llama3RotaryEmbedding,
+    NTKScalingRotaryEmbedding,
+    YaRNScalingRotaryEmbedding,
+)
+
+
+def register_layers() -> None:
+    """Let vLLM make our subclasses of its layers, which do what its own do unless something of ours was chosen.
+
+    A layer that another plug-in replaces stays that plug-in's.
+    """
+    layers = {RMSNorm: _RMSNorm, SiluAndMul: _SiluAndMul}
+    layers |= {rotary: type(rotary.__name__, (_Rotary, rotary), {}) for rotary in _ROTARY}
+    for vllms, ours in layers.items():
+        if vllms.__name__ not in op_registry_oot:
+            name = vllms.name
+            vllms.register_oot(ours)
+            ours.name = name  # which users switch on and off in `custom_ops`
+
+
+def _is_ours_chosen() -> bool:
+    """Whether the model that is being made has our attention or our linear layers."""
+    config = get_current_vllm_config_or_none()
+    if config is None or config.model_config is None:
+        return False
+    attention = config.attention_config.backend == AttentionBackendEnum.CUSTOM
+    return attention or config.model_config.quantization == NAME
+
+
+class _OursIfChosen(CustomOp if TYPE_CHECKING else object):
+    """Dispatches what vLLM would run as `forward_cpu` to `forward_ours`."""
+
+    def dispatch_forward(self, compile_native: bool) -> Callable[..., Any]:
+        forward: Callable[..., Any] = super().dispatch_forward(compile_native)
+        return self.forward_ours if forward == self.forward_cpu and _is_ours_chosen() else forward
+
+    def forward_ours(self, *args: Any) -> Any:
+        raise NotImplementedError
+
+
+class _RMSNorm(_OursIfChosen, RMSNorm):
+    def forward_ours(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """As vLLM's, `x` and `residual` may be written."""
+        if self.variance_size_override is not None or x.dtype != self.weight.dtype:
+            return self.forward_cpu(x, residual)
+        if residual is None:
+            return rms_norm(x, self.weight, self.variance_epsilon)
+        return fused_add_rms_norm(x, residual, self.weight, self.variance_epsilon, out=(x, residual))
+
+
+class _SiluAndMul(_OursIfChosen, SiluAndMul):
+    def forward_ours(self, x: Tensor) -> Tensor:
+        return silu_and_mul(x)
+
+
+class _Rotary(_OursIfChosen, RotaryEmbedding if TYPE_CHECKING else object):
+    _angles: Tensor | None = None
+
+    def forward_ours(self, positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """As vLLM's, in place."""
+        if key is None:
+            return self.forward_cpu(positions, query)
+        if self._angles is None:
+            self._angles = self.cos_sin_cache.to(torch.float32)  # rounded to the model's dtype before, as vLLM does
+        heads = (positions.numel(), -1, self.head_size)
+        rotary_embedding(
+            positions.flatten(), query.view(heads), key.view(heads), self._angles, interleaved=not self.is_neox_style
+        )
+        return query, key
