@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -169,20 +170,33 @@ def test_what_is_refused() -> None:
         enable_gptq(activation="int4")  # type: ignore[arg-type]
 
 
-def quantised(family: str, directory: Path, activation: Any = "int8", **config: Any) -> tuple[Any, Path]:
-    """A random model of 4 bits in transformers, and its directory."""
-    plain = save_model(directory / "plain", random_model(family, **config))
-    settings = QuantizationSettings(group_size=32, num_sequences=2, sequence_length=64, act_order=family == "qwen2")
-    quantize_model(plain, directory / "gptq", settings, calibration=list(range(300)), use_tqdm=False)
+@pytest.fixture(scope="module")
+def gptq_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A random model of a family in 4 bits, made once; Mistral's has a window."""
+
+    @cache
+    def make(family: str) -> Path:
+        directory = tmp_path_factory.mktemp(family)
+        config = {"sliding_window": 5} if family == "mistral" else {}
+        plain = save_model(directory / "plain", random_model(family, **config))
+        settings = QuantizationSettings(group_size=32, num_sequences=2, sequence_length=64, act_order=family == "qwen2")
+        quantize_model(plain, directory / "gptq", settings, calibration=list(range(300)), use_tqdm=False)
+        return directory / "gptq"
+
+    return make
+
+
+def load_gptq(path: Path, activation: Any = "exact") -> Any:
+    """The model of transformers over `gptq_matmul`."""
     enable_gptq(activation=activation)
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory / "gptq", dtype=torch.float32).eval()
-    return model, directory / "gptq"
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize("family", FAMILIES)  # qwen2 has biases, qwen3 norms of heads
 @pytest.mark.parametrize("activation", ["exact", "int8"])
-def test_a_gptq_directory(family: str, activation: Any, tmp_path: Path) -> None:
-    model, path = quantised(family, tmp_path, activation)
+def test_a_gptq_directory(family: str, activation: Any, gptq_directory: Callable[[str], Path]) -> None:
+    path = gptq_directory(family)
+    model = load_gptq(path, activation)
     assert sum(isinstance(module, GPTQLinear) for module in model.modules()) >= 7 * 3
     ours = LLM(path, max_model_len=64, kv_cache_memory=1 << 20, gptq_activation=activation)
     expected = logits_of(ours, PROMPT[0].tolist())
@@ -201,17 +215,16 @@ def test_a_gptq_directory(family: str, activation: Any, tmp_path: Path) -> None:
             layer(torch.zeros(1, size, requires_grad=True)).sum().backward()
     attention = next(module for module in model.modules() if isinstance(module, SelfAttention))
     angles = torch.zeros(1, 3, attention.head_dim)
-    with pytest.raises(RuntimeError, match="SelfAttention: .* no gradients"):
+    with pytest.raises(RuntimeError, match=r"SelfAttention: .* no gradients"):
         attention(torch.zeros(1, 3, 64, requires_grad=True), (angles, angles))[0].sum().backward()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_a_gptq_directory_generates(family: str, cache: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_gptq_directory_generates(family: str, kind: str, gptq_directory: Callable[[str], Path]) -> None:
     """The tokens of the same layers under transformers' own attention, padded or not."""
-    config = {"sliding_window": 5} if family == "mistral" else {}
-    model, _ = quantised(family, tmp_path, "exact", **config)
-    options = {} if cache == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
+    model = load_gptq(gptq_directory(family))
+    options = {} if kind == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
     padded = torch.cat((torch.zeros(1, 2, dtype=torch.int64), PROMPT[:, :5]), dim=1)
     prompts = torch.cat((PROMPT, padded))
     seen = (prompts > 0).long()
@@ -221,9 +234,9 @@ def test_a_gptq_directory_generates(family: str, cache: str, tmp_path: Path) -> 
     assert torch.equal(generate(model, **options), expected[1])
 
 
-def test_packed_sequences_of_a_gptq_directory(tmp_path: Path) -> None:
+def test_packed_sequences_of_a_gptq_directory(gptq_directory: Callable[[str], Path]) -> None:
     """Positions that begin anew within a row."""
-    model, _ = quantised("llama", tmp_path, "exact")
+    model = load_gptq(gptq_directory("llama"))
     with torch.no_grad():
         expected = torch.cat([model(ids).logits[0] for ids in (PROMPT[:, :3], PROMPT[:, 3:])])
         accelerate(model)
@@ -234,8 +247,8 @@ def test_packed_sequences_of_a_gptq_directory(tmp_path: Path) -> None:
         assert relative_error(got, expected) < 1e-4
 
 
-def test_attention_weights_are_refused(tmp_path: Path) -> None:
-    model = accelerate(quantised("llama", tmp_path)[0])
+def test_attention_weights_are_refused(gptq_directory: Callable[[str], Path]) -> None:
+    model = accelerate(load_gptq(gptq_directory("llama")))
     with pytest.raises(ValueError, match="output_attentions"):
         model(PROMPT, output_attentions=True)
 

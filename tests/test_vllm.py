@@ -131,7 +131,9 @@ def test_a_layer_that_the_checkpoint_has_fused() -> None:
 @needs_vllm
 @pytest.mark.model
 def test_nothing_changes_until_it_is_chosen(dense: Path) -> None:
-    assert set(run(dense)["calls"].values()) == {0}
+    answer = run(dense)
+    assert set(answer["calls"].values()) == {0}
+    assert answer["layers"] == []
 
 
 @needs_vllm
@@ -142,6 +144,16 @@ def test_the_tokens_of_its_own_attention(dense: Path) -> None:
     assert answer["calls"]["paged_attention"] > 0
     assert answer["calls"]["paged_attention"] == answer["calls"]["reshape_and_cache"]
     assert answer["calls"]["gptq_matmul"] == 0
+    assert answer["layers"] == ["rms_norm", "rotary_embedding", "silu_and_mul"]
+
+
+@needs_vllm
+@pytest.mark.model
+def test_layers_can_be_switched_off(dense: Path) -> None:
+    """By vLLM's own names of them."""
+    switched = {"custom_ops": ["all", "-rotary_embedding", "-silu_and_mul"]}
+    answer = run(dense, attention_config={"backend": "CUSTOM"}, compilation_config=switched)
+    assert answer["layers"] == ["rms_norm"]
 
 
 @needs_vllm

@@ -61,7 +61,8 @@ class Linear:
         """
         if out is None:
             out = x.new_empty(*x.shape[:-1], sum(self._sizes))
-        for weight, columns in zip(self.weights, out.split(self._sizes, dim=-1), strict=True):
+        parts = out.split(self._sizes, dim=-1) if len(self._sizes) > 1 else (out,)
+        for weight, columns in zip(self.weights, parts, strict=True):
             if isinstance(weight, GPTQWeight):
                 gptq_matmul(x, weight, activation=self.activation, section_size=self.section_size, out=columns)
             elif isinstance(weight, Sparse24Weight):

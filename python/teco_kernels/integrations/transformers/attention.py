@@ -184,7 +184,7 @@ def attention(
         )
     else:
         result = attend(rows, *where, starts, scale=scaling, soft_cap=softcap or None, sinks=sinks, **mask_options)
-    return without_gradient(ATTENTION, result.unflatten(0, (batch, length)), *inputs), None
+    return without_gradient(ATTENTION, result.view(batch, length, *result.shape[1:]), *inputs), None
 
 
 @lru_cache(maxsize=8)  # the layers of a step ask for the same

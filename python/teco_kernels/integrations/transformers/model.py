@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from teco_kernels.integrations.gradients import without_gradient
-from teco_kernels.integrations.transformers.attention import ATTENTION, attention
+from teco_kernels.integrations.transformers.attention import ATTENTION
 from teco_kernels.integrations.transformers.gptq import GPTQLinear
 from teco_kernels.integrations.transformers.self_attention import Angles, SelfAttention
 from teco_kernels.ops import GPTQWeight, gptq_matmul, rms_norm, silu_and_mul
@@ -45,8 +45,8 @@ def accelerate(model: Any) -> Any:
     ----------
     model : PreTrainedModel
         For inference, on the CPU: a backward pass raises. Changed: "teco_paged" becomes its attention; ``RMSNorm``
-        modules of the plain kind, and attention modules and gated MLPs whose layers are `GPTQLinear`, are replaced. What
-        is not recognised stays as it is.
+        modules of the plain kind are replaced, and attention modules and gated MLPs whose layers are `GPTQLinear`.
+        What is not recognised stays as it is.
 
     Returns
     -------
@@ -82,7 +82,7 @@ def _replacement(module: torch.nn.Module, angles: Angles) -> torch.nn.Module | N
     if kind in _ATTENTIONS:
         projections = module.q_proj, module.k_proj, module.v_proj, module.o_proj
         quantised = all(isinstance(layer, GPTQLinear) for layer in projections)
-        return SelfAttention(module, attention, angles) if quantised else None
+        return SelfAttention(module, angles) if quantised else None
     if kind not in _GATED_MLPS or type(module.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
         return None
     layers = module.gate_proj, module.up_proj, module.down_proj

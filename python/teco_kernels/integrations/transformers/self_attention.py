@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +9,9 @@ from torch import Tensor
 
 from teco_kernels.decoder.weights import Linear
 from teco_kernels.integrations.gradients import without_gradient
+from teco_kernels.integrations.transformers.attention import attention
 from teco_kernels.integrations.transformers.gptq import GPTQLinear
-from teco_kernels.ops import rotary_embedding
+from teco_kernels.ops import rms_norm, rotary_embedding
 
 
 class Angles:
@@ -19,13 +19,14 @@ class Angles:
 
     def __init__(self) -> None:
         self._cos: Tensor | None = None
+        self._positions, self._table = torch.empty(0), torch.empty(0)
 
     def of(self, position_embeddings: tuple[Tensor, Tensor], num_tokens: int) -> tuple[Tensor, Tensor]:
         """Positions ``[num_tokens]`` in a table fp32 ``[rows, rotary_dim]``, the cosines and sines that were given.
 
         ``cos, sin [batch, T, rotary_dim]`` hold every angle twice, and one row where all sequences have the same
-        positions. The table is made anew when they are other tensors than the last time; `cos` is held, so that no later
-        one takes its place in memory.
+        positions. The table is made anew when they are other tensors than the last time; `cos` is held, so that no
+        later one takes its place in memory.
         """
         cos, sin = position_embeddings
         if self._cos is not cos or len(self._positions) != num_tokens:
@@ -43,26 +44,23 @@ class SelfAttention(torch.nn.Module):
     ----------
     module : Module
         ``LlamaAttention`` or another of its form, with biases, head norms and a window or without.
-    attend : callable
-        The attention function, as transformers calls it.
     angles : Angles
     """
 
-    def __init__(self, module: Any, attend: Callable[..., tuple[Tensor, None]], angles: Angles) -> None:
+    def __init__(self, module: Any, angles: Angles) -> None:
         super().__init__()
         self.o_proj: GPTQLinear = module.o_proj
         projections = [module.q_proj, module.k_proj, module.v_proj]
         self.qkv = Linear([projection.weight_packed for projection in projections], self.o_proj.activation)
         self.q_norm, self.k_norm = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
         self.config, self.layer_idx, self.head_dim = module.config, module.layer_idx, module.head_dim
-        self.scaling, self.is_causal, self.attention_dropout = module.scaling, module.is_causal, module.attention_dropout
-        self.num_key_value_groups = module.num_key_value_groups
-        # Mistral's has none of its own.
-        self.sliding_window = getattr(module, "sliding_window", None)
-        if type(module).__name__ == "MistralAttention":
-            self.sliding_window = getattr(module.config, "sliding_window", None)
-        sizes = [projection.out_features // self.head_dim for projection in projections]
-        self._heads, self._attend, self._angles = sizes, attend, angles
+        self.scaling, self.is_causal = module.scaling, module.is_causal
+        self.attention_dropout = module.attention_dropout
+        # Mistral's modules leave it to their config, Llama's have none.
+        window_of = module.config if type(module).__name__ == "MistralAttention" else module
+        self.sliding_window = getattr(window_of, "sliding_window", None)
+        self._heads = [projection.out_features // self.head_dim for projection in projections]
+        self._angles = angles
 
     def forward(
         self,
@@ -76,17 +74,18 @@ class SelfAttention(torch.nn.Module):
         """As transformers', whose name of `cache` was `past_key_values` before 5.40."""
         batch, length = hidden_states.shape[:2]
         states = self.qkv(hidden_states.flatten(0, 1)).view(batch * length, -1, self.head_dim)
-        query, key, value = states.split(self._heads, dim=1)  # [batch * T, heads, head_dim]
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, _ = states.split(self._heads, dim=1)  # [batch * T, heads, head_dim]
+        for norm, heads in ((self.q_norm, query), (self.k_norm, key)):
+            if norm is not None:
+                rms_norm(heads, norm.weight, norm.variance_epsilon, out=heads)
         positions, table = self._angles.of(position_embeddings, batch * length)
         rotary_embedding(positions, query, key, table)
-        rows = (part.unflatten(0, (batch, length)).transpose(1, 2) for part in (query, key, value))
-        query, key, value = rows  # [batch, heads, T, head_dim]
+        rows = states.view(batch, length, -1, self.head_dim).transpose(1, 2)
+        query, key, value = rows.split(self._heads, dim=1)  # [batch, heads, T, head_dim]
         cache = past_key_values if cache is None else cache
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0
-        window = {} if self.sliding_window is None else {"sliding_window": self.sliding_window}
-        attended, _ = self._attend(self, query, key, value, attention_mask, dropout, self.scaling, **window, **options)
+        options["sliding_window"] = self.sliding_window
+        attended, _ = attention(self, query, key, value, attention_mask, dropout, self.scaling, **options)
         return without_gradient("SelfAttention", self.o_proj(attended.flatten(2)), hidden_states), None

@@ -132,6 +132,7 @@ class TecoAttentionImpl(AttentionImpl[TecoAttentionMetadata]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self._alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
         self._sliding_window, self._soft_cap, self._sinks = sliding_window, logits_soft_cap or None, sinks
+        self._kv_cache: Tensor | None = None
 
     def forward(
         self,
@@ -153,7 +154,7 @@ class TecoAttentionImpl(AttentionImpl[TecoAttentionMetadata]):
         T = attn_metadata.num_actual_tokens
         paged_attention(
             query[:T],
-            *_keys_and_values(kv_cache),
+            *self._keys_and_values_of(kv_cache),
             attn_metadata.block_table,
             attn_metadata.seq_lens,
             attn_metadata.query_start_loc,
@@ -172,7 +173,13 @@ class TecoAttentionImpl(AttentionImpl[TecoAttentionMetadata]):
     ) -> None:
         """Write a step's keys and values, ``[T, num_kv_heads, head_size]``."""
         T = len(slot_mapping)
-        reshape_and_cache(key[:T], value[:T], *_keys_and_values(kv_cache), slot_mapping)
+        reshape_and_cache(key[:T], value[:T], *self._keys_and_values_of(kv_cache), slot_mapping)
+
+    def _keys_and_values_of(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """The views of `_keys_and_values`, made once for a cache, which stays the same from step to step."""
+        if self._kv_cache is not kv_cache:
+            self._kv_cache, self._views = kv_cache, _keys_and_values(kv_cache)
+        return self._views
 
 
 def _keys_and_values(kv_cache: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,18 +1,17 @@
 """vLLM's RMS norms, rotary embeddings and SwiGLU over our operators, on CPUs, beside our attention or linear layers.
 
-vLLM's own rotary embedding on a CPU is a parallel region of OpenMP, whose threads spin for a while when it ends, on the cores
-that the threads of `gptq_matmul` and `paged_attention` need. Without it, a step of decoding enters no such region per layer.
+vLLM's own rotary embedding on a CPU is a parallel region of OpenMP, whose threads spin for a while when it ends, on the
+cores that the threads of `gptq_matmul` and `paged_attention` need. Without it, no layer of a step enters such a region.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config_or_none
-from vllm.model_executor.custom_op import CustomOp, op_registry_oot
+from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
@@ -42,7 +41,7 @@ def register_layers() -> None:
 
     A layer that another plug-in replaces stays that plug-in's.
     """
-    layers = {RMSNorm: _RMSNorm, SiluAndMul: _SiluAndMul}
+    layers: dict[Any, Any] = {RMSNorm: _RMSNorm, SiluAndMul: _SiluAndMul}
     layers |= {rotary: type(rotary.__name__, (_Rotary, rotary), {}) for rotary in _ROTARY}
     for vllms, ours in layers.items():
         if vllms.__name__ not in op_registry_oot:
@@ -60,15 +59,12 @@ def _is_ours_chosen() -> bool:
     return attention or config.model_config.quantization == NAME
 
 
-class _OursIfChosen(CustomOp if TYPE_CHECKING else object):
-    """Dispatches what vLLM would run as `forward_cpu` to `forward_ours`."""
+class _OursIfChosen:
+    """Mixed into a layer: dispatches what vLLM would run as `forward_cpu` to `forward_ours`."""
 
-    def dispatch_forward(self, compile_native: bool) -> Callable[..., Any]:
-        forward: Callable[..., Any] = super().dispatch_forward(compile_native)
+    def dispatch_forward(self: Any, compile_native: bool) -> Any:
+        forward = super().dispatch_forward(compile_native)  # type: ignore[misc]
         return self.forward_ours if forward == self.forward_cpu and _is_ours_chosen() else forward
-
-    def forward_ours(self, *args: Any) -> Any:
-        raise NotImplementedError
 
 
 class _RMSNorm(_OursIfChosen, RMSNorm):
@@ -86,10 +82,12 @@ class _SiluAndMul(_OursIfChosen, SiluAndMul):
         return silu_and_mul(x)
 
 
-class _Rotary(_OursIfChosen, RotaryEmbedding if TYPE_CHECKING else object):
+class _Rotary(_OursIfChosen):
     _angles: Tensor | None = None
 
-    def forward_ours(self, positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward_ours(
+        self: Any, positions: Tensor, query: Tensor, key: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """As vLLM's, in place."""
         if key is None:
             return self.forward_cpu(positions, query)
