@@ -23,7 +23,7 @@ from teco_kernels.ops import paged_attention, reshape_and_cache
 class TecoAttentionBackend(AttentionBackend):
     """What vLLM asks of a backend before it makes layers."""
 
-    forward_includes_kv_cache_update = False
+    forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
 
@@ -138,23 +138,30 @@ class TecoAttentionImpl(AttentionImpl[TecoAttentionMetadata]):
         self,
         layer: Any,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
         kv_cache: Tensor,
         attn_metadata: TecoAttentionMetadata | None,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Write the attention of ``query [T, num_heads, head_size]`` into `output`; `kv_cache` has the keys already."""
+        """Write keys and values ``[T, num_kv_heads, head_size]`` into `kv_cache`, then the attention into `output`.
+
+        `query` and `output` are ``[T, num_heads, head_size]``. A layer that shares another one's cache writes nothing.
+        """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("attention backend CUSTOM (teco_kernels): output_scale is not supported")
         if attn_metadata is None:  # vLLM is measuring its memory
             return output
         T = attn_metadata.num_actual_tokens
+        keys, values = self._keys_and_values_of(kv_cache)
+        if key is not None and value is not None and self.kv_sharing_target_layer_name is None:
+            reshape_and_cache(key[:T], value[:T], keys, values, attn_metadata.slot_mapping[:T])
         paged_attention(
             query[:T],
-            *self._keys_and_values_of(kv_cache),
+            keys,
+            values,
             attn_metadata.block_table,
             attn_metadata.seq_lens,
             attn_metadata.query_start_loc,
@@ -167,13 +174,6 @@ class TecoAttentionImpl(AttentionImpl[TecoAttentionMetadata]):
             out=output[:T],
         )
         return output
-
-    def do_kv_cache_update(
-        self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """Write a step's keys and values, ``[T, num_kv_heads, head_size]``."""
-        T = len(slot_mapping)
-        reshape_and_cache(key[:T], value[:T], *self._keys_and_values_of(kv_cache), slot_mapping)
 
     def _keys_and_values_of(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """The views of `_keys_and_values`, made once for a cache, which stays the same from step to step."""
