@@ -1,6 +1,6 @@
 """Compiles a kernel and prints what its own assembly says of its parameters; run as a process, see test_triton_build.
 
-Arguments: where to write the archive, targets, and what the key of the kernels holds.
+Arguments: where to write the archive, targets, and what the key of the kernel holds; the first that has it is taken.
 """
 
 from __future__ import annotations

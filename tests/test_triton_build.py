@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,16 @@ import pytest
 import torch
 
 from teco_kernels import _host
-from teco_kernels.triton_kernels._launch import Launch
-from teco_kernels.triton_kernels.embedded import Embedded, fits, target_of
+from teco_kernels.triton_kernels._launch import Launch, launch_with
+from teco_kernels.triton_kernels.ahead_of_time import Instance
+from teco_kernels.triton_kernels.dense_matmul import dense_matmul
+from teco_kernels.triton_kernels.embedded import Embedded, fits, key_of, target_of
+from teco_kernels.triton_kernels.gptq_matmul import gptq_matmul
+from teco_kernels.triton_kernels.merge_attention_states import merge_attention_states
+from teco_kernels.triton_kernels.paged_attention import paged_attention
+from teco_kernels.triton_kernels.rms_norm import rms_norm
+from teco_kernels.triton_kernels.rotary_embedding import rotary_embedding
+from teco_kernels.triton_kernels.silu_and_mul import silu_and_mul
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import native_build
@@ -128,11 +137,105 @@ def test_what_fits() -> None:
     ]
 
 
+def recorded(call: Callable[[], object]) -> list[Launch]:
+    """What a launcher would run."""
+    launches: list[Launch] = []
+    launch_with(launches.append)
+    try:
+        call()
+    finally:
+        launch_with(None)
+    return launches
+
+
+def _rms_norm(rows: int) -> None:
+    x = torch.empty(rows, 4096, dtype=torch.float16)
+    rms_norm(x, x, torch.empty(4096, dtype=torch.float16), 1e-5)
+
+
+def _matmul(rows: int) -> None:
+    x = torch.empty(rows, 3584, dtype=torch.float16)
+    weight = torch.empty(224, 28, 64 + 4 * 64 * 4, dtype=torch.uint8)
+    gptq_matmul(x, x, weight, None, None, 3584, 3584, 4, False, False)
+
+
+def _rotary(tokens: int, heads: int) -> None:
+    query, key = (torch.empty(tokens, n, 128, dtype=torch.float16) for n in (heads, 4))
+    rotary_embedding(torch.zeros(tokens, dtype=torch.int64), query, key, torch.empty(64, 128), False)
+
+
+def _decode(sequences: int, heads: int, blocks: int, window: int = 0) -> None:
+    query, cache = (torch.empty(shape, dtype=torch.float16) for shape in ((sequences, heads, 128), (8, 16, 4, 128)))
+    table, lengths = torch.zeros(sequences, blocks, dtype=torch.int32), torch.ones(sequences, dtype=torch.int32)
+    nothing = [None] * 5
+    paged_attention(query, None, query, cache, cache, table, lengths, *nothing, 0.1, 0.0, window, True)
+
+
+def _merge(tokens: int, heads: int) -> None:
+    state, lse = torch.empty(tokens, heads, 128), torch.empty(tokens, heads)
+    merge_attention_states(state, lse, state, lse, state, lse)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("function", "typical", "others"),
+    [
+        (_rms_norm, (32,), [(1,), (7,), (1000,)]),
+        (_matmul, (32,), [(33,), (1000,)]),
+        (_matmul, (16,), [(1,), (7,)]),
+        (_rotary, (32, 32), [(7, 28), (1, 32)]),
+        (_decode, (32, 32, 64), [(1, 32, 64), (7, 32, 64), (32, 28, 64), (32, 32, 21), (32, 32, 64, 1000)]),
+        (_merge, (32, 32), [(7, 28)]),
+    ],
+)
+def test_counts_choose_no_other_code(
+    function: Callable[..., None], typical: tuple[int, ...], others: list[tuple[int, ...]]
+) -> None:
+    """Code for the typical call's multiples of 16 also takes any number of rows, sequences, heads, blocks and keys."""
+
+    def entry(launch: Launch) -> dict[str, Any]:
+        parameters = Instance(launch).parameters("aligned")
+        letters = {"i32": "i", "fp32": "f"}
+        return {
+            "parameters": "".join(letters.get(kind, "p") for kind, _ in parameters),
+            "multiples_of_16": [multiple for _, multiple in parameters],
+        }
+
+    entries = {key_of(launch): entry(launch) for launch in recorded(lambda: function(*typical))}
+    for other in others:
+        for launch in recorded(lambda other=other: function(*other)):
+            arguments = [value for value in launch.args if value is not None]
+            assert fits(entries[key_of(launch)], arguments), (launch.kernel.__name__, other)
+
+
+@needs_triton
+def test_counts_are_not_specialised() -> None:
+    """The same of code that is compiled just in time."""
+    program = """
+from teco_kernels.triton_kernels.paged_attention import paged_attention_kernel
+from teco_kernels.triton_kernels.rms_norm import rms_norm_kernel
+for kernel in (rms_norm_kernel, paged_attention_kernel):
+    print(*(p.name for p in kernel.params if p.do_not_specialize))
+"""
+    names = run("-c", program)
+    assert names.returncode == 0, names.stderr
+    assert names.stdout.splitlines() == [
+        "inner",
+        "num_seqs num_heads group split_rows max_splits sliding_window block_table_stride",
+    ]
+
+
+def test_limits_of_a_grid() -> None:
+    """What CUDA would refuse with a number is refused by name."""
+    x = torch.empty(1, 16, dtype=torch.float16)
+    columns = 65536 * 32
+    with pytest.raises(ValueError, match="dense_matmul_kernel: expected at most 65535 programs"):
+        dense_matmul(x, x, torch.empty(columns // 16, 16, 16, device="meta"), None, columns)
+
+
 @needs_triton
 def test_launches_agree_with_the_compiled_kernel(driver: FakeDriver, tmp_path: Path) -> None:
     """From a launch by an operator to the driver: the variant that fits, and a value for each parameter of its code."""
-    from teco_kernels.triton_kernels import _launch
-    from teco_kernels.triton_kernels.silu_and_mul import silu_and_mul
 
     archive = tmp_path / "kernels.zip"
     compiled = run("tests/compiled_triton.py", str(archive), ",".join(TARGETS), "silu_and_mul_kernel(*fp16")
@@ -144,13 +247,8 @@ def test_launches_agree_with_the_compiled_kernel(driver: FakeDriver, tmp_path: P
         assert kernel["sizes"] == [*(sizes[letter] for letter in kernel["parameters"]), 8, 8], kernel["target"]
 
     x = torch.empty(3, 2048, dtype=torch.float16)
-    launches: list[Launch] = []
-    _launch.launch_with(launches.append)
-    try:
-        silu_and_mul(x[:, :1024], x)
-        silu_and_mul(torch.empty(3, 1030, dtype=torch.float16)[:, :1024], x)  # a stride that is no multiple of 16
-    finally:
-        _launch.launch_with(None)
+    unaligned = torch.empty(3, 1030, dtype=torch.float16)[:, :1024]  # a stride that is no multiple of 16
+    launches = [*recorded(lambda: silu_and_mul(x[:, :1024], x)), *recorded(lambda: silu_and_mul(unaligned, x))]
     library = tmp_path / "libembedded.so"
     library.symlink_to(driver.path)
     embedded = Embedded(archive, str(library))
@@ -204,7 +302,7 @@ def test_resources() -> None:
 @needs_triton
 @pytest.mark.triton
 def test_other_variants() -> None:
-    """Compiled just in time, an integer that is 1 is a constant: every kernel compiles where all are, and "general"."""
+    """Compiled just in time, an integer that is 1 and no count is a constant: every kernel compiles where all are, and "general"."""
     program = """
 from teco_kernels.triton_kernels.ahead_of_time import instances
 seen = set()

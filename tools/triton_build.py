@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
 Resources = dict[str, int]
 
 
+@cache
 def _instances() -> list[Any]:
     from teco_kernels.triton_kernels.ahead_of_time import instances
 

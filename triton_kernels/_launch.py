@@ -9,6 +9,9 @@ from torch import Tensor
 
 Grid = tuple[int, ...]
 
+#: Programs that CUDA allows in the second and third axis of a grid; the first takes 2**31 - 1.
+MAX_GRID_YZ = 65535
+
 
 class Launch(NamedTuple):
     """A kernel with all that it is launched with."""
@@ -42,6 +45,10 @@ def launch_with(run: Callable[[Launch], None] | None) -> None:
 
 def launch(kernel: Any, grid: Grid, *args: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any) -> None:
     """Run `kernel` over `grid`; an empty grid is nothing to do."""
+    if max(grid[1:], default=0) > MAX_GRID_YZ:
+        raise ValueError(
+            f"{kernel.__name__}: expected at most {MAX_GRID_YZ} programs in the second and third axis of its grid, got {grid}"
+        )
     if 0 not in grid:
         _run(Launch(kernel, grid, args, constants, num_warps, num_stages))
 

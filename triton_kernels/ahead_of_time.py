@@ -2,7 +2,7 @@
 
 An instance is a kernel with the dtypes of its tensors and the values of its constants. It is compiled in two variants:
 "aligned", for tensors that begin at multiples of 16 bytes, integers of 32 bits, and those integers multiples of 16 that
-are so in the call; and "general", for all others, with strides of 64 bits.
+are so in the call and are not `COUNTS`; and "general", for all others, with strides of 64 bits.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
 
 from teco_kernels.triton_kernels import launchers
+from teco_kernels.triton_kernels._language import COUNTS
 from teco_kernels.triton_kernels._launch import Launch, launch_with
 from teco_kernels.triton_kernels.calls import calls
 from teco_kernels.triton_kernels.embedded import argument_type, is_multiple_of_16, key_of
@@ -47,10 +48,10 @@ class Instance:
         aligned, parameters = variant == "aligned", []
         for name, value in zip(self.launch.kernel.arg_names, self.launch.args, strict=False):
             kind = argument_type(value)
-            if kind == "int" and variant != "ones":
+            if kind == "int" and (variant != "ones" or name in COUNTS):
                 # Sizes are of 32 bits, as they are just in time; strides count the elements of whole tensors.
                 is_wide = not aligned and name.endswith("stride")
-                parameters.append(("i64" if is_wide else "i32", aligned and is_multiple_of_16(value)))
+                parameters.append(("i64" if is_wide else "i32", aligned and name not in COUNTS and is_multiple_of_16(value)))
             elif kind not in ("int", "none"):
                 parameters.append(("fp32" if kind == "float" else kind, aligned and kind.startswith("*")))
         return parameters
@@ -58,7 +59,8 @@ class Instance:
     def compile(self, target: str, variant: str) -> Any:
         """Compile for a target; what Triton returns, with ``asm`` and ``metadata``.
 
-        The variant "ones" has a constant 1 for every integer, as the just-in-time compiler makes of those that are 1.
+        The variant "ones" has a constant 1 for every integer but `COUNTS`, as the just-in-time compiler makes of those that
+        are 1.
         """
         import triton
         from triton.backends.compiler import GPUTarget
@@ -74,7 +76,7 @@ class Instance:
                 value = self.launch.args[index]
                 if value is None:
                     constants[name] = None
-                elif variant == "ones" and argument_type(value) == "int":
+                elif variant == "ones" and name not in COUNTS and argument_type(value) == "int":
                     constants[name] = 1
             if name in constants:
                 signature[name] = "constexpr"

@@ -33,8 +33,8 @@ def gptq_matmul_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     sums = gptq_tile(
         x,
         weight,
@@ -78,7 +78,7 @@ def gptq_matmul(
     blocks = block_sizes(rows.num_rows, fp32 and not int8_activation)
     launch(
         gptq_matmul_kernel,
-        (ceil_div(out_features, blocks["BLOCK_N"]), ceil_div(rows.num_rows, blocks["BLOCK_M"])),
+        (ceil_div(rows.num_rows, blocks["BLOCK_M"]), ceil_div(out_features, blocks["BLOCK_N"])),
         out,
         x,
         weight,
