@@ -12,13 +12,14 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
 
 from teco_kernels import _host
 from teco_kernels.triton_kernels._launch import Launch, launch_with
-from teco_kernels.triton_kernels.ahead_of_time import Instance
+from teco_kernels.triton_kernels.ahead_of_time import Instance, write
 from teco_kernels.triton_kernels.dense_matmul import dense_matmul
 from teco_kernels.triton_kernels.embedded import Embedded, fits, key_of, target_of
 from teco_kernels.triton_kernels.gptq_matmul import gptq_matmul
@@ -233,6 +234,17 @@ def test_limits_of_a_grid() -> None:
         dense_matmul(x, x, torch.empty(columns // 16, 16, 16, device="meta"), None, columns)
 
 
+def test_kernels_of_other_sources_are_refused(tmp_path: Path) -> None:
+    """An archive that was left by a build before."""
+    archive = tmp_path / "kernels.zip"
+    write([], archive)
+    Embedded(archive, "no-driver.so")
+    with ZipFile(archive, "w") as other:
+        other.writestr("index.json", json.dumps({"source": "0" * 64, "kernels": []}))
+    with pytest.raises(RuntimeError, match=r"kernels\.zip: expected kernels that were compiled from the files"):
+        Embedded(archive, "no-driver.so")
+
+
 @needs_triton
 def test_launches_agree_with_the_compiled_kernel(driver: FakeDriver, tmp_path: Path) -> None:
     """From a launch by an operator to the driver: the variant that fits, and a value for each parameter of its code."""
@@ -302,7 +314,7 @@ def test_resources() -> None:
 @needs_triton
 @pytest.mark.triton
 def test_other_variants() -> None:
-    """Compiled just in time, an integer that is 1 and no count is a constant: every kernel compiles where all are, and "general"."""
+    """Just in time, an integer that is 1 and no count is a constant: kernels compile where all are, and "general"."""
     program = """
 from teco_kernels.triton_kernels.ahead_of_time import instances
 seen = set()

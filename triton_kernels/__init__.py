@@ -66,7 +66,7 @@ def prepare(interpreted: bool) -> None:
     ImportError
         When Triton is not installed, and for a GPU, nothing was compiled ahead of time either.
     RuntimeError
-        When Triton was imported for the other of both.
+        When Triton was imported for the other of both, or the embedded kernels are of other sources than this package.
     """
     from teco_kernels.triton_kernels import _language, _launch, embedded
 

@@ -47,7 +47,8 @@ def launch(kernel: Any, grid: Grid, *args: Any, num_warps: int = 4, num_stages: 
     """Run `kernel` over `grid`; an empty grid is nothing to do."""
     if max(grid[1:], default=0) > MAX_GRID_YZ:
         raise ValueError(
-            f"{kernel.__name__}: expected at most {MAX_GRID_YZ} programs in the second and third axis of its grid, got {grid}"
+            f"{kernel.__name__}: expected at most {MAX_GRID_YZ} programs in the second and third axis of its grid, "
+            f"got {grid}"
         )
     if 0 not in grid:
         _run(Launch(kernel, grid, args, constants, num_warps, num_stages))

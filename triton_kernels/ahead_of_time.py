@@ -19,7 +19,7 @@ from teco_kernels.triton_kernels import launchers
 from teco_kernels.triton_kernels._language import COUNTS
 from teco_kernels.triton_kernels._launch import Launch, launch_with
 from teco_kernels.triton_kernels.calls import calls
-from teco_kernels.triton_kernels.embedded import argument_type, is_multiple_of_16, key_of
+from teco_kernels.triton_kernels.embedded import argument_type, is_multiple_of_16, key_of, source_hash
 
 #: Architectures, by the names that docs and tables use.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
@@ -51,7 +51,8 @@ class Instance:
             if kind == "int" and (variant != "ones" or name in COUNTS):
                 # Sizes are of 32 bits, as they are just in time; strides count the elements of whole tensors.
                 is_wide = not aligned and name.endswith("stride")
-                parameters.append(("i64" if is_wide else "i32", aligned and name not in COUNTS and is_multiple_of_16(value)))
+                is_multiple = aligned and name not in COUNTS and is_multiple_of_16(value)
+                parameters.append(("i64" if is_wide else "i32", is_multiple))
             elif kind not in ("int", "none"):
                 parameters.append(("fp32" if kind == "float" else kind, aligned and kind.startswith("*")))
         return parameters
@@ -59,8 +60,7 @@ class Instance:
     def compile(self, target: str, variant: str) -> Any:
         """Compile for a target; what Triton returns, with ``asm`` and ``metadata``.
 
-        The variant "ones" has a constant 1 for every integer but `COUNTS`, as the just-in-time compiler makes of those that
-        are 1.
+        The variant "ones" has a constant 1 for every integer but `COUNTS`, as the just-in-time compiler makes of a 1.
         """
         import triton
         from triton.backends.compiler import GPUTarget
@@ -145,4 +145,4 @@ def write(kernels: Iterable[Kernel], path: Path) -> None:
             if kernel.entry["file"] not in written:
                 written.add(kernel.entry["file"])
                 archive.writestr(kernel.entry["file"], kernel.image)
-        archive.writestr("index.json", json.dumps(index))
+        archive.writestr("index.json", json.dumps({"source": source_hash(), "kernels": index}))

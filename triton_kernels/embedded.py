@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from functools import cache
@@ -66,6 +67,14 @@ def target_of(major: int, minor: int) -> str:
     return "sm_80" if major == 8 else f"sm_{major}{minor}"
 
 
+def source_hash() -> str:
+    """Of this package's Python files: kernels that were compiled from others do not belong to its launchers."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).resolve().parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
 class Embedded:
     """The kernels of an archive, for the devices of this process.
 
@@ -75,6 +84,11 @@ class Embedded:
         As `ahead_of_time.write` writes it.
     library : str
         The driver's; by default that of the CUDA or HIP that torch is built for.
+
+    Raises
+    ------
+    RuntimeError
+        When the kernels were compiled from other sources than those of this package.
     """
 
     def __init__(self, path: Path, library: str | None = None) -> None:
@@ -82,7 +96,13 @@ class Embedded:
         self._is_hip = torch.version.hip is not None
         self._library = library or ("libamdhip64.so" if self._is_hip else "libcuda.so.1")
         self._entries: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for entry in json.loads(self._archive.read("index.json")):
+        index = json.loads(self._archive.read("index.json"))
+        if index["source"] != source_hash():
+            raise RuntimeError(
+                f"{path}: expected kernels that were compiled from the files beside it, these are of others; "
+                "build again with TECO_TRITON_AOT=1, or remove it"
+            )
+        for entry in index["kernels"]:
             self._entries.setdefault((entry["target"], entry["key"]), []).append(entry)
         self._loaded: dict[tuple[int, str], _host.DriverKernel] = {}
 
