@@ -165,8 +165,8 @@ def _rotary(tokens: int, heads: int) -> None:
     rotary_embedding(torch.zeros(tokens, dtype=torch.int64), query, key, torch.empty(64, 128), False)
 
 
-def _decode(sequences: int, heads: int, blocks: int, window: int = 0) -> None:
-    query, cache = (torch.empty(shape, dtype=torch.float16) for shape in ((sequences, heads, 128), (8, 16, 4, 128)))
+def _decode(sequences: int, heads: int, blocks: int, window: int = 0, size: int = 128) -> None:
+    query, cache = (torch.empty(shape, dtype=torch.float16) for shape in ((sequences, heads, size), (8, 16, 4, size)))
     table, lengths = torch.zeros(sequences, blocks, dtype=torch.int32), torch.ones(sequences, dtype=torch.int32)
     nothing = [None] * 5
     paged_attention(query, None, query, cache, cache, table, lengths, *nothing, 0.1, 0.0, window, True)
@@ -281,6 +281,58 @@ def test_launches_agree_with_the_compiled_kernel(driver: FakeDriver, tmp_path: P
     without = run("-c", _WITHOUT_TRITON, str(archive), driver.path)
     assert without.returncode == 0, without.stderr
     assert without.stdout == "False True\n"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("only", "call"),
+    [
+        ("rms_norm_kernel(*fp16,*fp16,*fp16,none", lambda: _rms_norm(7)),
+        ("paged_attention_kernel(*fp16,none", lambda: _decode(7, 28, 64, size=64)),
+    ],
+)
+def test_optional_and_floating_arguments_agree(
+    driver: FakeDriver, tmp_path: Path, only: str, call: Callable[[], None]
+) -> None:
+    """Tensors that are not there take no parameter; numbers are fp32."""
+    archive = tmp_path / "kernels.zip"
+    compiled = run("tests/compiled_triton.py", str(archive), "sm_90", only)
+    assert compiled.returncode == 0, compiled.stderr
+    kernel = next(k for k in json.loads(compiled.stdout) if k["variant"] == "aligned")
+    driver.expect(kernel["sizes"])
+    library = tmp_path / "libembedded.so"
+    library.symlink_to(driver.path)
+    launch = recorded(call)[0]
+    assert any(value is None for value in launch.args)
+    assert any(isinstance(value, float) for value in launch.args)
+    assert Embedded(archive, str(library)).run(launch, "sm_90", 0, 0)
+
+    def packed(value: Any) -> int:
+        if isinstance(value, float):
+            return int.from_bytes(struct.pack("<f", value), "little")
+        return value.data_ptr() if isinstance(value, torch.Tensor) else value
+
+    expected = [packed(value) for value in launch.args if value is not None]
+    assert driver.values(len(expected) + 3) == [*expected, 0, 0, 0]
+
+
+@needs_triton
+def test_attention_loads_whole_lines() -> None:
+    """Keys and values of decode are copied 16 bytes at a time: what is known of their alignment reaches the loop."""
+    program = """
+import re
+from teco_kernels.triton_kernels.ahead_of_time import instances
+key = "KIND=float,FP32=False,SEQS=128,BLOCK_M=16,BLOCK_N=32,BLOCK_D=128"
+instance = next(i for i in instances() if i.key.startswith("paged_attention_kernel(*fp16") and key in i.key)
+ptx = instance.compile("sm_80", "aligned").asm["ptx"]
+copies = re.findall(r"cp\\.async\\.cg\\.shared\\.global .*, 0x10,|cp\\.async\\.cg\\.shared\\.global .*, 16,", ptx)
+print(len(copies), len(re.findall(r"ld\\.global\\S*\\.[bu](?:8|16) ", ptx)))
+"""
+    loads = run("-c", program)
+    assert loads.returncode == 0, loads.stderr
+    copies, elements = map(int, loads.stdout.split())
+    assert copies > 0
+    assert elements == 0
 
 
 _WITHOUT_TRITON = """

@@ -12,8 +12,8 @@ from teco_kernels.triton_kernels import is_embedded
 
 __all__ = ["COUNTS", "HAS_TRITON", "INTERPRETED", "constexpr", "jit", "require", "tl"]
 
-#: Arguments of kernels for which no code is made of its own where they are 1 or a multiple of 16: it would load nothing in
-#: greater pieces, and the bits of a row would depend on how many rows there are.
+#: Arguments of kernels for which no code is made of its own where they are 1 or a multiple of 16: it would load
+#: nothing in greater pieces, and the bits of a row would depend on how many rows there are.
 COUNTS = frozenset(
     {
         "block_table_stride",
