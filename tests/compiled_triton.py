@@ -42,7 +42,7 @@ def main(path: str, targets: str, only: str) -> None:
                 is_cuda = target.startswith("sm_")
                 sizes = cuda_sizes(compiled.asm["ptx"]) if is_cuda else hip_sizes(compiled.asm["amdgcn"])
                 kernels.append(build(instance, target, variant))
-                found.append({**kernels[-1].entry, "variant": variant, "sizes": sizes})
+                found.append({**kernels[-1].compiled._asdict(), "target": target, "variant": variant, "sizes": sizes})
         break
     write(kernels, Path(path))
     print(json.dumps(found))

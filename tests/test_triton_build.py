@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from teco_kernels import _host
 from teco_kernels.triton_kernels._launch import Launch, launch_with
 from teco_kernels.triton_kernels.ahead_of_time import Instance, write
 from teco_kernels.triton_kernels.dense_matmul import dense_matmul
-from teco_kernels.triton_kernels.embedded import Embedded, fits, key_of, target_of
+from teco_kernels.triton_kernels.embedded import Compiled, Embedded, key_of, target_of
 from teco_kernels.triton_kernels.gptq_matmul import gptq_matmul
 from teco_kernels.triton_kernels.merge_attention_states import merge_attention_states
 from teco_kernels.triton_kernels.paged_attention import paged_attention
@@ -80,7 +81,7 @@ def test_arguments_are_packed(driver: FakeDriver, is_hip: bool, tmp_path: Path) 
     """Each at its own width, then two null pointers; grid, block, shared memory and stream as they were given."""
     library = tmp_path / f"lib{is_hip}.so"  # a driver is known by the name of its library
     library.symlink_to(driver.path)
-    kernel = _host.DriverKernel(str(library), is_hip, b"image", "a_kernel", "pilf", 96, 60000)
+    kernel = _host.DriverKernel(str(library), is_hip, b"image", "a_kernel", "pilf", 96, 60000, 0)
     assert driver.number("fake_name", ctypes.c_char * 256) == b"a_kernel"
     if not is_hip:
         assert driver.number("fake_attribute") == 8
@@ -100,7 +101,7 @@ def test_arguments_are_packed(driver: FakeDriver, is_hip: bool, tmp_path: Path) 
 
 
 def test_wrong_launches(driver: FakeDriver) -> None:
-    kernel = _host.DriverKernel(driver.path, False, b"image", "a_kernel", "pi", 32, 0)
+    kernel = _host.DriverKernel(driver.path, False, b"image", "a_kernel", "pi", 32, 0, 0)
     with pytest.raises(ValueError, match="expected 2 arguments, got 1"):
         kernel.launch((1, 1, 1), 0, [0])
     with pytest.raises(ValueError, match="argument 1: expected an integer of 32 bits"):
@@ -110,25 +111,78 @@ def test_wrong_launches(driver: FakeDriver) -> None:
     with pytest.raises(ValueError, match="expected a grid of 1 to"):
         kernel.launch((0, 1, 1), 0, [0, 1])
     with pytest.raises(ValueError, match='expected characters of "pilf"'):
-        _host.DriverKernel(driver.path, False, b"image", "a_kernel", "x", 32, 0)
+        _host.DriverKernel(driver.path, False, b"image", "a_kernel", "x", 32, 0, 0)
     driver.expect([8, 4], error=700)
-    with pytest.raises(RuntimeError, match="the launch of kernel a_kernel failed with error 700"):
+    with pytest.raises(RuntimeError, match=r"the launch of .* failed with error 700 \(CUDA_ERROR_ILLEGAL_ADDRESS\)"):
         kernel.launch((1, 1, 1), 0, [0, 1])
     with pytest.raises(RuntimeError, match="loading the module of kernel a_kernel failed with error 700"):
-        _host.DriverKernel(driver.path, False, b"image", "a_kernel", "pi", 32, 0)
+        _host.DriverKernel(driver.path, False, b"image", "a_kernel", "pi", 32, 0, 0)
+    driver.expect([8, 4], error=999)
+    with pytest.raises(RuntimeError, match=r"failed with error 999$"):
+        kernel.launch((1, 1, 1), 0, [0, 1])
     driver.expect([])
     with pytest.raises(RuntimeError, match="no-such-driver"):
-        _host.DriverKernel("no-such-driver.so", False, b"image", "a_kernel", "pi", 32, 0)
+        _host.DriverKernel("no-such-driver.so", False, b"image", "a_kernel", "pi", 32, 0, 0)
+
+
+def test_errors_of_hip_have_names(driver: FakeDriver, tmp_path: Path) -> None:
+    library = tmp_path / "libhip.so"
+    library.symlink_to(driver.path)
+    driver.expect([], error=700)
+    with pytest.raises(RuntimeError, match=r"failed with error 700 \(hipErrorIllegalAddress\)"):
+        _host.DriverKernel(str(library), True, b"image", "a_kernel", "pi", 32, 0, 0)
+    driver.expect([])
+
+
+def test_a_fresh_thread_gets_a_context(driver: FakeDriver) -> None:
+    """That of the device; once, and a thread that has one keeps it."""
+
+    def load() -> _host.DriverKernel:
+        return _host.DriverKernel(driver.path, False, b"image", "a_kernel", "pi", 32, 0, 3)
+
+    def launch_twice() -> None:
+        for _ in range(2):
+            kernel.launch((1, 1, 1), 0, [0, 1])
+
+    driver.expect([8, 4])
+    before = driver.number("fake_retained")
+    with ThreadPoolExecutor(1) as fresh:
+        kernel = fresh.submit(load).result()
+    assert driver.number("fake_retained") == before + 1
+    assert driver.number("fake_device") == 3
+    with ThreadPoolExecutor(1) as fresh:
+        fresh.submit(launch_twice).result()
+    assert driver.number("fake_retained") == before + 2
+
+
+def test_hip_is_the_one_that_torch_has(driver: FakeDriver, tmp_path: Path) -> None:
+    """The library that is mapped, else one in torch's directory, else whatever the loader finds."""
+    mapped, beside = tmp_path / "with blank" / "libamdhip64.so.7", tmp_path / "lib"
+    mapped.parent.mkdir()
+    mapped.write_bytes(Path(driver.path).read_bytes())
+    beside.mkdir()
+    program = """
+import ctypes, sys
+from pathlib import Path
+from teco_kernels.triton_kernels.embedded import hip_library
+mapped, beside = sys.argv[1:]
+print(hip_library(Path(beside)))
+(Path(beside) / "libamdhip64.so").touch()
+print(hip_library(Path(beside)))
+ctypes.CDLL(mapped)
+print(hip_library(Path(beside)))
+"""
+    found = run("-c", program, str(mapped), str(beside))
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines() == ["libamdhip64.so", str(beside / "libamdhip64.so"), str(mapped)]
 
 
 def test_what_fits() -> None:
-    entry = {"parameters": "pil", "multiples_of_16": [True, True, False]}
-    memory = torch.empty(64, dtype=torch.uint8)
-    aligned = memory[-memory.data_ptr() % 16 :]
-    assert fits(entry, [aligned, 32, 2**40])
-    assert not fits(entry, [aligned[1:], 32, 1])
-    assert not fits(entry, [aligned, 33, 1])
-    assert not fits(entry, [aligned, 2**31, 1])
+    kernel = Compiled("", "", "pil", 32, 0, multiples_of_16=(0, 1))
+    assert kernel.fits([4096, 32, 2**40])
+    assert not kernel.fits([4097, 32, 1])
+    assert not kernel.fits([4096, 33, 1])
+    assert not kernel.fits([4096, 2**31, 1])
     assert [target_of(*c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))] == [
         "sm_80",
         "sm_80",
@@ -194,19 +248,14 @@ def test_counts_choose_no_other_code(
 ) -> None:
     """Code for the typical call's multiples of 16 also takes any number of rows, sequences, heads, blocks and keys."""
 
-    def entry(launch: Launch) -> dict[str, Any]:
-        parameters = Instance(launch).parameters("aligned")
-        letters = {"i32": "i", "fp32": "f"}
-        return {
-            "parameters": "".join(letters.get(kind, "p") for kind, _ in parameters),
-            "multiples_of_16": [multiple for _, multiple in parameters],
-        }
-
-    entries = {key_of(launch): entry(launch) for launch in recorded(lambda: function(*typical))}
+    kernels = {}
+    for launch in recorded(lambda: function(*typical)):
+        parameters, multiples = Instance(launch).takes("aligned")
+        kernels[key_of(launch)] = Compiled("", "", parameters, 0, 0, multiples)
     for other in others:
         for launch in recorded(lambda other=other: function(*other)):
-            arguments = [value for value in launch.args if value is not None]
-            assert fits(entries[key_of(launch)], arguments), (launch.kernel.__name__, other)
+            arguments = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in launch.args if v is not None]
+            assert kernels[key_of(launch)].fits(arguments), (launch.kernel.__name__, other)
 
 
 @needs_triton

@@ -19,7 +19,7 @@ from teco_kernels.triton_kernels import launchers
 from teco_kernels.triton_kernels._language import COUNTS
 from teco_kernels.triton_kernels._launch import Launch, launch_with
 from teco_kernels.triton_kernels.calls import calls
-from teco_kernels.triton_kernels.embedded import argument_type, is_multiple_of_16, key_of, source_hash
+from teco_kernels.triton_kernels.embedded import Compiled, argument_type, is_multiple_of_16, key_of, source_hash
 
 #: Architectures, by the names that docs and tables use.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
@@ -56,6 +56,13 @@ class Instance:
             elif kind not in ("int", "none"):
                 parameters.append(("fp32" if kind == "float" else kind, aligned and kind.startswith("*")))
         return parameters
+
+    def takes(self, variant: str) -> tuple[str, tuple[int, ...]]:
+        """The parameters as the launcher names them, and the places of those that are multiples of 16."""
+        parameters = self.parameters(variant)
+        letters = {"i32": "i", "i64": "l", "fp32": "f"}
+        places = tuple(place for place, (_, is_multiple) in enumerate(parameters) if is_multiple)
+        return "".join(letters.get(kind, "p") for kind, _ in parameters), places
 
     def compile(self, target: str, variant: str) -> Any:
         """Compile for a target; what Triton returns, with ``asm`` and ``metadata``.
@@ -107,9 +114,11 @@ def instances() -> list[Instance]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled instance: what the index says of it, and the binary."""
+    """A compiled instance: its key, what the index says of it, and the binary."""
 
-    entry: dict[str, Any]
+    key: str
+    target: str
+    compiled: Compiled
     image: bytes
 
 
@@ -121,19 +130,16 @@ def build(instance: Instance, target: str, variant: str) -> Kernel:
     if any(scratch):
         raise ValueError(f"{instance.key}: expected a kernel without scratch memory, got {scratch} bytes")
     image: bytes = compiled.asm["cubin" if target.startswith("sm_") else "hsaco"]
-    letters = {"i32": "i", "i64": "l", "fp32": "f"}
-    parameters = instance.parameters(variant)
-    entry = {
-        "key": instance.key,
-        "target": target,
-        "name": metadata.name,
-        "parameters": "".join(letters.get(kind, "p") for kind, _ in parameters),
-        "multiples_of_16": [multiple for _, multiple in parameters],
-        "block_threads": metadata.num_warps * TARGETS[target][2],
-        "shared_bytes": metadata.shared,
-        "file": hashlib.sha256(image).hexdigest()[:32],
-    }
-    return Kernel(entry, image)
+    parameters, multiples = instance.takes(variant)
+    described = Compiled(
+        file=hashlib.sha256(image).hexdigest()[:32],
+        name=metadata.name,
+        parameters=parameters,
+        block_threads=metadata.num_warps * TARGETS[target][2],
+        shared_bytes=metadata.shared,
+        multiples_of_16=multiples,
+    )
+    return Kernel(instance.key, target, described, image)
 
 
 def write(kernels: Iterable[Kernel], path: Path) -> None:
@@ -141,8 +147,8 @@ def write(kernels: Iterable[Kernel], path: Path) -> None:
     index, written = [], set()
     with ZipFile(path, "w", ZIP_DEFLATED) as archive:
         for kernel in kernels:
-            index.append(kernel.entry)
-            if kernel.entry["file"] not in written:
-                written.add(kernel.entry["file"])
-                archive.writestr(kernel.entry["file"], kernel.image)
+            index.append({"key": kernel.key, "target": kernel.target, "compiled": kernel.compiled._asdict()})
+            if kernel.compiled.file not in written:
+                written.add(kernel.compiled.file)
+                archive.writestr(kernel.compiled.file, kernel.image)
         archive.writestr("index.json", json.dumps({"source": source_hash(), "kernels": index}))
