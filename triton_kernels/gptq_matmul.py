@@ -66,12 +66,12 @@ def gptq_matmul(
     weight: Tensor,
     input_order: Tensor | None,
     bias: Tensor | None,
-    in_features: int,
+    in_features: int,  # as those of `x`
     out_features: int,
     bits: int,
     has_minimum: bool,
     int8_activation: bool,
-    section_size: int = 0,  # the operator refuses others
+    section_size: int = 0,  # the operator takes no others here
 ) -> None:
     """Launch the kernel."""
     rows, fp32 = rows_of(x), x.dtype == torch.float32
