@@ -18,9 +18,14 @@ from zipfile import ZipFile
 import pytest
 import torch
 
-from teco_kernels import _host
-from teco_kernels.triton_kernels._launch import Launch, launch_with
-from teco_kernels.triton_kernels.ahead_of_time import Instance, write
+from teco_kernels import _host, supports, triton_kernels
+from teco_kernels.ops import support
+from teco_kernels.testing import all_cases
+from teco_kernels.triton_kernels import embedded
+from teco_kernels.triton_kernels._launch import recorded
+from teco_kernels.triton_kernels.ahead_of_time import Instance, Kernel, write
+from teco_kernels.triton_kernels.calls import calls, launches_of
+from teco_kernels.triton_kernels.calls import cases as compiled_cases
 from teco_kernels.triton_kernels.dense_matmul import dense_matmul
 from teco_kernels.triton_kernels.embedded import Compiled, Embedded, key_of, target_of
 from teco_kernels.triton_kernels.gptq_matmul import gptq_matmul
@@ -192,17 +197,6 @@ def test_what_fits() -> None:
     ]
 
 
-def recorded(call: Callable[[], object]) -> list[Launch]:
-    """What a launcher would run."""
-    launches: list[Launch] = []
-    launch_with(launches.append)
-    try:
-        call()
-    finally:
-        launch_with(None)
-    return launches
-
-
 def _rms_norm(rows: int) -> None:
     x = torch.empty(rows, 4096, dtype=torch.float16)
     rms_norm(x, x, torch.empty(4096, dtype=torch.float16), 1e-5)
@@ -275,6 +269,13 @@ for kernel in (rms_norm_kernel, paged_attention_kernel):
     ]
 
 
+def test_large_tensors() -> None:
+    """A tensor of more than 2^31 elements takes the code of smaller ones, as long as its strides are of 32 bits."""
+    x = torch.empty(1 << 20, 4096, dtype=torch.float16, device="meta")
+    (launch,) = recorded(lambda: rms_norm(x, x, x[0], 1e-5))
+    assert max(value for value in launch.args if isinstance(value, int)) < 2**31
+
+
 def test_limits_of_a_grid() -> None:
     """What CUDA would refuse with a number is refused by name."""
     x = torch.empty(1, 16, dtype=torch.float16)
@@ -292,6 +293,47 @@ def test_kernels_of_other_sources_are_refused(tmp_path: Path) -> None:
         other.writestr("index.json", json.dumps({"source": "0" * 64, "kernels": []}))
     with pytest.raises(RuntimeError, match=r"kernels\.zip: expected kernels that were compiled from the files"):
         Embedded(archive, "no-driver.so")
+
+
+@pytest.fixture
+def only_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An archive that says of all instances that it has them for sm_90; no Triton, and a GPU, as `supports` sees it."""
+    archive = tmp_path / "kernels.zip"
+    kernels = [
+        Kernel(key_of(launch), "sm_90", Compiled("f", "n", "", 32, 0, ()), b"") for launch in launches_of(calls())
+    ]
+    write(kernels, archive)
+    monkeypatch.setattr(triton_kernels, "EMBEDDED", archive)
+    monkeypatch.setattr(support, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(embedded, "device_target", {0: "sm_90", 1: "sm_75"}.__getitem__)
+    return archive
+
+
+def test_supports_asks_the_archive(only_embedded: Path) -> None:
+    """Without Triton, a kernel is there when its instance is."""
+
+    def ask(op: str, dtype: torch.dtype, device: str = "cuda", **case: Any) -> str:
+        return supports(op, backend="triton", device=device, dtype=dtype, **case).reason
+
+    for operator, dtype, case in compiled_cases():
+        assert ask(operator, dtype, **case) == "", (operator, dtype, case)
+    assert "rms_norm_kernel(*fp16,*fp16,*fp16,none,none,int,float" in ask("rms_norm", torch.float16, hidden_size=512)
+    assert "was not compiled for sm_90 ahead of time" in ask("rms_norm", torch.float16, hidden_size=512)
+    assert "was not compiled for sm_75" in ask("rms_norm", torch.float16, "cuda:1")
+    assert "paged_attention_kernel" in ask("paged_attention", torch.float16, alibi_slopes=True)
+    assert ask("recycle_project", torch.bfloat16, hidden_size=1024) == ""
+    for case in all_cases():  # any case is answered
+        if case.operator in triton_kernels.OPERATORS:
+            ask(case.operator, case.dtype, **case.params)
+    write([], only_embedded)
+    embedded.open_archive.cache_clear()
+    assert "rms_norm_kernel" in ask("rms_norm", torch.float16)
+    with ZipFile(only_embedded, "w") as other:
+        other.writestr("index.json", json.dumps({"source": "0" * 64, "kernels": []}))
+    embedded.open_archive.cache_clear()
+    assert "expected kernels that were compiled from the files beside it" in ask("rms_norm", torch.float16)
 
 
 @needs_triton
@@ -312,19 +354,19 @@ def test_launches_agree_with_the_compiled_kernel(driver: FakeDriver, tmp_path: P
     launches = [*recorded(lambda: silu_and_mul(x[:, :1024], x)), *recorded(lambda: silu_and_mul(unaligned, x))]
     library = tmp_path / "libembedded.so"
     library.symlink_to(driver.path)
-    embedded = Embedded(archive, str(library))
+    kernels_of = Embedded(archive, str(library))
     for launch, variant in zip(launches, ("aligned", "general"), strict=True):
         (kernel,) = (k for k in kernels if k["target"] == "sm_90" and k["variant"] == variant)
         driver.expect(kernel["sizes"])
-        assert embedded.run(launch, "sm_90", 0, 5)
+        assert kernels_of.run(launch, "sm_90", 0, 5)
         assert driver.number("fake_name", ctypes.c_char * 256).decode() == kernel["name"]
         assert driver.values(7) == [launch.args[0].data_ptr(), x.data_ptr(), *launch.args[2:], 0, 0]
         assert driver.numbers("fake_grid", 3) == [3, 1, 1]
         assert driver.numbers("fake_block", 3) == [kernel["block_threads"], 1, 1] == [128, 1, 1]
         assert driver.number("fake_shared") == kernel["shared_bytes"]
-    assert not embedded.run(launches[0], "sm_75", 0, 5)
+    assert not kernels_of.run(launches[0], "sm_75", 0, 5)
     other = launches[0]._replace(constants={"BLOCK": 512})
-    assert not embedded.run(other, "sm_90", 0, 5)
+    assert not kernels_of.run(other, "sm_90", 0, 5)
 
     # And once more in a process that has no Triton: a kernel is then no more than a name.
     without = run("-c", _WITHOUT_TRITON, str(archive), driver.path)
@@ -435,24 +477,31 @@ print(len({kind[0] for kind in seen}))
 
 
 @needs_triton
-def test_resources_of_some() -> None:
-    """The same for the kernels of one operator, in every run of the tests."""
-    check = run("tools/triton_build.py", "--check", "tests/data/triton_resources.json", "--only", "silu_and_mul")
+@pytest.mark.parametrize(
+    ("only", "targets"),
+    [
+        ("silu_and_mul_kernel", TARGETS),
+        ("FP32=False,SEQS=128,BLOCK_M=64,BLOCK_N=64,BLOCK_D=64", ("sm_90", "gfx942")),  # attention in prefill
+    ],
+)
+def test_resources_of_some(only: str, targets: tuple[str, ...]) -> None:
+    """The same for a few kernels, in every run of the tests."""
+    table = "tests/data/triton_resources.json"
+    check = run("tools/triton_build.py", "--check", table, "--only", only, "--targets", ",".join(targets))
     assert check.returncode == 0, check.stdout + check.stderr
 
 
 def test_no_kernel_spills() -> None:
     """By the table; and shared memory is what a program can have.
 
-    The exception is attention, whose tiles were chosen when it loaded keys and values element by element: a few bytes
-    where NVIDIA's assembler stays at 128 registers, and 80 where AMD's has used all 256.
+    The exceptions: attention, a few bytes where NVIDIA's assembler stays at 128 or 168 registers, and in prefill where
+    AMD's has used all 256; and the LM head on sm_100.
     """
+    allowed = {("paged_attention_kernel", "gfx942"): 72, ("dense_argmax_kernel", "sm_100"): 8}
+    allowed |= {("paged_attention_kernel", target): 24 for target in TARGETS if target.startswith("sm_")}
     table = json.loads((ROOT / "tests/data/triton_resources.json").read_text())["kernels"]
     assert all(set(by_target) == set(TARGETS) for by_target in table.values())
     for kernel, by_target in table.items():
         for target, taken in by_target.items():
-            allowed = 0
-            if kernel.startswith("paged_attention_kernel"):
-                allowed = 80 if target == "gfx942" and "BLOCK_M=64,BLOCK_N=64" in kernel else 24
-            assert taken["spilled_bytes"] <= allowed, (kernel, target)
+            assert taken["spilled_bytes"] <= allowed.get((kernel.partition("(")[0], target), 0), (kernel, target)
             assert taken["shared_bytes"] <= SHARED_LIMITS[target], (kernel, target)

@@ -23,7 +23,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
+# Before triton is imported.
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # more than half of a binary, and of use to debuggers alone
 
 Resources = dict[str, int]
 

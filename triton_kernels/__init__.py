@@ -6,9 +6,12 @@ package imports no Triton; `launchers` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+import torch
 
 #: Kernels that were compiled when the package was built, and their index.
 EMBEDDED = Path(__file__).resolve().parent / "kernels.zip"
@@ -44,6 +47,13 @@ OPERATORS = frozenset(name.partition(".")[0] for name in _MODULES)
 def is_embedded() -> bool:
     """Whether this build has kernels that were compiled ahead of time."""
     return EMBEDDED.exists()
+
+
+def not_embedded(operator: str, dtype: torch.dtype, case: Mapping[str, Any], device: int) -> str:
+    """Why kernels that were compiled ahead of time are not enough for a case on a GPU; else nothing."""
+    from teco_kernels.triton_kernels.embedded import missing
+
+    return missing(EMBEDDED, operator, dtype, case, device)
 
 
 def launchers() -> dict[str, Callable[..., None]]:

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
 
-from teco_kernels.triton_kernels import launchers
 from teco_kernels.triton_kernels._language import COUNTS
-from teco_kernels.triton_kernels._launch import Launch, launch_with
-from teco_kernels.triton_kernels.calls import calls
+from teco_kernels.triton_kernels._launch import Launch
+from teco_kernels.triton_kernels.calls import calls, launches_of
 from teco_kernels.triton_kernels.embedded import Compiled, argument_type, is_multiple_of_16, key_of, source_hash
 
 #: Architectures, by the names that docs and tables use.
@@ -98,17 +97,8 @@ class Instance:
 def instances() -> list[Instance]:
     """What `calls` need, in their order."""
     found: dict[str, Instance] = {}
-
-    def record(launch: Launch) -> None:
+    for launch in launches_of(calls()):
         found.setdefault(key_of(launch), Instance(launch))
-
-    functions = launchers()
-    launch_with(record)
-    try:
-        for name, arguments in calls():
-            functions[name](*arguments)
-    finally:
-        launch_with(None)
     return list(found.values())
 
 

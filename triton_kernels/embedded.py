@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,6 +138,10 @@ class Embedded:
         self._found: dict[tuple[Any, ...], list[Compiled]] = {}
         self._loaded: dict[tuple[int, str], _host.DriverKernel] = {}
 
+    def has(self, launch: Launch, target: str) -> bool:
+        """Whether there is a kernel of this instance."""
+        return (target, key_of(launch)) in self._kernels
+
     def run(self, launch: Launch, target: str, device: int, stream: int) -> bool:
         """Launch on the current device, whose number and target these are; False when there is no such kernel."""
         arguments = [v.data_ptr() if isinstance(v, Tensor) else v for v in launch.args if v is not None]
@@ -181,14 +185,38 @@ def device_target(device: int) -> str:
     return target_of(*torch.cuda.get_device_capability(device))
 
 
+@cache
+def open_archive(path: Path) -> Embedded:
+    """The kernels of an archive of this package, whose index is read once."""
+    return Embedded(path)
+
+
+def missing(path: Path, operator: str, dtype: torch.dtype, case: Mapping[str, Any], device: int) -> str:
+    """Why an archive alone is not enough for a case, of an operator that has kernels; else nothing."""
+    from teco_kernels.triton_kernels.calls import calls_of, launches_of
+
+    try:
+        kernels = open_archive(path)
+    except RuntimeError as error:
+        return str(error)
+    target = device_target(device)
+    for launch in launches_of(calls_of(operator, dtype, **case)):
+        if not kernels.has(launch, target):
+            return (
+                f"backend: {key_of(launch)} was not compiled for {target} ahead of time; "
+                "pip install 'teco_kernels[triton]' to compile it when it is needed"
+            )
+    return ""
+
+
 def runner(path: Path, otherwise: Callable[[Launch], None] | None) -> Callable[[Launch], None]:
     """What launches the kernels of an archive, and hands those that are not in it to `otherwise`."""
-    embedded = Embedded(path)
+    kernels = open_archive(path)
 
     def run(launch: Launch) -> None:
         device = torch.cuda.current_device()
         target = device_target(device)
-        if embedded.run(launch, target, device, torch.cuda.current_stream().cuda_stream):
+        if kernels.run(launch, target, device, torch.cuda.current_stream().cuda_stream):
             return
         if otherwise is None:
             raise RuntimeError(

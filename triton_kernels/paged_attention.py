@@ -366,10 +366,10 @@ def tile_sizes(block_d: int, kind: str, fp32: bool, is_decode: bool) -> dict[str
     elif is_decode:
         rows, keys = 16, 16 if fp32 and block_d > 128 else 32
         warps = 8 if fp32 or kind == "fp8" else 4
-    elif fp32 or kind != "float" or block_d > 128:
+    elif fp32 or (kind != "float" and block_d > 128):
         rows, keys, warps = 32, 16, 8
     else:
-        rows, keys, warps = 64, 64, 8
+        rows, keys, warps = 64, 64 if kind == "float" and block_d <= 64 else 32, 8
     # Two stages hold the next keys while these are used; of the largest heads there is no room for them.
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": 1 if block_d > 256 else 2}
 
