@@ -197,9 +197,9 @@ def test_what_fits() -> None:
     ]
 
 
-def _rms_norm(rows: int) -> None:
-    x = torch.empty(rows, 4096, dtype=torch.float16)
-    rms_norm(x, x, torch.empty(4096, dtype=torch.float16), 1e-5)
+def _rms_norm(rows: int, size: int = 4096) -> None:
+    x = torch.empty(rows, size, dtype=torch.float16)
+    rms_norm(x, x, torch.empty(size, dtype=torch.float16), 1e-5)
 
 
 def _matmul(rows: int) -> None:
@@ -378,7 +378,7 @@ def test_launches_agree_with_the_compiled_kernel(driver: FakeDriver, tmp_path: P
 @pytest.mark.parametrize(
     ("only", "call"),
     [
-        ("rms_norm_kernel(*fp16,*fp16,*fp16,none", lambda: _rms_norm(7)),
+        ("rms_norm_kernel(*fp16,*fp16,*fp16,none", lambda: _rms_norm(7, 64)),
         ("paged_attention_kernel(*fp16,none", lambda: _decode(7, 28, 64, size=64)),
     ],
 )
