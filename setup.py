@@ -23,6 +23,8 @@ from setuptools.command.build_ext import build_ext
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
 import native_build
 
+ROOT = Path(__file__).resolve().parent
+
 # What a build makes beside the libraries, in the package.
 BESIDE_EXTENSIONS = ("include/teco_kernels.h", "triton_kernels/kernels.zip")
 
@@ -38,6 +40,8 @@ class NinjaBuild(build_ext):
     def build_extensions(self) -> None:
         outputs = {ext.name.split(".")[-1]: Path(self.get_ext_fullpath(ext.name)) for ext in self.extensions}
         native_build.build(outputs, verbose=bool(self.verbose))
+        for package in (outputs["_C"].parent, ROOT / "python" / "teco_kernels"):  # those of a build before
+            (package / "triton_kernels" / "kernels.zip").unlink(missing_ok=True)
         if os.environ.get("TECO_TRITON_AOT") == "1":
             self._compile_triton_kernels(outputs["_C"].parent)
 
@@ -53,7 +57,7 @@ class NinjaBuild(build_ext):
 
     def _compile_triton_kernels(self, package: Path) -> None:
         """With the package as it was just built: its own launchers say what is to be compiled."""
-        command = [sys.executable, str(Path(__file__).resolve().parent / "tools" / "triton_build.py")]
+        command = [sys.executable, str(ROOT / "tools" / "triton_build.py")]
         command += ["--output", str(package / "triton_kernels" / "kernels.zip")]
         path = os.pathsep.join([str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         if subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode != 0:

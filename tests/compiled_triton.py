@@ -1,6 +1,6 @@
 """Compiles a kernel and prints what its own assembly says of its parameters; run as a process, see test_triton_build.
 
-Arguments: where to write the archive, targets, and what the key of the kernels holds.
+Arguments: where to write the archive, targets, and what the key of the kernel holds; the first that has it is taken.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(path: str, targets: str, only: str) -> None:
                 is_cuda = target.startswith("sm_")
                 sizes = cuda_sizes(compiled.asm["ptx"]) if is_cuda else hip_sizes(compiled.asm["amdgcn"])
                 kernels.append(build(instance, target, variant))
-                found.append({**kernels[-1].entry, "variant": variant, "sizes": sizes})
+                found.append({**kernels[-1].compiled._asdict(), "target": target, "variant": variant, "sizes": sizes})
         break
     write(kernels, Path(path))
     print(json.dumps(found))

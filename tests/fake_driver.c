@@ -10,6 +10,10 @@ void* fake_stream;
 char fake_name[256];
 const void* fake_image;
 int fake_attribute, fake_attribute_value, fake_launches, fake_error;
+int fake_retained, fake_device;
+
+enum { INVALID_CONTEXT = 201 };
+static _Thread_local void* context;  // CUDA's; a thread begins without one
 
 static int load(void** module, const void* image) {
   fake_image = image;
@@ -37,7 +41,30 @@ static int launch(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, u
   return fake_error;
 }
 
-int cuModuleLoadData(void** module, const void* image) { return load(module, image); }
+int cuDeviceGet(int* handle, int device) {
+  *handle = device + 100;
+  return 0;
+}
+int cuDevicePrimaryCtxRetain(void** result, int handle) {
+  fake_device = handle - 100;
+  *result = (void*)0x30;
+  ++fake_retained;
+  return 0;
+}
+int cuCtxGetCurrent(void** result) {
+  *result = context;
+  return 0;
+}
+int cuCtxSetCurrent(void* other) {
+  context = other;
+  return 0;
+}
+int cuGetErrorName(int status, const char** name) {
+  *name = status == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : 0;
+  return *name ? 0 : 1;
+}
+
+int cuModuleLoadData(void** module, const void* image) { return context ? load(module, image) : INVALID_CONTEXT; }
 int cuModuleGetFunction(void** result, void* module, const char* name) { return function(result, module, name); }
 int cuFuncSetAttribute(void* f, int attribute, int value) {
   (void)f;
@@ -47,9 +74,11 @@ int cuFuncSetAttribute(void* f, int attribute, int value) {
 }
 int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, void* stream, void** parameters, void** extra) {
+  if (!context) return INVALID_CONTEXT;
   return launch(f, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra);
 }
 
+const char* hipGetErrorName(int status) { return status == 700 ? "hipErrorIllegalAddress" : "unrecognized"; }
 int hipModuleLoadData(void** module, const void* image) { return load(module, image); }
 int hipModuleGetFunction(void** result, void* module, const char* name) { return function(result, module, name); }
 int hipModuleLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,

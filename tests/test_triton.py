@@ -82,11 +82,21 @@ def test_supported_operators() -> None:
     assert not tk.supports("rms_norm", backend="triton", device="cpu", dtype=torch.float32)
     with interpreter():
         answers = {op: tk.supports(op, backend="triton", device="cpu", dtype=torch.float32) for op in operators()}
+        sections = tk.supports(
+            "gptq_matmul",
+            backend="triton",
+            device="cpu",
+            dtype=torch.float32,
+            bits=4,
+            activation="int8",
+            section_size=64,
+        )
         sparse = tk.Sparse24Weight.from_dense(torch.eye(16, 16))
         assert torch.equal(tk.sparse24_matmul(torch.ones(1, 16), sparse), torch.ones(1, 16))
     assert {op for op, answer in answers.items() if answer} == OPERATORS
     assert "no Triton kernel of sparse24_matmul" in answers["sparse24_matmul"].reason
     assert "GPU memory" in answers["all_reduce"].reason
+    assert sections.reason == "section_size: the Triton kernels sum no sections apart, got 64"
 
 
 @needs_triton

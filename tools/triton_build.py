@@ -19,14 +19,18 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
+# Before triton is imported.
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # more than half of a binary, and of use to debuggers alone
 
 Resources = dict[str, int]
 
 
+@cache
 def _instances() -> list[Any]:
     from teco_kernels.triton_kernels.ahead_of_time import instances
 

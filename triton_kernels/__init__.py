@@ -6,9 +6,12 @@ package imports no Triton; `launchers` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+import torch
 
 #: Kernels that were compiled when the package was built, and their index.
 EMBEDDED = Path(__file__).resolve().parent / "kernels.zip"
@@ -46,6 +49,13 @@ def is_embedded() -> bool:
     return EMBEDDED.exists()
 
 
+def not_embedded(operator: str, dtype: torch.dtype, case: Mapping[str, Any], device: int) -> str:
+    """Why kernels that were compiled ahead of time are not enough for a case on a GPU; else nothing."""
+    from teco_kernels.triton_kernels.embedded import missing
+
+    return missing(EMBEDDED, operator, dtype, case, device)
+
+
 def launchers() -> dict[str, Callable[..., None]]:
     """By the name of an operator in the dispatcher: the function that launches its kernels."""
 
@@ -66,7 +76,7 @@ def prepare(interpreted: bool) -> None:
     ImportError
         When Triton is not installed, and for a GPU, nothing was compiled ahead of time either.
     RuntimeError
-        When Triton was imported for the other of both.
+        When Triton was imported for the other of both, or the embedded kernels are of other sources than this package.
     """
     from teco_kernels.triton_kernels import _language, _launch, embedded
 

@@ -10,7 +10,36 @@ from typing import Any
 
 from teco_kernels.triton_kernels import is_embedded
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "constexpr", "jit", "require", "tl"]
+__all__ = ["COUNTS", "HAS_TRITON", "INTERPRETED", "constexpr", "jit", "require", "tl"]
+
+#: Arguments of kernels for which no code is made of its own where they are 1 or a multiple of 16: it would load
+#: nothing in greater pieces, and the bits of a row would depend on how many rows there are.
+COUNTS = frozenset(
+    {
+        "block_table_stride",
+        "blocks_per_group",
+        "first_token",
+        "group",
+        "heads",
+        "inner",
+        "lse_a_stride",
+        "lse_b_stride",
+        "lse_stride",
+        "max_splits",
+        "num_groups",
+        "num_heads",
+        "num_kv_heads",
+        "num_pairs",
+        "num_query_heads",
+        "num_recycled",
+        "num_rows",
+        "num_seqs",
+        "num_tiles",
+        "sliding_window",
+        "split_rows",
+        "vocab_size",
+    }
+)
 
 #: Whether the package is there.
 HAS_TRITON = find_spec("triton") is not None
@@ -19,7 +48,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    jit: Any = triton.jit
+    jit: Any = triton.jit(do_not_specialize=sorted(COUNTS))
     constexpr: Any = tl.constexpr
 else:
     tl: Any = None  # type: ignore[no-redef]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 Grid = tuple[int, ...]
+
+#: Programs that CUDA allows in the second and third axis of a grid; the first takes 2**31 - 1.
+MAX_GRID_YZ = 65535
 
 
 class Launch(NamedTuple):
@@ -40,10 +44,37 @@ def launch_with(run: Callable[[Launch], None] | None) -> None:
     _run = run or compile_and_run
 
 
+class _Recording(threading.local):
+    launches: list[Launch] | None = None
+
+
+_recording = _Recording()
+
+
+def recorded(call: Callable[[], object]) -> list[Launch]:
+    """What a launcher would run. Other threads go on launching."""
+    launches = _recording.launches = []
+    try:
+        call()
+    finally:
+        _recording.launches = None
+    return launches
+
+
 def launch(kernel: Any, grid: Grid, *args: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any) -> None:
     """Run `kernel` over `grid`; an empty grid is nothing to do."""
-    if 0 not in grid:
-        _run(Launch(kernel, grid, args, constants, num_warps, num_stages))
+    if max(grid[1:], default=0) > MAX_GRID_YZ:
+        raise ValueError(
+            f"{kernel.__name__}: expected at most {MAX_GRID_YZ} programs in the second and third axis of its grid, "
+            f"got {grid}"
+        )
+    if 0 in grid:
+        return
+    launched = Launch(kernel, grid, args, constants, num_warps, num_stages)
+    if _recording.launches is None:
+        _run(launched)
+    else:
+        _recording.launches.append(launched)
 
 
 def ceil_div(a: int, b: int) -> int:

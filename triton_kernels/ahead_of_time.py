@@ -2,7 +2,7 @@
 
 An instance is a kernel with the dtypes of its tensors and the values of its constants. It is compiled in two variants:
 "aligned", for tensors that begin at multiples of 16 bytes, integers of 32 bits, and those integers multiples of 16 that
-are so in the call; and "general", for all others, with strides of 64 bits.
+are so in the call and are not `COUNTS`; and "general", for all others, with strides of 64 bits.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
 
-from teco_kernels.triton_kernels import launchers
-from teco_kernels.triton_kernels._launch import Launch, launch_with
-from teco_kernels.triton_kernels.calls import calls
-from teco_kernels.triton_kernels.embedded import argument_type, is_multiple_of_16, key_of
+from teco_kernels.triton_kernels._language import COUNTS
+from teco_kernels.triton_kernels._launch import Launch
+from teco_kernels.triton_kernels.calls import calls, launches_of
+from teco_kernels.triton_kernels.embedded import Compiled, argument_type, is_multiple_of_16, key_of, source_hash
 
 #: Architectures, by the names that docs and tables use.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
@@ -47,18 +47,26 @@ class Instance:
         aligned, parameters = variant == "aligned", []
         for name, value in zip(self.launch.kernel.arg_names, self.launch.args, strict=False):
             kind = argument_type(value)
-            if kind == "int" and variant != "ones":
+            if kind == "int" and (variant != "ones" or name in COUNTS):
                 # Sizes are of 32 bits, as they are just in time; strides count the elements of whole tensors.
                 is_wide = not aligned and name.endswith("stride")
-                parameters.append(("i64" if is_wide else "i32", aligned and is_multiple_of_16(value)))
+                is_multiple = aligned and name not in COUNTS and is_multiple_of_16(value)
+                parameters.append(("i64" if is_wide else "i32", is_multiple))
             elif kind not in ("int", "none"):
                 parameters.append(("fp32" if kind == "float" else kind, aligned and kind.startswith("*")))
         return parameters
 
+    def takes(self, variant: str) -> tuple[str, tuple[int, ...]]:
+        """The parameters as the launcher names them, and the places of those that are multiples of 16."""
+        parameters = self.parameters(variant)
+        letters = {"i32": "i", "i64": "l", "fp32": "f"}
+        places = tuple(place for place, (_, is_multiple) in enumerate(parameters) if is_multiple)
+        return "".join(letters.get(kind, "p") for kind, _ in parameters), places
+
     def compile(self, target: str, variant: str) -> Any:
         """Compile for a target; what Triton returns, with ``asm`` and ``metadata``.
 
-        The variant "ones" has a constant 1 for every integer, as the just-in-time compiler makes of those that are 1.
+        The variant "ones" has a constant 1 for every integer but `COUNTS`, as the just-in-time compiler makes of a 1.
         """
         import triton
         from triton.backends.compiler import GPUTarget
@@ -74,7 +82,7 @@ class Instance:
                 value = self.launch.args[index]
                 if value is None:
                     constants[name] = None
-                elif variant == "ones" and argument_type(value) == "int":
+                elif variant == "ones" and name not in COUNTS and argument_type(value) == "int":
                     constants[name] = 1
             if name in constants:
                 signature[name] = "constexpr"
@@ -89,25 +97,18 @@ class Instance:
 def instances() -> list[Instance]:
     """What `calls` need, in their order."""
     found: dict[str, Instance] = {}
-
-    def record(launch: Launch) -> None:
+    for launch in launches_of(calls()):
         found.setdefault(key_of(launch), Instance(launch))
-
-    functions = launchers()
-    launch_with(record)
-    try:
-        for name, arguments in calls():
-            functions[name](*arguments)
-    finally:
-        launch_with(None)
     return list(found.values())
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled instance: what the index says of it, and the binary."""
+    """A compiled instance: its key, what the index says of it, and the binary."""
 
-    entry: dict[str, Any]
+    key: str
+    target: str
+    compiled: Compiled
     image: bytes
 
 
@@ -119,19 +120,16 @@ def build(instance: Instance, target: str, variant: str) -> Kernel:
     if any(scratch):
         raise ValueError(f"{instance.key}: expected a kernel without scratch memory, got {scratch} bytes")
     image: bytes = compiled.asm["cubin" if target.startswith("sm_") else "hsaco"]
-    letters = {"i32": "i", "i64": "l", "fp32": "f"}
-    parameters = instance.parameters(variant)
-    entry = {
-        "key": instance.key,
-        "target": target,
-        "name": metadata.name,
-        "parameters": "".join(letters.get(kind, "p") for kind, _ in parameters),
-        "multiples_of_16": [multiple for _, multiple in parameters],
-        "block_threads": metadata.num_warps * TARGETS[target][2],
-        "shared_bytes": metadata.shared,
-        "file": hashlib.sha256(image).hexdigest()[:32],
-    }
-    return Kernel(entry, image)
+    parameters, multiples = instance.takes(variant)
+    described = Compiled(
+        file=hashlib.sha256(image).hexdigest()[:32],
+        name=metadata.name,
+        parameters=parameters,
+        block_threads=metadata.num_warps * TARGETS[target][2],
+        shared_bytes=metadata.shared,
+        multiples_of_16=multiples,
+    )
+    return Kernel(instance.key, target, described, image)
 
 
 def write(kernels: Iterable[Kernel], path: Path) -> None:
@@ -139,8 +137,8 @@ def write(kernels: Iterable[Kernel], path: Path) -> None:
     index, written = [], set()
     with ZipFile(path, "w", ZIP_DEFLATED) as archive:
         for kernel in kernels:
-            index.append(kernel.entry)
-            if kernel.entry["file"] not in written:
-                written.add(kernel.entry["file"])
-                archive.writestr(kernel.entry["file"], kernel.image)
-        archive.writestr("index.json", json.dumps(index))
+            index.append({"key": kernel.key, "target": kernel.target, "compiled": kernel.compiled._asdict()})
+            if kernel.compiled.file not in written:
+                written.add(kernel.compiled.file)
+                archive.writestr(kernel.compiled.file, kernel.image)
+        archive.writestr("index.json", json.dumps({"source": source_hash(), "kernels": index}))

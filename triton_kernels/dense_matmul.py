@@ -28,8 +28,8 @@ def dense_matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     sums = dense_tile(
         x,
         weight,
@@ -58,7 +58,7 @@ def dense_matmul(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, ou
     blocks = block_sizes(rows.num_rows, constants["FP32"])
     launch(
         dense_matmul_kernel,
-        (ceil_div(out_features, blocks["BLOCK_N"]), ceil_div(rows.num_rows, blocks["BLOCK_M"])),
+        (ceil_div(rows.num_rows, blocks["BLOCK_M"]), ceil_div(out_features, blocks["BLOCK_N"])),
         out,
         x,
         weight,

@@ -88,7 +88,7 @@ def gptq_embedding(
     weight: Tensor,
     input_order: Tensor | None,
     vocab_size: int,
-    hidden_size: int,
+    hidden_size: int,  # as that of `out`, which the operator checks
     bits: int,
     has_minimum: bool,
     first_token: int | None,

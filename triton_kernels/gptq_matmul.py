@@ -33,8 +33,8 @@ def gptq_matmul_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     sums = gptq_tile(
         x,
         weight,
@@ -66,19 +66,19 @@ def gptq_matmul(
     weight: Tensor,
     input_order: Tensor | None,
     bias: Tensor | None,
-    in_features: int,
+    in_features: int,  # as those of `x`
     out_features: int,
     bits: int,
     has_minimum: bool,
     int8_activation: bool,
-    section_size: int = 0,  # the operator refuses others
+    section_size: int = 0,  # the operator takes no others here
 ) -> None:
     """Launch the kernel."""
     rows, fp32 = rows_of(x), x.dtype == torch.float32
     blocks = block_sizes(rows.num_rows, fp32 and not int8_activation)
     launch(
         gptq_matmul_kernel,
-        (ceil_div(out_features, blocks["BLOCK_N"]), ceil_div(rows.num_rows, blocks["BLOCK_M"])),
+        (ceil_div(rows.num_rows, blocks["BLOCK_M"]), ceil_div(out_features, blocks["BLOCK_N"])),
         out,
         x,
         weight,

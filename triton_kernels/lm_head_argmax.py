@@ -25,7 +25,7 @@ def _store_best(logits, bias, row, column, num_rows, out_features, largest, ids,
     has_nan = tl.max((logits != logits).to(tl.int32), axis=1) == 1
     best = tl.max(tl.where(has_nan[:, None], 0.0, logits), axis=1)
     best_column = tl.min(tl.where(logits == best[:, None], column[None, :], out_features - 1), axis=1)
-    place = tl.program_id(0).to(tl.int64) * num_rows + row
+    place = tl.program_id(1).to(tl.int64) * num_rows + row
     tl.store(largest + place, tl.where(has_nan, float("nan"), best), mask=row < num_rows)
     tl.store(ids + place, best_column, mask=row < num_rows)
     if sums is not None:
@@ -52,8 +52,8 @@ def dense_argmax_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     logits = dense_tile(
         x,
         weight,
@@ -94,8 +94,8 @@ def gptq_argmax_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     # In fp32 whatever the dtype: logits are compared, and given, as exact as they are.
     logits = gptq_tile(
         x,
@@ -194,7 +194,7 @@ def lm_head_argmax(
     workspace = _workspace(blocks, logsumexp, hidden, out_features)
     launch(
         dense_argmax_kernel,
-        (ceil_div(out_features, blocks["BLOCK_N"]), ceil_div(rows, blocks["BLOCK_M"])),
+        (ceil_div(rows, blocks["BLOCK_M"]), ceil_div(out_features, blocks["BLOCK_N"])),
         *workspace,
         hidden,
         weight,
@@ -230,7 +230,7 @@ def gptq_lm_head_argmax(
     workspace = _workspace(blocks, logsumexp, hidden, out_features)
     launch(
         gptq_argmax_kernel,
-        (ceil_div(out_features, blocks["BLOCK_N"]), ceil_div(len(hidden), blocks["BLOCK_M"])),
+        (ceil_div(len(hidden), blocks["BLOCK_M"]), ceil_div(out_features, blocks["BLOCK_N"])),
         *workspace,
         hidden,
         weight,

@@ -1,7 +1,8 @@
 """Tiles of products with a floating or a GPTQ weight: what the matmuls and the fused LM head are made of.
 
 A tile is BLOCK_M rows by BLOCK_N columns. Its sum runs over the inputs in order, BLOCK_K of them to a `tl.dot`, and is
-never split among programs: a row's bits depend on the tile's shape, and on no other row.
+never split among programs: a row's bits depend on the tile's shape, and on no other row. Tiles of rows are the grid's
+fastest axis: programs that run at the same time read the same weight, which then comes from memory once.
 
 Block sizes. Up to 16 rows the weight's bytes bound the product, read once per tile of rows: 16 is the least that tensor
 cores take, 32 columns (two panels) leave most programs to a weight. Beyond, 64 x 64 halves what is read per

@@ -29,7 +29,7 @@ from teco_kernels.triton_kernels.common import (
     store_float,
     to_float,
 )
-from teco_kernels.triton_kernels.reshape_and_cache import scale_strides
+from teco_kernels.triton_kernels.reshape_and_cache import cache_kind, scale_strides
 
 CHUNK_KEYS = 256  # splits are of so many keys or a multiple
 MAX_SPLITS = 32
@@ -366,10 +366,10 @@ def tile_sizes(block_d: int, kind: str, fp32: bool, is_decode: bool) -> dict[str
     elif is_decode:
         rows, keys = 16, 16 if fp32 and block_d > 128 else 32
         warps = 8 if fp32 or kind == "fp8" else 4
-    elif fp32 or kind != "float" or block_d > 128:
+    elif fp32 or (kind != "float" and block_d > 128):
         rows, keys, warps = 32, 16, 8
     else:
-        rows, keys, warps = 64, 64, 8
+        rows, keys, warps = 64, 64 if kind == "float" and block_d <= 64 else 32, 8
     # Two stages hold the next keys while these are used; of the largest heads there is no room for them.
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": 1 if block_d > 256 else 2}
 
@@ -402,7 +402,7 @@ def paged_attention(
     split_rows = group if query_start_loc is None else max(group, FEW_ROWS)
     max_splits = max(min(ceil_div(max_blocks * block_size, CHUNK_KEYS), MAX_SPLITS), 1)
     block_d = power_of_two(head_dim, 16)
-    kind = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(key_cache.dtype, "float")
+    kind = cache_kind(key_cache)
     # In fp32 where either is, and where 16-bit types differ; else in the query's own, which holds every 8-bit code.
     fp32 = query.dtype == torch.float32 or (kind == "float" and key_cache.dtype != query.dtype)
     sizes = tile_sizes(block_d, kind, fp32, query_start_loc is None)

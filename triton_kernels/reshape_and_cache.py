@@ -15,7 +15,7 @@ from teco_kernels.triton_kernels._language import jit, tl
 from teco_kernels.triton_kernels._launch import launch, power_of_two
 from teco_kernels.triton_kernels.common import load_float, round_to_integer, store_float
 
-_LIMIT = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+_KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 
 @jit
@@ -48,16 +48,17 @@ def _store(
     scale_slot_stride,
     scale_head_stride,
     head_dim,
-    LIMIT: tl.constexpr,
+    KIND: tl.constexpr,
     WRITES_SCALES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = tl.arange(0, BLOCK)
     x = load_float(heads + h * head_stride + i, i < head_dim)
     place = cache + block * block_stride + offset * slot_stride + h * cache_head_stride + i
-    if LIMIT == 0:
+    if KIND == "float":
         store_float(place, x, i < head_dim)
     else:
+        LIMIT: tl.constexpr = 127.0 if KIND == "int8" else 448.0
         scales += block * scale_block_stride + offset * scale_slot_stride + h * scale_head_stride
         if WRITES_SCALES:
             magnitude = tl.abs(x)
@@ -71,7 +72,7 @@ def _store(
         factor = tl.where(scale > 0.0, tl.div_rn(1.0, tl.where(scale > 0.0, scale, 1.0)), 0.0)
         x = x * factor
         clamped = tl.where(x != x, x, tl.minimum(tl.maximum(x, -LIMIT), LIMIT))
-        if LIMIT == 127.0:
+        if KIND == "int8":
             code = round_to_integer(tl.where(x != x, 0.0, clamped)).to(tl.int8)
             tl.store(place, code, mask=i < head_dim)
         else:
@@ -105,7 +106,7 @@ def reshape_and_cache_kernel(
     value_scale_block_stride,
     value_scale_slot_stride,
     value_scale_head_stride,
-    LIMIT: tl.constexpr,
+    KIND: tl.constexpr,
     WRITES_SCALES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -129,7 +130,7 @@ def reshape_and_cache_kernel(
                 key_scale_slot_stride,
                 key_scale_head_stride,
                 head_dim,
-                LIMIT,
+                KIND,
                 WRITES_SCALES,
                 BLOCK,
             )
@@ -149,10 +150,15 @@ def reshape_and_cache_kernel(
                 value_scale_slot_stride,
                 value_scale_head_stride,
                 head_dim,
-                LIMIT,
+                KIND,
                 WRITES_SCALES,
                 BLOCK,
             )
+
+
+def cache_kind(cache: Tensor) -> str:
+    """How kernels name what the elements of a cache stand for: "int8" and "fp8" codes with a scale, "float" numbers."""
+    return _KINDS.get(cache.dtype, "float")
 
 
 def scale_strides(scale: Tensor | None) -> tuple[int, ...]:
@@ -171,8 +177,8 @@ def reshape_and_cache(
 ) -> None:
     """Launch the kernel."""
     tokens, heads, head_dim = key.shape
-    limit = _LIMIT.get(key_cache.dtype, 0.0)
-    if key_cache.dtype == torch.float8_e4m3fn:
+    kind = cache_kind(key_cache)
+    if kind == "fp8":
         key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
     launch(
         reshape_and_cache_kernel,
@@ -192,7 +198,7 @@ def reshape_and_cache(
         *value_cache.stride()[:3],
         *scale_strides(key_scale),
         *scale_strides(value_scale),
-        LIMIT=limit,
+        KIND=kind,
         WRITES_SCALES=key_scale is not None and key_scale.dim() == 3,
         BLOCK=power_of_two(head_dim, 16),
         num_warps=1 if head_dim <= 256 else 4,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from teco_kernels.triton_kernels._language import jit, tl
-from teco_kernels.triton_kernels._launch import launch, power_of_two, rows_of
+from teco_kernels.triton_kernels._launch import Rows, launch, power_of_two, rows_of
 from teco_kernels.triton_kernels.common import from_float, load_float, store_float, to_float
 
 
@@ -63,8 +63,16 @@ def _launch(
     rows, out_rows = rows_of(x), rows_of(out)
     if rows.size == 0:
         return
-    # Where one of both has a single stride, it is a special case of the other's two.
+    # Where one of both has a single stride, it is a special case of the other's two. Where both have, the outer one is
+    # of no row; it would be the size of the whole tensor, which may not fit in 32 bits.
+    has_outer = rows.outer_stride is not None or out_rows.outer_stride is not None
     inner = rows.inner if rows.outer_stride is not None else out_rows.inner
+
+    def outer_stride(of: Rows) -> int:
+        if of.outer_stride is not None:
+            return of.outer_stride
+        return inner * of.stride if has_outer else 0
+
     launch(
         rms_norm_kernel,
         (rows.num_rows,),
@@ -77,9 +85,9 @@ def _launch(
         eps,
         inner,
         rows.stride,
-        inner * rows.stride if rows.outer_stride is None else rows.outer_stride,
+        outer_stride(rows),
         out_rows.stride,
-        inner * out_rows.stride if out_rows.outer_stride is None else out_rows.outer_stride,
+        outer_stride(out_rows),
         0 if residual is None else rows_of(residual).stride,
         0 if residual_out is None else rows_of(residual_out).stride,
         BLOCK=power_of_two(rows.size, 16, 4096),

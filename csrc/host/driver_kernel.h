@@ -20,17 +20,20 @@ struct DriverFunctions;
 
 class DriverKernel {
  public:
-  // Loads `image`, a cubin or hsaco, into the current context. `library` is the path or name of the driver's library,
-  // `is_hip` says by which names its functions go. `parameters` has a character per parameter; the two pointers to
-  // scratch memory that Triton's kernels take behind them are not counted, and null.
+  // Loads `image`, a cubin or hsaco, into the current context, which is that of `device`; a thread that has none gets
+  // it. `library` is the path or name of the driver's library, `is_hip` says by which names its functions go.
+  // `parameters` has a character per parameter; the two pointers to scratch memory that Triton's kernels take behind
+  // them are not counted, and null.
   DriverKernel(const std::string& library, bool is_hip, const std::string& image, const std::string& name,
-               const std::string& parameters, int block_threads, int shared_bytes);
+               const std::string& parameters, int block_threads, int shared_bytes, int device);
 
-  // Enqueues the kernel. Fails when arguments are too few or too many, or an integer does not fit its parameter.
+  // Enqueues the kernel, from any thread. Fails when arguments are too few or too many, or an integer does not fit its
+  // parameter.
   void launch(const std::array<int64_t, 3>& grid, uint64_t stream, const std::vector<DriverArgument>& arguments) const;
 
  private:
   const DriverFunctions& driver_;
+  int device_;
   void* function_ = nullptr;
   std::string name_, parameters_;
   unsigned block_threads_, shared_bytes_;

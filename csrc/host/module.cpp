@@ -50,11 +50,11 @@ PYBIND11_MODULE(_host, m) {
   using teco::host::DriverKernel;
   py::class_<DriverKernel>(m, "DriverKernel")
       .def(py::init([](const std::string& library, bool is_hip, const py::bytes& image, const std::string& name,
-                       const std::string& parameters, int block_threads, int shared_bytes) {
-             return DriverKernel(library, is_hip, image, name, parameters, block_threads, shared_bytes);
+                       const std::string& parameters, int block_threads, int shared_bytes, int device) {
+             return DriverKernel(library, is_hip, image, name, parameters, block_threads, shared_bytes, device);
            }),
            py::arg("library"), py::arg("is_hip"), py::arg("image"), py::arg("name"), py::arg("parameters"),
-           py::arg("block_threads"), py::arg("shared_bytes"))
+           py::arg("block_threads"), py::arg("shared_bytes"), py::arg("device"))
       .def("launch", &DriverKernel::launch, py::arg("grid"), py::arg("stream"), py::arg("arguments"));
 
   teco::host::bind_communicator(m);

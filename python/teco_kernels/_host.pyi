@@ -302,6 +302,9 @@ class DriverKernel:
         scratch memory, which Triton's kernels take behind them, are not counted, and null.
     block_threads, shared_bytes : int
         Threads of a program, and its shared memory.
+    device : int
+        Whose context a thread gets that has none yet, here or at a launch. Of one that has, it is the caller's to see
+        that it is this device's.
 
     Raises
     ------
@@ -318,6 +321,7 @@ class DriverKernel:
         parameters: str,
         block_threads: int,
         shared_bytes: int,
+        device: int,
     ) -> None: ...
     def launch(self, grid: tuple[int, int, int], stream: int, arguments: Sequence[int | float]) -> None:
         """Enqueue the kernel. ValueError when arguments do not fit the parameters; RuntimeError by the driver."""

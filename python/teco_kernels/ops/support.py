@@ -59,7 +59,8 @@ def supports(op: str, *, backend: str, device: str | torch.device, dtype: torch.
         Of the activations.
     **case
         Sizes and options by the names of the case table (``bits=4``, ``rotary_dim=64``, ...). Those that are not given
-        are taken to be fine, those that do not matter to the operator are ignored.
+        are taken to be fine, those that do not matter to the operator are ignored. Where Triton is not installed, the
+        kernel of the case must have been compiled ahead of time; what is not given is then as in most models.
 
     Returns
     -------
@@ -77,6 +78,7 @@ def supports(op: str, *, backend: str, device: str | torch.device, dtype: torch.
         or _backend_problem(op, backend)
         or _device_problem(backend, torch.device(device))
         or _OPERATORS[op](dtype, case)
+        or (_triton_case_problem(op, torch.device(device), dtype, case) if backend == "triton" else "")
     )
     return Support(not reason, reason)
 
@@ -108,6 +110,15 @@ def _triton_problem(op: str) -> str:
     if find_spec("triton") is None and not triton_kernels.is_embedded():
         return "backend: expected the package triton, or a build with Triton kernels compiled ahead of time"
     return ""
+
+
+def _triton_case_problem(op: str, device: torch.device, dtype: torch.dtype, case: Mapping[str, Any]) -> str:
+    if case.get("section_size"):
+        return f"section_size: the Triton kernels sum no sections apart, got {case['section_size']}"
+    if find_spec("triton") is not None:
+        return ""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton_kernels.not_embedded(op, dtype, case, index)
 
 
 def _device_problem(backend: str, device: torch.device) -> str:
