@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from teco_kernels import LLM
 from teco_kernels.decoder.loader import load_source
 from teco_kernels.integrations.transformers import ATTENTION, GPTQLinear, accelerate, enable_gptq
 from teco_kernels.integrations.transformers.model import GatedMLP, RMSNorm
-from teco_kernels.integrations.transformers.self_attention import SelfAttention
+from teco_kernels.integrations.transformers.self_attention import Angles, SelfAttention
 from teco_kernels.ops import kernel_calls
 from teco_kernels.quantization.model import QuantizationSettings, quantize_model
 
@@ -245,6 +246,19 @@ def test_packed_sequences_of_a_gptq_directory(gptq_directory: Callable[[str], Pa
         positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
         got = model(PROMPT, position_ids=positions, use_cache=False, **options).logits[0]
         assert relative_error(got, expected) < 1e-4
+
+
+def test_threads_share_the_angles_of_a_model() -> None:
+    """Each has those of its own tensors, whatever the others ask for."""
+    angles = Angles()
+
+    def one(seed: int) -> bool:
+        cos, sin = torch.randn(2, 1, seed % 3 + 1, 8, generator=torch.Generator().manual_seed(seed)).unbind(0)
+        expected = torch.cat((cos[0, :, :4], sin[0, :, :4]), dim=1)
+        return all(torch.equal(angles.of((cos, sin), seed % 3 + 1)[1], expected) for _ in range(300))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(one, range(4)))
 
 
 def test_attention_weights_are_refused(gptq_directory: Callable[[str], Path]) -> None:

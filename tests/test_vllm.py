@@ -166,6 +166,16 @@ def test_a_compiled_graph_gives_the_same(dense: Path) -> None:
 
 @needs_vllm
 @pytest.mark.model
+def test_a_compiled_graph_with_our_layers(dense: Path) -> None:
+    switched = {"custom_ops": ["all"]}
+    options = {"attention_config": {"backend": "CUSTOM"}, "compilation_config": switched, "dtype": "bfloat16"}
+    compiled, eager = run(dense, **options, enforce_eager=False), run(dense, **options)
+    assert compiled["layers"] == eager["layers"] == ["rms_norm", "rotary_embedding", "silu_and_mul"]
+    assert compiled["tokens"] == eager["tokens"]
+
+
+@needs_vllm
+@pytest.mark.model
 @pytest.mark.parametrize("eager", [True, False])
 def test_a_gptq_checkpoint(model_4bit: Path, eager: bool) -> None:
     """Of mixed bits, asymmetric, with a quantised head: our own engine's tokens on exact activations."""

@@ -6,7 +6,6 @@ Keys and values of any transformers cache are read where they are: a row of the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -134,7 +133,8 @@ def attention(
     inputs = query, key, value
     query, key, value = (states.transpose(1, 2) for states in inputs)  # [batch, T or S, heads, D]
     batch, length = query.shape[:2]
-    table, lengths = _whole_rows(batch, key.shape[1])
+    table = torch.arange(batch, dtype=torch.int32).unsqueeze(1)
+    lengths = torch.full((batch,), key.shape[1], dtype=torch.int32)
     if attention_mask is not None:
         if attention_mask.shape != (batch, 1, 1, 3) or attention_mask.dtype != torch.int32:
             raise ValueError(
@@ -185,12 +185,6 @@ def attention(
     else:
         result = attend(rows, *where, starts, scale=scaling, soft_cap=softcap or None, sinks=sinks, **mask_options)
     return without_gradient(ATTENTION, result.view(batch, length, *result.shape[1:]), *inputs), None
-
-
-@lru_cache(maxsize=8)  # the layers of a step ask for the same
-def _whole_rows(batch: int, length: int) -> tuple[Tensor, Tensor]:
-    """Block table ``[batch, 1]`` and lengths of sequences that are a block each."""
-    return torch.arange(batch, dtype=torch.int32).unsqueeze(1), torch.full((batch,), length, dtype=torch.int32)
 
 
 def _behind_padding(key: Tensor, value: Tensor, begins: Tensor) -> tuple[Tensor, Tensor, Tensor]:

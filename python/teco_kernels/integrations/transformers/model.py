@@ -77,6 +77,8 @@ _GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
 
 def _replacement(module: torch.nn.Module, angles: Angles) -> torch.nn.Module | None:
     kind = type(module).__name__
+    if not type(module).__module__.startswith("transformers.models."):  # a checkpoint's own code may use any name
+        return None
     if kind in _PLAIN_NORMS:
         return RMSNorm(module.weight, module.variance_epsilon)  # type: ignore[arg-type]
     if kind in _ATTENTIONS:

@@ -18,8 +18,7 @@ class Angles:
     """A step's angles in the form that `rotary_embedding` takes; the layers of a model share them."""
 
     def __init__(self) -> None:
-        self._cos: Tensor | None = None
-        self._positions, self._table = torch.empty(0), torch.empty(0)
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # what they were made of, and they
 
     def of(self, position_embeddings: tuple[Tensor, Tensor], num_tokens: int) -> tuple[Tensor, Tensor]:
         """Positions ``[num_tokens]`` in a table fp32 ``[rows, rotary_dim]``, the cosines and sines that were given.
@@ -29,12 +28,12 @@ class Angles:
         later one takes its place in memory.
         """
         cos, sin = position_embeddings
-        if self._cos is not cos or len(self._positions) != num_tokens:
+        last = self._last  # read once: another thread may generate with the same model
+        if last is None or last[0] is not cos or len(last[1]) != num_tokens:
             half = cos.shape[-1] // 2
-            self._table = torch.cat((cos[..., :half], sin[..., :half]), dim=-1).flatten(0, 1).float()
-            self._positions = torch.arange(num_tokens) % len(self._table)
-            self._cos = cos
-        return self._positions, self._table
+            table = torch.cat((cos[..., :half], sin[..., :half]), dim=-1).flatten(0, 1).float()
+            last = self._last = cos, torch.arange(num_tokens) % len(table), table
+        return last[1], last[2]
 
 
 class SelfAttention(torch.nn.Module):
@@ -56,7 +55,7 @@ class SelfAttention(torch.nn.Module):
         self.config, self.layer_idx, self.head_dim = module.config, module.layer_idx, module.head_dim
         self.scaling, self.is_causal = module.scaling, module.is_causal
         self.attention_dropout = module.attention_dropout
-        # Mistral's modules leave it to their config, Llama's have none.
+        # Mistral's modules leave it to their config; where Qwen2's have none, their config's is for other layers.
         window_of = module.config if type(module).__name__ == "MistralAttention" else module
         self.sliding_window = getattr(window_of, "sliding_window", None)
         self._heads = [projection.out_features // self.head_dim for projection in projections]
@@ -71,7 +70,7 @@ class SelfAttention(torch.nn.Module):
         past_key_values: Any = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        """As transformers', whose name of `cache` was `past_key_values` before 5.40."""
+        """As transformers'; `past_key_values` is `cache` under its older name."""
         batch, length = hidden_states.shape[:2]
         states = self.qkv(hidden_states.flatten(0, 1)).view(batch * length, -1, self.head_dim)
         query, key, _ = states.split(self._heads, dim=1)  # [batch * T, heads, head_dim]
@@ -84,7 +83,7 @@ class SelfAttention(torch.nn.Module):
         query, key, value = rows.split(self._heads, dim=1)  # [batch, heads, T, head_dim]
         cache = past_key_values if cache is None else cache
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            key, value = cache.update(key, value, self.layer_idx, kwargs=options)
         dropout = self.attention_dropout if self.training else 0.0
         options["sliding_window"] = self.sliding_window
         attended, _ = attention(self, query, key, value, attention_mask, dropout, self.scaling, **options)

@@ -10,20 +10,23 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-_BACKEND = "teco_kernels.integrations.vllm.attention.TecoAttentionBackend"
+BACKEND = "teco_kernels.integrations.vllm.attention.TecoAttentionBackend"
 
 
 def register() -> None:
     """Make the backend and the method known to vLLM; nothing where there is no vLLM. May be called again."""
     if find_spec("vllm") is None:
         return
+    from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     from teco_kernels.integrations.vllm import gptq  # noqa: F401 (registers its method)
-    from teco_kernels.integrations.vllm.layers import register_layers
 
-    register_layers()
-    register_backend(AttentionBackendEnum.CUSTOM, _BACKEND)
+    register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
+    if current_platform.is_cpu():
+        from teco_kernels.integrations.vllm.layers import register_layers
+
+        register_layers()
     _let_the_cpu_choose(AttentionBackendEnum.CUSTOM)
 
 
@@ -37,7 +40,7 @@ def _let_the_cpu_choose(custom: Any) -> None:
 
     def choose(cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **options: Any) -> str:
         config = attn_selector_config
-        if selected_backend != custom or custom.get_path() != _BACKEND:
+        if selected_backend != custom or custom.get_path() != BACKEND:
             path: str = vllm_chooses.__func__(cls, selected_backend, config, *args, **options)
             return path
         from teco_kernels.integrations.vllm.attention import TecoAttentionBackend
@@ -46,7 +49,7 @@ def _let_the_cpu_choose(custom: Any) -> None:
         reasons = TecoAttentionBackend.validate_configuration(device_capability=None, **config._asdict())
         if reasons:
             raise ValueError(f"attention backend CUSTOM (teco_kernels): {', '.join(reasons)}")
-        return _BACKEND
+        return BACKEND
 
     choose.lets_choose = True  # type: ignore[attr-defined]
     CpuPlatform.get_attn_backend_cls = classmethod(choose)

@@ -132,7 +132,7 @@ class TecoAttentionImpl(AttentionImpl[TecoAttentionMetadata]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self._alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
         self._sliding_window, self._soft_cap, self._sinks = sliding_window, logits_soft_cap or None, sinks
-        self._kv_cache: Tensor | None = None
+        self._views: tuple[Tensor, Tensor, Tensor] | None = None
 
     def forward(
         self,
@@ -157,7 +157,7 @@ class TecoAttentionImpl(AttentionImpl[TecoAttentionMetadata]):
         T = attn_metadata.num_actual_tokens
         keys, values = self._keys_and_values_of(kv_cache)
         if key is not None and value is not None and self.kv_sharing_target_layer_name is None:
-            reshape_and_cache(key[:T], value[:T], keys, values, attn_metadata.slot_mapping[:T])
+            self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping[:T])
         paged_attention(
             query[:T],
             keys,
@@ -175,11 +175,18 @@ class TecoAttentionImpl(AttentionImpl[TecoAttentionMetadata]):
         )
         return output
 
+    def do_kv_cache_update(
+        self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Write a step's keys and values, ``[T, num_kv_heads, head_size]``; some models of vLLM call it themselves."""
+        T = len(slot_mapping)
+        reshape_and_cache(key[:T], value[:T], *self._keys_and_values_of(kv_cache), slot_mapping)
+
     def _keys_and_values_of(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """The views of `_keys_and_values`, made once for a cache, which stays the same from step to step."""
-        if self._kv_cache is not kv_cache:
-            self._kv_cache, self._views = kv_cache, _keys_and_values(kv_cache)
-        return self._views
+        if self._views is None or self._views[0] is not kv_cache:
+            self._views = kv_cache, *_keys_and_values(kv_cache)
+        return self._views[1:]
 
 
 def _keys_and_values(kv_cache: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,13 @@
 """vLLM's RMS norms, rotary embeddings and SwiGLU over our operators, on CPUs, beside our attention or linear layers.
 
 vLLM's own rotary embedding on a CPU is a parallel region of OpenMP, whose threads spin for a while when it ends, on the
-cores that the threads of `gptq_matmul` and `paged_attention` need. Without it, no layer of a step enters such a region.
+cores that the threads of `gptq_matmul` and `paged_attention` need.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.custom_op import op_registry_oot
@@ -22,6 +21,7 @@ from vllm.model_executor.layers.rotary_embedding.ntk_scaling_rope import NTKScal
 from vllm.model_executor.layers.rotary_embedding.yarn_scaling_rope import YaRNScalingRotaryEmbedding
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from teco_kernels.integrations.vllm import BACKEND
 from teco_kernels.integrations.vllm.gptq import NAME
 from teco_kernels.ops import fused_add_rms_norm, rms_norm, rotary_embedding, silu_and_mul
 
@@ -39,10 +39,10 @@ _ROTARY = (
 def register_layers() -> None:
     """Let vLLM make our subclasses of its layers, which do what its own do unless something of ours was chosen.
 
-    A layer that another plug-in replaces stays that plug-in's.
+    A layer that another plug-in has replaced before stays that plug-in's.
     """
     layers: dict[Any, Any] = {RMSNorm: _RMSNorm, SiluAndMul: _SiluAndMul}
-    layers |= {rotary: type(rotary.__name__, (_Rotary, rotary), {}) for rotary in _ROTARY}
+    layers |= {rotary: type(f"_Teco{rotary.__name__}", (_Rotary, rotary), {}) for rotary in _ROTARY}
     for vllms, ours in layers.items():
         if vllms.__name__ not in op_registry_oot:
             name = vllms.name
@@ -55,7 +55,8 @@ def _is_ours_chosen() -> bool:
     config = get_current_vllm_config_or_none()
     if config is None or config.model_config is None:
         return False
-    attention = config.attention_config.backend == AttentionBackendEnum.CUSTOM
+    custom = AttentionBackendEnum.CUSTOM
+    attention = config.attention_config.backend == custom and custom.get_path() == BACKEND
     return attention or config.model_config.quantization == NAME
 
 
@@ -70,7 +71,8 @@ class _OursIfChosen:
 class _RMSNorm(_OursIfChosen, RMSNorm):
     def forward_ours(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """As vLLM's, `x` and `residual` may be written."""
-        if self.variance_size_override is not None or x.dtype != self.weight.dtype:
+        dtypes = {tensor.dtype for tensor in (x, residual, self.weight) if tensor is not None}
+        if self.variance_size_override is not None or len(dtypes) > 1 or x.dim() > 3:
             return self.forward_cpu(x, residual)
         if residual is None:
             return rms_norm(x, self.weight, self.variance_epsilon)
@@ -83,7 +85,10 @@ class _SiluAndMul(_OursIfChosen, SiluAndMul):
 
 
 class _Rotary(_OursIfChosen):
-    _angles: Tensor | None = None
+    def __init__(self: Any, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self._forward_method == self.forward_ours:  # angles of the model's dtype, as vLLM's layers have them
+            self.register_buffer("angles", self.cos_sin_cache.float(), persistent=False)
 
     def forward_ours(
         self: Any, positions: Tensor, query: Tensor, key: Tensor | None = None
@@ -91,10 +96,8 @@ class _Rotary(_OursIfChosen):
         """As vLLM's, in place."""
         if key is None:
             return self.forward_cpu(positions, query)
-        if self._angles is None:
-            self._angles = self.cos_sin_cache.to(torch.float32)  # rounded to the model's dtype before, as vLLM does
         heads = (positions.numel(), -1, self.head_size)
         rotary_embedding(
-            positions.flatten(), query.view(heads), key.view(heads), self._angles, interleaved=not self.is_neox_style
+            positions.flatten(), query.view(heads), key.view(heads), self.angles, interleaved=not self.is_neox_style
         )
         return query, key
