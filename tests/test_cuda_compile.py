@@ -38,7 +38,7 @@ def test_resources(source: Path, architecture: str) -> None:
     table = json.loads(cuda_check.TABLE.read_text())
     for kernel, resources in cuda_check.measure(NVCC, architecture, source).items():
         assert resources.spilled_bytes == 0, kernel
-        if cuda_check.version(NVCC) == table["nvcc"]:  # others allot registers in their own way
+        if cuda_build.version(NVCC) == table["nvcc"]:  # others allot registers in their own way
             assert asdict(resources) == table["kernels"][kernel][architecture]
 
 
@@ -52,7 +52,7 @@ def test_instructions(source: Path, architecture: str) -> None:
     assert CUOBJDUMP is not None
     table = json.loads(cuda_sass.TABLE.read_text())
     for kernel, counts in cuda_sass.measure(NVCC, CUOBJDUMP, architecture, source).items():
-        if cuda_check.version(NVCC) == table["nvcc"]:
+        if cuda_build.version(NVCC) == table["nvcc"]:
             assert counts == table["kernels"][kernel][architecture], kernel
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cuda_build import compile_for, find_nvcc
+from cuda_build import compile_for, find_nvcc, version
 from native_build import CSRC, ROOT
 
 TABLE = ROOT / "tests" / "data" / "cuda_resources.json"
@@ -126,13 +126,6 @@ def measure(nvcc: Path, architecture: str, source: Path) -> dict[str, Resources]
 def sources() -> list[Path]:
     """The kernel files."""
     return sorted((CSRC / "cuda").glob("*.cu"))
-
-
-def version(nvcc: Path) -> str:
-    """Such as "13.0.88"."""
-    text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True).stdout
-    match = re.search(r"V([\d.]+)", text)
-    return match[1] if match else "unknown"
 
 
 def main() -> None:
