@@ -25,7 +25,7 @@ MEANT = {
     "paged_attention": {"LDS.128"},
     "rms_norm": {"LDG.128", "STG.128"},
     "rotary_embedding": {"LDG.128", "STG.128"},
-    "silu_and_mul": {"LDG.128"},
+    "silu_and_mul": {"LDG.128", "STG.128"},
 }
 
 
@@ -36,7 +36,9 @@ MEANT = {
 def test_resources(source: Path, architecture: str) -> None:
     assert NVCC is not None
     table = json.loads(cuda_check.TABLE.read_text())
-    for kernel, resources in cuda_check.measure(NVCC, architecture, source).items():
+    measured = cuda_check.measure(NVCC, architecture, source)
+    assert set(measured) == cuda_check.kernels_of(source)
+    for kernel, resources in measured.items():
         assert resources.spilled_bytes == 0, kernel
         if cuda_build.version(NVCC) == table["nvcc"]:  # others allot registers in their own way
             assert asdict(resources) == table["kernels"][kernel][architecture]
@@ -51,9 +53,19 @@ def test_instructions(source: Path, architecture: str) -> None:
     assert NVCC is not None
     assert CUOBJDUMP is not None
     table = json.loads(cuda_sass.TABLE.read_text())
-    for kernel, counts in cuda_sass.measure(NVCC, CUOBJDUMP, architecture, source).items():
+    measured = cuda_sass.measure(NVCC, CUOBJDUMP, architecture, source)
+    assert set(measured) == cuda_check.kernels_of(source)
+    for kernel, counts in measured.items():
         if cuda_build.version(NVCC) == table["nvcc"]:
             assert counts == table["kernels"][kernel][architecture], kernel
+
+
+@pytest.mark.parametrize("table", [cuda_check.TABLE, cuda_sass.TABLE], ids=lambda path: path.stem)
+def test_tables_have_every_kernel(table: Path) -> None:
+    kernels = json.loads(table.read_text())["kernels"]
+    assert set(kernels) == set().union(*map(cuda_check.kernels_of, cuda_check.sources()))
+    architectures = cuda_check.ARCHITECTURES if table == cuda_check.TABLE else cuda_sass.ARCHITECTURES
+    assert all(tuple(numbers) == architectures for numbers in kernels.values())
 
 
 def test_instructions_are_those_meant() -> None:
@@ -64,4 +76,6 @@ def test_instructions_are_those_meant() -> None:
             for instruction in instructions:
                 assert counts.get(instruction) == counts["instances"], (kernel, architecture, instruction)
     for architecture, counts in table["gptq_matmul"].items():
-        assert counts["IDP.4A"] == counts["instances"] // 2, architecture  # those of int8
+        assert counts["IDP.4A"] == counts["instances"] * 2 // 3, architecture  # those of int8, in sections or not
+    for architecture, counts in table["embedding"].items():  # but for fp32 weights, of whose rows 16 bytes become 8
+        assert counts["STG.128"] == 7, architecture

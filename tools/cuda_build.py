@@ -141,13 +141,18 @@ def _simt_objects(ninja: NinjaFile, flags: list[str]) -> list[str]:
 
 
 def compile_for(nvcc: Path, source: Path, architecture: str, output: Path) -> str:
-    """Compile one file to machine code of one architecture ("90a"); what ptxas has to say about it."""
+    """Compile one file to machine code of one architecture ("90a"); what ptxas has to say about it.
+
+    The PTX on the way to it stays beside the output, named after the source.
+    """
     command = [
         str(nvcc),
         *NVCC_FLAGS,
         f"-arch=sm_{architecture}",
         "-cubin",
         "-Xptxas=-v",
+        "--keep",
+        f"--keep-dir={output.parent}",
         "-o",
         str(output),
         str(source),
