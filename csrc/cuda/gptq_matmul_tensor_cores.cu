@@ -19,10 +19,6 @@ struct GptqColumns {
   GptqLayout layout;
   int64_t num_panels;
 
-  // Every other one, from one of the first two on. Columns c and c + 8 of a tile are in the same banks but for this: at
-  // the same time they are given neighbouring quads.
-  __device__ static int quad(int i) { return 2 * i + (thread_id() / kTile + thread_id() / 8) % 2; }
-
   __device__ __forceinline__ Fragment fetch(int64_t first_column, int b) const {
     Fragment codes = {};
     const int64_t column = first_column + thread_id() % kTile;
@@ -32,7 +28,7 @@ struct GptqColumns {
     codes.header = load_header(group, static_cast<int>(column % kPanel));
 #pragma unroll
     for (int i = 0; i < kQuads / 2; ++i)
-      codes.quads[i] = quad_codes<kBits>(block, quad(i), static_cast<int>(column % kPanel));
+      codes.quads[i] = quad_codes<kBits>(block, 2 * i + thread_id() / kTile, static_cast<int>(column % kPanel));
     return codes;
   }
 
@@ -44,7 +40,7 @@ struct GptqColumns {
 #pragma unroll
       for (int j = 0; j < 4; ++j)
         set(values.at[j], dequantize<kMinimum>(codes.quads[i] >> (8 * j) & 255u, codes.header));
-      store<4>(&weight[thread_id() % kTile][4 * quad(i)], values);
+      store<4>(&weight[thread_id() % kTile][4 * (2 * i + thread_id() / kTile)], values);
     }
   }
 };
