@@ -69,3 +69,38 @@ def test_paths_may_hold_spaces() -> None:
     ninja = native_build.NinjaFile("c++")
     ninja.compile(native_build.CSRC / "cpu" / "table.cpp", ["-I/a b/$c"])
     assert ninja.lines[-1] == "  flags = '-I/a b/$$c'"
+
+
+@pytest.mark.parametrize(
+    ("choice", "of_torch", "of_nvcc", "built"),
+    [
+        ("", "13.1", "13.0.88", True),
+        ("", "12.8", "13.0.88", False),
+        ("", None, "13.0.88", False),
+        ("1", "12.8", "13.0.88", True),
+        ("1", None, "13.0.88", True),
+        ("0", "13.1", "13.0.88", False),
+    ],
+)
+def test_cuda_kernels_are_of_the_version_that_torch_is_built_for(
+    choice: str,
+    of_torch: str | None,
+    of_nvcc: str,
+    built: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    import cuda_build
+
+    torch = fake_torch(tmp_path, "2.13.0")
+    with (torch / "version.py").open("a") as file:
+        file.write(f"cuda: Optional[str] = {of_torch!r}\n")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V{of_nvcc}'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("TECO_CUDA", choice)
+    monkeypatch.setattr(cuda_build, "find_nvcc", lambda: nvcc)
+    assert cuda_build.wanted_nvcc(torch) == (nvcc if built else None)
+    differ = not choice and of_torch == "12.8"
+    assert ("torch is built for CUDA 12.8" in capfd.readouterr().err) == differ

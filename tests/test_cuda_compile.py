@@ -20,12 +20,20 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc here")
 
 #: What every instance of a kernel has. Of what is meant and missing, docs/gpu.md tells.
 MEANT = {
+    "all_gather": {"LDG.128", "STG.128"},
+    "all_reduce": {"LDG.128", "STG.128"},
+    "all_reduce_rms_norm": {"LDG.128", "STG.128"},
+    "broadcast": {"LDG.128", "STG.128"},
+    "dense_matmul": {"LDG.128"},
+    "dense_tensor_cores": {"HMMA", "LDG.128", "LDGSTS.128", "LDSM.4"},
     "gptq_tensor_cores": {"HMMA", "LDGSTS.128", "LDSM.4"},
     "merge_attention_states": {"LDG.128", "STG.128"},
-    "paged_attention": {"LDS.128"},
+    "paged_attention": {"LDS.128", "STS.128"},
+    "reduce_scatter": {"LDG.128", "STG.128"},
     "rms_norm": {"LDG.128", "STG.128"},
     "rotary_embedding": {"LDG.128", "STG.128"},
-    "silu_and_mul": {"LDG.128"},
+    "silu_and_mul": {"LDG.128", "STG.128"},
+    "sparse24_matmul": {"LDG.128"},
 }
 
 
@@ -36,9 +44,11 @@ MEANT = {
 def test_resources(source: Path, architecture: str) -> None:
     assert NVCC is not None
     table = json.loads(cuda_check.TABLE.read_text())
-    for kernel, resources in cuda_check.measure(NVCC, architecture, source).items():
+    measured = cuda_check.measure(NVCC, architecture, source)
+    assert set(measured) == cuda_check.kernels_of(source)
+    for kernel, resources in measured.items():
         assert resources.spilled_bytes == 0, kernel
-        if cuda_check.version(NVCC) == table["nvcc"]:  # others allot registers in their own way
+        if cuda_build.version(NVCC) == table["nvcc"]:  # others allot registers in their own way
             assert asdict(resources) == table["kernels"][kernel][architecture]
 
 
@@ -51,9 +61,19 @@ def test_instructions(source: Path, architecture: str) -> None:
     assert NVCC is not None
     assert CUOBJDUMP is not None
     table = json.loads(cuda_sass.TABLE.read_text())
-    for kernel, counts in cuda_sass.measure(NVCC, CUOBJDUMP, architecture, source).items():
-        if cuda_check.version(NVCC) == table["nvcc"]:
+    measured = cuda_sass.measure(NVCC, CUOBJDUMP, architecture, source)
+    assert set(measured) == cuda_check.kernels_of(source)
+    for kernel, counts in measured.items():
+        if cuda_build.version(NVCC) == table["nvcc"]:
             assert counts == table["kernels"][kernel][architecture], kernel
+
+
+@pytest.mark.parametrize("table", [cuda_check.TABLE, cuda_sass.TABLE], ids=lambda path: path.stem)
+def test_tables_have_every_kernel(table: Path) -> None:
+    kernels = json.loads(table.read_text())["kernels"]
+    assert set(kernels) == set().union(*map(cuda_check.kernels_of, cuda_check.sources()))
+    architectures = cuda_check.ARCHITECTURES if table == cuda_check.TABLE else cuda_sass.ARCHITECTURES
+    assert all(tuple(numbers) == architectures for numbers in kernels.values())
 
 
 def test_instructions_are_those_meant() -> None:
@@ -64,4 +84,6 @@ def test_instructions_are_those_meant() -> None:
             for instruction in instructions:
                 assert counts.get(instruction) == counts["instances"], (kernel, architecture, instruction)
     for architecture, counts in table["gptq_matmul"].items():
-        assert counts["IDP.4A"] == counts["instances"] // 2, architecture  # those of int8
+        assert counts["IDP.4A"] == counts["instances"] * 2 // 3, architecture  # those of int8, in sections or not
+    for architecture, counts in table["embedding"].items():  # but for fp32 weights, of whose rows 16 bytes become 8
+        assert counts["STG.128"] == 7, architecture

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_size_t, c_uint, c_void_p
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ import test_verify as verify
 import torch
 from emulated_cuda import emulation
 
+import cuda_check
 import teco_kernels as tk
 from teco_kernels.ops import Plan
 from teco_kernels.ops.recycle import lm_head_argmax_reference
@@ -200,3 +202,67 @@ def test_a_weight_that_is_not_aligned() -> None:
     torch.ops.teco_kernels.gptq_matmul(*arguments)  # the CPU takes it
     with emulation(), pytest.raises(RuntimeError, match="weight: expected memory aligned to 16 bytes"):
         torch.ops.teco_kernels.gptq_matmul(*arguments)
+
+
+class Launch(Structure):
+    """`simt::Launch`."""
+
+    _fields_ = [
+        ("kernel", c_char_p),
+        ("blocks", c_uint * 3),
+        ("threads", c_uint * 3),
+        ("dynamic_shared_bytes", c_size_t),
+    ]
+
+
+@contextmanager
+def launches_looked_at() -> Iterator[list[Launch]]:
+    """Launches within it, none of which is run."""
+    launches = []
+
+    @CFUNCTYPE(c_void_p, POINTER(Launch))
+    def look(launch: Any) -> None:
+        launches.append(Launch.from_buffer_copy(launch.contents))
+
+    with emulation() as simt:
+        simt.simt_intercept(look)
+        try:
+            yield launches
+        finally:
+            simt.simt_intercept(None)
+
+
+def test_launches_of_very_many_rows() -> None:
+    """The rows of a matmul are where a grid has no end to speak of."""
+    rows = 8 * 65536
+    weight = tk.GPTQWeight.from_codes(
+        codes=torch.zeros(32, 16, dtype=torch.uint8), scales=torch.ones(1, 16), zeros=torch.zeros(1, 16).long(), bits=4
+    )
+    dense = torch.zeros(16, 32)
+    x = torch.zeros(1, 32).expand(rows, 32)
+    with launches_looked_at() as launches:
+        tk.gptq_matmul(x, weight)
+        tk.gptq_matmul(x, weight, activation="int8")
+        tk.dense_matmul(x, tk.DenseWeight.from_tensor(dense))
+        tk.dense_matmul(x.half(), tk.DenseWeight.from_tensor(dense.half()))
+    assert [tuple(launch.blocks) for launch in launches] == [(rows // 8, 1, 1)] * 3 + [(rows // 64, 1, 1)]
+
+
+def test_shared_memory_of_attention_is_what_the_tables_count() -> None:
+    block_table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    with launches_looked_at() as launches:
+        for dim in cuda_check.ATTENTION_SHARED:
+            cache = torch.zeros(1, 1, 1, dim)
+            tk.paged_attention(torch.zeros(1, 1, dim), cache, cache, block_table, lengths)
+    assert [launch.dynamic_shared_bytes for launch in launches] == list(cuda_check.ATTENTION_SHARED.values())
+
+
+def test_more_attention_rows_than_kernels_count() -> None:
+    """For each sequence, of however few tokens, there may be 16 rows per kv head."""
+    heads, seqs = 2**15, 2**11 + 1
+    query, cache = torch.zeros(1, heads, 1), torch.zeros(1, 1, heads, 1)
+    start = torch.zeros(seqs + 1, dtype=torch.int32)
+    start[-1] = 1
+    lengths = torch.zeros(seqs, dtype=torch.int32)
+    with emulation(), pytest.raises(ValueError, match=r"query: expected 2\^30 rows \(tokens times heads\) at the most"):
+        tk.paged_attention(query, cache, cache, lengths.view(-1, 1), lengths, query_start_loc=start, scale=1.0)

@@ -20,7 +20,6 @@ from kernel_calls import CALLS
 from test_cuda_emulation import CASES, is_on_tensor_cores
 
 import cuda_build
-import cuda_check
 import teco_kernels as tk
 from ptx import BankCounter, GlobalMemory, Kernel, PtxError, load
 from teco_kernels.ops import gptq
@@ -263,7 +262,7 @@ def test_bank_conflicts() -> None:
     """As the table says, which `python tests/test_cuda_ptx.py` writes."""
     table = json.loads(BANKS.read_text())
     found = bank_table()
-    if cuda_check.version(NVCC) == table["nvcc"]:
+    if cuda_build.version(NVCC) == table["nvcc"]:
         assert found == table["calls"]
     tensor_cores = found["gptq_matmul, 40 rows"]["gptq_tensor_cores"]
     cycles, ideal = tensor_cores["ldmatrix"]  # rows are 80 bytes apart for its sake
@@ -273,4 +272,4 @@ def test_bank_conflicts() -> None:
 if __name__ == "__main__":
     assert NVCC is not None
     rows = ",\n".join(f" {json.dumps(call)}: {json.dumps(kernels)}" for call, kernels in bank_table().items())
-    BANKS.write_text(f'{{"nvcc": "{cuda_check.version(NVCC)}", "calls": {{\n{rows}\n}}}}\n')
+    BANKS.write_text(f'{{"nvcc": "{cuda_build.version(NVCC)}", "calls": {{\n{rows}\n}}}}\n')

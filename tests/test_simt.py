@@ -39,6 +39,8 @@ BUGS = {
     "two_shuffles": "lanes of its mask wait in __shfl_xor_sync",
     "missing_wait": "missing wait: the thread reads 4 bytes",
     "wait_behind_barrier": "race: the thread |missing wait: the thread ",
+    "overwritten_before_arrival": "missing wait: the thread writes 4 bytes",
+    "source_changes": "the source of a cp.async has changed before it was waited for",
     "large_shift": "shift by more bits than there are",
     "overflow": "integer overflow in an addition",
 }
@@ -115,6 +117,20 @@ def test_bugs_are_found(run: Run, name: str, seed: int) -> None:
     assert finding.startswith(f"simt: kernel {name}, block (")
     assert re.search(BUGS[name].replace("(", r"\(").replace(")", r"\)"), finding), finding
     assert re.search(rf"planted\.cu:{line_of(PLANTED, f'bug: {name}')}\b", finding), finding
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("no_threads", "1 to 1024 threads, at most 64 in z, got (0, 1, 1)"),
+        ("too_many_threads", "1 to 1024 threads, at most 64 in z, got (1025, 1, 1)"),
+        ("no_blocks", "at least one block, at most 65535 in y and z, got (0, 1, 1)"),
+        ("too_many_rows", "at least one block, at most 65535 in y and z, got (1, 65536, 1)"),
+        ("too_much_shared_memory", "at most 99 KB of shared memory, got 101377 bytes"),
+    ],
+)
+def test_launches_that_no_device_takes(run: Run, name: str, problem: str) -> None:
+    assert run(name, 0)[0] == f"simt: {name}: expected {problem}"
 
 
 def test_every_kernel_is_tested() -> None:

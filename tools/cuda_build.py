@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -42,11 +43,19 @@ def find_nvcc() -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+def version(nvcc: Path) -> str:
+    """Such as "13.0.88"."""
+    text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True).stdout
+    match = re.search(r"V([\d.]+)", text)
+    return match[1] if match else "unknown"
+
+
 def wanted_nvcc(torch: Path) -> Path | None:
     """The nvcc to compile the kernels with, or None to leave them out.
 
     TECO_CUDA=1 asks for them and fails without nvcc, TECO_CUDA=0 leaves them out; otherwise they are built when there
-    is an nvcc and `torch` is a build for CUDA.
+    is an nvcc and `torch` is a build for the same major version of CUDA: a driver that runs the one may be too old for
+    the other.
     """
     choice = os.environ.get("TECO_CUDA", "")
     if choice not in ("", "0", "1"):
@@ -54,7 +63,17 @@ def wanted_nvcc(torch: Path) -> Path | None:
     nvcc = find_nvcc() if choice != "0" else None
     if choice == "1" and nvcc is None:
         raise SystemExit("teco_kernels: TECO_CUDA=1, but no nvcc found ($CUDA_HOME, $PATH, /usr/local/cuda)")
-    return nvcc if choice == "1" or (nvcc and cuda_of(torch)) else None
+    cuda = cuda_of(torch)
+    if choice == "1" or nvcc is None or cuda is None:
+        return nvcc if choice == "1" else None
+    found = version(nvcc)
+    if found.split(".")[0] == cuda.split(".")[0]:
+        return nvcc
+    print(
+        f"teco_kernels: no CUDA kernels: torch is built for CUDA {cuda}, {nvcc} is of {found}; TECO_CUDA=1 builds them",
+        file=sys.stderr,
+    )
+    return None
 
 
 def architecture_flags(architectures: str) -> list[str]:
@@ -122,13 +141,18 @@ def _simt_objects(ninja: NinjaFile, flags: list[str]) -> list[str]:
 
 
 def compile_for(nvcc: Path, source: Path, architecture: str, output: Path) -> str:
-    """Compile one file to machine code of one architecture ("90a"); what ptxas has to say about it."""
+    """Compile one file to machine code of one architecture ("90a"); what ptxas has to say about it.
+
+    The PTX on the way to it stays beside the output, named after the source.
+    """
     command = [
         str(nvcc),
         *NVCC_FLAGS,
         f"-arch=sm_{architecture}",
         "-cubin",
         "-Xptxas=-v",
+        "--keep",
+        f"--keep-dir={output.parent}",
         "-o",
         str(output),
         str(source),

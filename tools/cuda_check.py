@@ -15,22 +15,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cuda_build import compile_for, find_nvcc
+from cuda_build import compile_for, find_nvcc, version
 from native_build import CSRC, ROOT
 
 TABLE = ROOT / "tests" / "data" / "cuda_resources.json"
 ARCHITECTURES = ("80", "90a", "100", "120")
 
-#: Threads of a block, per kernel.
-THREADS = {
-    **dict.fromkeys(
-        ("rms_norm", "silu_and_mul", "gptq_matmul", "dense_matmul", "sparse24_matmul", "merge_panels"), 256
-    ),
-    **dict.fromkeys(("all_reduce", "all_reduce_rms_norm", "reduce_scatter", "all_gather", "broadcast"), 256),
-    **dict.fromkeys(("sample", "verify_recycled_sampled"), 512),
-}
-DEFAULT_THREADS = 128
 #: Bytes of dynamic shared memory of `paged_attention`, per size of head: queries, a tile of keys or values, scales.
+#: Only launches tell of it, so a test looks at these.
 ATTENTION_SHARED = {dim: 4 * (16 * dim + 32 * (dim + 4) + 64) for dim in (64, 128, 256, 512)}
 
 # Per multiprocessor: threads, bytes of shared memory. All have 65536 registers, at most 32 blocks (24 on 12.0), dealt
@@ -71,8 +63,19 @@ def kernel_of(name: str) -> str:
     return kernel[1]
 
 
-def _instances(report: str) -> Iterator[tuple[str, int, int, int]]:
-    """(kernel, registers, spilled bytes, shared bytes) of every entry that ptxas tells of."""
+def kernels_of(source: Path) -> set[str]:
+    """Those that a file defines, as in tables."""
+    return set(re.findall(r"__global__[^;{]*?\b(\w+)_kernel\(", source.read_text()))
+
+
+def _threads(ptx: str) -> dict[str, int]:
+    """Threads of a block, by entry: what `__launch_bounds__` says."""
+    pattern = re.compile(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)")
+    return {match[1]: int(match[2]) for match in pattern.finditer(ptx)}
+
+
+def _instances(report: str) -> Iterator[tuple[str, str, int, int, int]]:
+    """(entry, kernel, registers, spilled bytes, shared bytes) of every entry that ptxas tells of."""
     pattern = re.compile(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?"
         r"Used (\d+) registers[^\n]*",
@@ -85,7 +88,7 @@ def _instances(report: str) -> Iterator[tuple[str, int, int, int]]:
         if kernel == "paged_attention":
             dim = re.search(r"paged_attention_kernel<(\d+)", name)
             shared_bytes += ATTENTION_SHARED[int(dim[1])] if dim else 0
-        yield kernel, int(match[4]), int(match[2]) + int(match[3]), shared_bytes
+        yield match[1], kernel, int(match[4]), int(match[2]) + int(match[3]), shared_bytes
 
 
 def resident_warps(architecture: str, threads: int, registers: int, shared_bytes: int) -> int:
@@ -106,18 +109,17 @@ def measure(nvcc: Path, architecture: str, source: Path) -> dict[str, Resources]
     """Resources of each kernel of a file."""
     with tempfile.TemporaryDirectory() as folder:
         report = compile_for(nvcc, source, architecture, Path(folder) / "kernel.cubin")
-    found: dict[str, list[tuple[int, int, int]]] = {}
-    for kernel, *numbers in _instances(report):
-        found.setdefault(kernel, []).append((numbers[0], numbers[1], numbers[2]))
+        threads = _threads((Path(folder) / f"{source.stem}.ptx").read_text())
+    found: dict[str, list[tuple[int, int, int, int]]] = {}
+    for entry, kernel, *numbers in _instances(report):
+        found.setdefault(kernel, []).append((numbers[0], numbers[1], numbers[2], threads[entry]))
     return {
         kernel: Resources(
             instances=len(instances),
             registers=max(i[0] for i in instances),
             spilled_bytes=max(i[1] for i in instances),
             shared_bytes=max(i[2] for i in instances),
-            warps=min(
-                resident_warps(architecture, THREADS.get(kernel, DEFAULT_THREADS), i[0], i[2]) for i in instances
-            ),
+            warps=min(resident_warps(architecture, i[3], i[0], i[2]) for i in instances),
         )
         for kernel, instances in found.items()
     }
@@ -126,13 +128,6 @@ def measure(nvcc: Path, architecture: str, source: Path) -> dict[str, Resources]
 def sources() -> list[Path]:
     """The kernel files."""
     return sorted((CSRC / "cuda").glob("*.cu"))
-
-
-def version(nvcc: Path) -> str:
-    """Such as "13.0.88"."""
-    text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True).stdout
-    match = re.search(r"V([\d.]+)", text)
-    return match[1] if match else "unknown"
 
 
 def main() -> None:

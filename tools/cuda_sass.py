@@ -14,8 +14,8 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from cuda_build import compile_for, find_nvcc
-from cuda_check import kernel_of, sources, version
+from cuda_build import compile_for, find_nvcc, version
+from cuda_check import kernel_of, sources
 from native_build import ROOT
 
 TABLE = ROOT / "tests" / "data" / "cuda_instructions.json"

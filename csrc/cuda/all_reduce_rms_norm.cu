@@ -40,8 +40,10 @@ __global__ void __launch_bounds__(kRankThreads, 1)
     for (int r = 0; r < rows; ++r) {
       const int64_t row = (begin + r) * size;
       const auto elements = [&](int64_t i) { return sum.at(r * row_vectors + static_cast<int>(i) / N); };
-      rms_norm_row(elements, residual + row, residual_out + row, static_cast<const T*>(p.weight), out + row, size,
-                   p.eps, aligned);
+      RmsNormRow<T, decltype(elements)>{
+          elements, residual + row, residual_out + row, static_cast<const T*>(p.weight), out + row, size,
+          p.eps,    aligned}
+          .norm_by_block();
       __syncthreads();  // before the memory of the block's sum is used again
     }
   }

@@ -1,7 +1,6 @@
-// The small algebra of attention states. A state (max, sum, acc) stands for the keys it has seen: sum = sum_k
-// exp(score[k]
-// - max), acc = sum_k exp(score[k] - max) * value[k]. The empty state is (-inf, 0, 0); merging it changes no bit of the
-// other.
+// The small algebra of attention states. A state (max, sum, acc) stands for the keys it has seen:
+// sum = sum_k exp(score[k] - max), acc = sum_k exp(score[k] - max) * value[k]. The empty state is (-inf, 0, 0); merging
+// it changes no bit of the other.
 #pragma once
 
 #include "cuda/device.h"

@@ -17,7 +17,8 @@ __device__ __forceinline__ int64_t row_of(const TokenRange& tokens, int64_t toke
 template <class W, class T>
 __global__ void __launch_bounds__(kThreads) embedding_kernel(EmbeddingParams p, bool vectors) {
   constexpr int N = smaller(kVector<W>, kVector<T>);
-  const int64_t token = blockIdx.x, i = (static_cast<int64_t>(blockIdx.y) * kThreads + thread_id()) * N;
+  const int part = static_cast<int>(blockIdx.y) * kThreads + thread_id();  // 32 bits, as in silu_and_mul
+  const int64_t token = blockIdx.x, i = int64_t{part} * N;
   if (i >= p.hidden_size) return;
   const int64_t row = row_of(p.tokens, p.token_ids[token]);
   const W* elements = static_cast<const W*>(p.weight) + row * p.weight_stride + i;

@@ -4,8 +4,7 @@
 // warp, lanes are columns, twice: one half takes the even quads of a block, the other the odd ones. A weight is read in
 // words of four bytes, 64 bytes of neighbouring columns at a time, and unpacked in registers; inputs lie in shared
 // memory, a slice per warp. The sum of an output element: over a lane's inputs in order, then the halves, then the
-// warps one after the other. It is the same for any number of rows
-// (but see kMaxRows).
+// warps one after the other. It is the same for any number of rows (but see kMaxRows).
 //
 // Exact mode: fp32 arithmetic on scale * (code - zero). Int8 mode: inputs are quantised per row and block, products and
 // their sums are integers. With sections (see GptqMatmulParams) a warp takes whole ones, whose sums are its lanes'
@@ -71,15 +70,17 @@ __device__ void quantise_inputs(const GptqMatmulParams& p, int64_t first_row, in
 }
 
 // One quad of weights against the rows' inputs, in fp32. The bits of a code, as the lowest of the mantissa of 2^23,
-// make a float of it without a conversion.
+// make the float 2^23 + code without a conversion. Zero points are small integers, so 2^23 + zero is exact, and so is
+// the difference of the two.
 template <int kRows, bool kMinimum>
 __device__ __forceinline__ void multiply_exact(uint32_t codes, int q, const Header& header, int rows,
                                                const Slice<kRows>& slice, float (&sums)[kRows]) {
+  const float zero = kMinimum ? 0x1p23f : 0x1p23f + header.offset;
   Pack<float, 4> weight;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float code = ptx::as_float(ptx::and_or(codes >> (8 * i), 255u, 0x4b000000u)) - 8388608.f;
-    weight.at[i] = kMinimum ? header.scale * code + header.offset : code - header.offset;
+    const float code = ptx::as_float(ptx::and_or(codes >> (8 * i), 255u, 0x4b000000u)) - zero;
+    weight.at[i] = kMinimum ? header.scale * code + header.offset : code;
   }
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 3) gptq_matmul_kernel(GptqMatmulPara
   using Sum = std::conditional_t<kSections, double, float>;
   Shared<kRows, Sum>& memory = shared<Shared<kRows, Sum>>();
   const GptqLayout layout(p);
-  const int64_t panel = blockIdx.x, first_row = static_cast<int64_t>(blockIdx.y) * kRows;
+  const int64_t panel = blockIdx.y, first_row = static_cast<int64_t>(blockIdx.x) * kRows;
   const auto rows = static_cast<int>(smaller<int64_t>(p.num_rows - first_row, kRows));
   const int column = lane_id() % kPanel, half = lane_id() / kPanel;
   const int section = static_cast<int>(p.groups_per_section) * layout.blocks_per_group;
@@ -203,7 +204,7 @@ Status multiply_gptq(const GptqMatmulParams& p, const PanelBest& best, void* str
     return multiply_gptq_tensor_cores(p, best, stream);
   return with_format(p, [&]<int kBits, bool kMinimum>(Format<kBits, kMinimum>) {
     const auto run = [&]<int kRows>(Rows<kRows>) {
-      const dim3 grid = {panels, static_cast<unsigned>(ceil_div<int64_t>(p.num_rows, kRows))};
+      const dim3 grid = {static_cast<unsigned>(ceil_div<int64_t>(p.num_rows, kRows)), panels};
       const auto kernel = p.groups_per_section ? gptq_matmul_kernel<kBits, kMinimum, Mode::kInt8Sections, kRows>
                           : p.int8_activation  ? gptq_matmul_kernel<kBits, kMinimum, Mode::kInt8, kRows>
                                                : gptq_matmul_kernel<kBits, kMinimum, Mode::kExact, kRows>;

@@ -8,6 +8,9 @@ namespace teco::cuda {
 constexpr int kPanel = 16;  // columns
 constexpr int kBlock = 32;  // inputs
 
+// Grids have rows in x and columns in y, which ends at 65535: of these there are few, and blocks that run at the same
+// time share a part of the weight.
+
 // What lm_head_argmax keeps of every panel of a row in place of its products; `keys` null: they are stored.
 struct PanelBest {
   uint64_t* keys;  // [num_panels, num_rows], see best_key

@@ -71,7 +71,12 @@ __device__ void load_tile(const AttentionProblem& problem, const Sequence& seq, 
                         kv_head * cache.head_stride;
     const Pack<E, N> x = load_up_to<N>(elements + d, problem.head_dim - d, problem.vectors);
 #pragma unroll
-    for (int j = 0; j < N; ++j) shared.tile[key][d + j] = to_float(x.at[j]);
+    for (int j = 0; j < N; j += 4) {
+      Pack<float, 4> quad;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) quad.at[k] = to_float(x.at[j + k]);
+      store<4>(&shared.tile[key][d + j], quad);
+    }
     if (kElementMax<E> != 0 && d == 0)
       scales[key] = cache.scale[block * cache.scale_block_stride + slot * cache.scale_slot_stride +
                                 kv_head * cache.scale_head_stride];
@@ -282,9 +287,6 @@ int64_t paged_attention_workspace(const PagedAttentionParams& p, int64_t max_key
 
 Status paged_attention(const PagedAttentionParams& p, int64_t max_keys, void* workspace, void* stream) {
   if (p.num_tokens == 0 || p.num_seqs == 0) return nullptr;
-  constexpr int64_t kMaxRows = int64_t{1} << 30;
-  if (p.num_tokens * p.num_heads > kMaxRows || p.num_seqs * p.num_kv_heads * split_rows(p) > kMaxRows)
-    return "query: expected 2^30 rows (tokens times heads) at the most";
   use_workspace(workspace, paged_attention_workspace(p, max_keys));
   const AttentionProblem problem = {
       .p = p,

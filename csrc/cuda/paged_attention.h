@@ -11,7 +11,8 @@ constexpr int kTileKeys = 32;    // keys that share one update of the running ma
 constexpr int kChunkKeys = 256;  // splits are of so many keys or a multiple
 constexpr int kMaxSplits = 32;
 
-// Positions and rows are 32-bit integers, as lengths of sequences are: 64-bit divisions are slow.
+// Positions and rows are 32-bit integers, as lengths of sequences are: 64-bit divisions are slow. The operator layer
+// admits 2^30 rows at the most.
 struct Positions {
   int begin, end;
 };
@@ -78,13 +79,18 @@ inline int split_rows(const PagedAttentionParams& p) {
 }
 
 // The sequence that tile number `tile` of the call is of, and its first row. Sequences have their tiles one after the
-// other; a warp counts 32 of them at a time. All lanes get the same. `found` is false behind the last tile.
+// other; where they have different numbers of them, a warp counts 32 sequences at a time. All lanes get the same.
+// `found` is false behind the last tile.
 struct Tile {
   bool found;
   Sequence seq;
   int first_row;
 };
 __device__ __forceinline__ Tile find_tile(const AttentionProblem& problem, int tile) {
+  if (!problem.p.query_start_loc) {
+    const int tiles = ceil_div(problem.group, kTileRows);
+    return {true, problem.sequence(tile / tiles), tile % tiles * kTileRows};
+  }
   for (int first = 0; first < problem.p.num_seqs; first += kWarpSize) {
     const int s = first + lane_id();
     const int own = s < problem.p.num_seqs ? ceil_div(problem.num_rows(problem.sequence(s)), kTileRows) : 0;

@@ -35,7 +35,7 @@ struct PanelShared {
 template <int kRows, class Weight, class Params>
 __device__ __forceinline__ void multiply_panel(const Params& p, const Weight& weight, const PanelBest& best) {
   PanelShared<kRows>& memory = shared<PanelShared<kRows>>();
-  const int64_t panel = blockIdx.x, first_row = static_cast<int64_t>(blockIdx.y) * kRows;
+  const int64_t panel = blockIdx.y, first_row = static_cast<int64_t>(blockIdx.x) * kRows;
   const auto rows = static_cast<int>(smaller<int64_t>(p.num_rows - first_row, kRows));
   InputBlock<kRows>& input = memory.input[warp_id()];
 
@@ -90,8 +90,8 @@ struct Lines {
 template <class Params, class Run>
 Status launch_panels(const Params& p, Run run) {
   const auto grid = [&](int rows) {
-    return dim3{static_cast<unsigned>(ceil_div<int64_t>(p.out_features, kPanel)),
-                static_cast<unsigned>(ceil_div<int64_t>(p.num_rows, rows))};
+    return dim3{static_cast<unsigned>(ceil_div<int64_t>(p.num_rows, rows)),
+                static_cast<unsigned>(ceil_div<int64_t>(p.out_features, kPanel))};
   };
   return p.num_rows == 1 ? run(Rows<1>{}, grid(1)) : run(Rows<kPanelRows>{}, grid(kPanelRows));
 }

@@ -1,5 +1,5 @@
-// Matmul for many rows of fp16 or bf16, by tensor cores: bound by them for some hundred rows, by reading the weight for
-// fewer.
+// Matmul for many rows of fp16 or bf16, by tensor cores: bound by them, and by the unpacking of weights, for some
+// hundred rows; by latency for fewer, as inputs are not split among blocks.
 //
 // A block makes 64 rows x 64 columns, four panels, in steps of 32 inputs. In a step the inputs arrive by cp.async in
 // one of two buffers while the last step is multiplied, and the weights in registers, as they lie in memory; they are
@@ -98,8 +98,8 @@ template <class T, class Weight, class Params>
 __device__ __forceinline__ void multiply_tiles(const Params& p, const Weight& weight, const PackedInputs& inputs,
                                                int num_blocks, const PanelBest& best) {
   TileShared<T>& memory = shared<TileShared<T>, sizeof(T)>();
-  const int64_t first_column = static_cast<int64_t>(blockIdx.x) * kTile;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kTile;
+  const int64_t first_column = static_cast<int64_t>(blockIdx.y) * kTile;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTile;
 
   float sums[2][4][4] = {};
   typename Weight::Fragment fragment = {};
@@ -134,8 +134,8 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, const Weight& we
 
 template <class Params>
 dim3 tile_grid(const Params& p) {
-  return {static_cast<unsigned>(ceil_div<int64_t>(p.out_features, kTile)),
-          static_cast<unsigned>(ceil_div<int64_t>(p.num_rows, kTile))};
+  return {static_cast<unsigned>(ceil_div<int64_t>(p.num_rows, kTile)),
+          static_cast<unsigned>(ceil_div<int64_t>(p.out_features, kTile))};
 }
 
 }  // namespace teco::cuda

@@ -14,6 +14,9 @@ namespace {
 
 constexpr int64_t kMaxHeadDim = 512;
 
+// Rows that the CUDA kernels count: tokens times heads, a sequence having up to 16 per kv head that may be empty.
+constexpr int64_t kMaxRows = int64_t{1} << 30, kRowsOfSequence = 16;
+
 const int32_t* int32_data(const Tensor& tensor, const char* name, const Tensor& query, Size& size) {
   Argument(tensor, name).on_device_of(query, "query").dtype(ScalarType::Int).shape({&size}).contiguous();
   return tensor.const_data_ptr<int32_t>();
@@ -143,6 +146,10 @@ void paged_attention(Tensor out, std::optional<Tensor> lse, Tensor query, Tensor
   if (T.value == 0 || Hq.value == 0) return;
   const cuda::KernelTable* table = cuda_kernels_for(query);
   if (table && !caller_launch()) {
+    const int64_t of_sequence = start ? std::max(Hq.value, kRowsOfSequence * Hkv.value) : Hq.value;
+    require(std::max(T.value * Hq.value, S.value * of_sequence) <= kMaxRows,
+            "query: expected 2^30 rows (tokens times heads) at the most, each sequence counting as ", of_sequence,
+            " of them or more, got shape [", T.value, ", ", Hq.value, ", ", D.value, "] and ", S.value, " sequences");
     launch_with_workspace(*table, query, params, max_blocks.value * B.value);
   } else {
     launch(query, cpu::kernels()->paged_attention, params);

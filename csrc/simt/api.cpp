@@ -82,7 +82,7 @@ void* dynamic_shared_memory() {
 
 void check_access(const void* address, std::size_t bytes, Access access, const void* code) {
   if (machine && machine->in_kernel())
-    machine->access(reinterpret_cast<std::uintptr_t>(address), bytes, access, false, code);
+    machine->access(reinterpret_cast<std::uintptr_t>(address), bytes, access, Async::kNo, code);
 }
 
 void check_aligned_access(const void* address, std::size_t bytes, Access access, const void* code) {
@@ -90,7 +90,7 @@ void check_aligned_access(const void* address, std::size_t bytes, Access access,
   if (reinterpret_cast<std::uintptr_t>(address) % bytes)
     machine->fail("misaligned: the thread accesses " + std::to_string(bytes) +
                   " bytes at an address that is no multiple of it\n  here: " + source_of(code));
-  machine->access(reinterpret_cast<std::uintptr_t>(address), bytes, access, false, code);
+  machine->access(reinterpret_cast<std::uintptr_t>(address), bytes, access, Async::kNo, code);
 }
 
 void copy_async(void* target, const void* source, std::size_t bytes, std::size_t source_bytes, const void* code) {

@@ -14,7 +14,8 @@ thread_local std::uint64_t seed = 0;
 
 namespace {
 
-constexpr unsigned kMaxThreads = 1024;
+// Of any device.
+constexpr unsigned kMaxThreads = 1024, kMaxThreadsZ = 64, kMaxBlocksX = 0x7fffffff, kMaxBlocks = 0xffff;
 constexpr std::uint32_t kInterruptEvery = 64;  // accesses, on average
 
 thread_local std::uint64_t random_state = 1;
@@ -40,8 +41,8 @@ bool same(Site a, Site b) {
   return a.line == b.line && std::strcmp(a.file, b.file) == 0;
 }
 
-unsigned size(dim3 d) {
-  return d.x * d.y * d.z;
+std::uint64_t size(dim3 d) {
+  return std::uint64_t{d.x} * d.y * d.z;
 }
 
 uint3 unflatten(unsigned i, dim3 d) {
@@ -61,10 +62,18 @@ std::string to_string(uint3 v) {
 }
 
 std::string check(const Launch& launch) {
-  const unsigned num_threads = size(launch.threads), num_blocks = size(launch.blocks);
-  if (num_threads > 0 && num_threads <= kMaxThreads && num_blocks > 0) return "";
-  return "simt: " + std::string(launch.kernel) + ": expected 1 to 1024 threads and at least one block, got " +
-         std::to_string(num_threads) + " and " + std::to_string(num_blocks);
+  const auto& [kernel, blocks, threads, shared_bytes] = launch;
+  const auto reject = [&](const char* expected, const std::string& got) {
+    return "simt: " + std::string(kernel) + ": expected " + expected + ", got " + got;
+  };
+  const auto shape = [](dim3 d) { return to_string(uint3{d.x, d.y, d.z}); };
+  if (size(threads) == 0 || size(threads) > kMaxThreads || threads.z > kMaxThreadsZ)
+    return reject("1 to 1024 threads, at most 64 in z", shape(threads));
+  if (size(blocks) == 0 || blocks.x > kMaxBlocksX || blocks.y > kMaxBlocks || blocks.z > kMaxBlocks)
+    return reject("at least one block, at most 65535 in y and z", shape(blocks));
+  if (shared_bytes > kMaxSharedBytes)
+    return reject("at most 99 KB of shared memory", std::to_string(shared_bytes) + " bytes");
+  return "";
 }
 
 std::uint32_t random_below(std::uint32_t limit) {
@@ -93,7 +102,7 @@ void Machine::begin() {
 
 std::string Machine::run(const Job& job) {
   begin();
-  for (const unsigned b : arranged(size(job.launch.blocks))) {
+  for (const unsigned b : arranged(static_cast<unsigned>(size(job.launch.blocks)))) {
     Block block;
     start(block, job, b);
     std::vector<unsigned> order = arranged(static_cast<unsigned>(block.threads.size()));
@@ -110,7 +119,7 @@ std::string Machine::run(const Job& job) {
 }
 
 void Machine::start(Block& block, const Job& job, unsigned index) {
-  const unsigned num_threads = size(job.launch.threads);
+  const auto num_threads = static_cast<unsigned>(size(job.launch.threads));
   block.job = &job;
   block.index = unflatten(index, job.launch.blocks);
   block.number = ++last_block;
@@ -284,7 +293,7 @@ void* Machine::shared_memory(const void* tag, std::size_t bytes, std::size_t ali
   for (const Block::SharedPiece& piece : block.shared)
     if (piece.tag == tag) return reinterpret_cast<void*>(piece.region.begin);
   const std::size_t offset = (block.shared_used + alignment - 1) / alignment * alignment;
-  if (offset + bytes > kMaxSharedBytes) fail("more than 227 KB of shared memory");
+  if (offset + bytes > kMaxSharedBytes) fail("more than 99 KB of shared memory");
   block.shared_used = offset + bytes + kSharedGap;
   std::byte* begin = block.memory->bytes + offset;
   std::memset(begin, 0xff, bytes);  // NaN, or a large index
@@ -308,7 +317,7 @@ Accessor Machine::accessor(const void* code) {
   return {now, first_block_, &block.known, &thread.known, code};
 }
 
-void Machine::access(std::uintptr_t address, std::size_t bytes, Access kind, bool pending, const void* code) {
+void Machine::access(std::uintptr_t address, std::size_t bytes, Access kind, Async async, const void* code) {
   if (is_own_stack(reinterpret_cast<const void*>(address))) return;
   Block& block = this->block();
   const Job& job = *block.job;
@@ -326,7 +335,7 @@ void Machine::access(std::uintptr_t address, std::size_t bytes, Access kind, boo
     return fail("out of bounds: the thread " + describe());
   }
   const Accessor by = accessor(code);
-  const Conflict conflict = enter(*region, address, bytes, kind, pending, by);
+  const Conflict conflict = enter(*region, address, bytes, kind, async, by);
   switch (conflict.kind) {
     case Conflict::Kind::kNone:
       break;
@@ -368,10 +377,11 @@ std::string Machine::place_of(std::uintptr_t address) {
          std::to_string(region->end - region->begin) + " bytes)";
 }
 
-void Machine::copy_async(const AsyncCopy& copy) {
-  access(reinterpret_cast<std::uintptr_t>(copy.target), copy.bytes, Access::kWrite, true, copy.code);
+void Machine::copy_async(AsyncCopy copy) {
+  access(reinterpret_cast<std::uintptr_t>(copy.target), copy.bytes, Access::kWrite, Async::kIssued, copy.code);
   if (copy.source_bytes)
-    access(reinterpret_cast<std::uintptr_t>(copy.source), copy.source_bytes, Access::kRead, false, copy.code);
+    access(reinterpret_cast<std::uintptr_t>(copy.source), copy.source_bytes, Access::kRead, Async::kNo, copy.code);
+  std::memcpy(copy.issued.data(), copy.source, copy.source_bytes);
   current().open_copies.push_back(copy);
 }
 
@@ -385,7 +395,11 @@ void Machine::wait_for_copies(std::size_t pending_groups) {
     const std::vector<AsyncCopy> group = std::move(thread.copies.front());
     thread.copies.erase(thread.copies.begin());
     for (const AsyncCopy& copy : group) {
-      access(reinterpret_cast<std::uintptr_t>(copy.target), copy.bytes, Access::kWrite, false, copy.code);
+      access(reinterpret_cast<std::uintptr_t>(copy.target), copy.bytes, Access::kWrite, Async::kArrives, copy.code);
+      if (copy.source_bytes)
+        access(reinterpret_cast<std::uintptr_t>(copy.source), copy.source_bytes, Access::kRead, Async::kNo, copy.code);
+      if (std::memcmp(copy.source, copy.issued.data(), copy.source_bytes) != 0)
+        fail("the source of a cp.async has changed before it was waited for, issued at " + source_of(copy.code));
       std::memcpy(copy.target, copy.source, copy.source_bytes);
       std::memset(copy.target + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
     }

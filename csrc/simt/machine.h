@@ -1,6 +1,7 @@
 // What runs: threads, their blocks, and whose turn it is.
 #pragma once
 
+#include <array>
 #include <deque>
 #include <list>
 #include <map>
@@ -18,8 +19,8 @@ namespace simt {
 
 constexpr std::size_t kMaxPayload = 64;
 constexpr int kWarpSize = 32;
-constexpr std::size_t kMaxSharedBytes = 227 * 1024;  // what a block can have on sm_90 and sm_100
-constexpr std::size_t kSharedGap = 128;              // between two pieces of shared memory
+constexpr std::size_t kMaxSharedBytes = 99 * 1024;  // what a block can have on any device from sm_80 on
+constexpr std::size_t kSharedGap = 128;             // between two pieces of shared memory
 
 // A launch, with its arguments.
 struct Job {
@@ -49,6 +50,7 @@ struct AsyncCopy {
   const char* source;
   std::size_t bytes, source_bytes;
   const void* code;
+  std::array<std::byte, 16> issued = {};  // what the source was then
 };
 
 struct Block;
@@ -125,8 +127,8 @@ class Machine {
   void gather(const char* name, unsigned mask, const void* mine, std::size_t bytes, void* all, bool order_memory,
               Site site);
   void* shared_memory(const void* tag, std::size_t bytes, std::size_t alignment, std::size_t granule);
-  void access(std::uintptr_t address, std::size_t bytes, Access access, bool pending, const void* code);
-  void copy_async(const AsyncCopy& copy);
+  void access(std::uintptr_t address, std::size_t bytes, Access access, Async async, const void* code);
+  void copy_async(AsyncCopy copy);
   void commit_copies();
   void wait_for_copies(std::size_t pending_groups);
   std::uint64_t load(const void* address, std::size_t bytes, Order order, Site site, const void* code);

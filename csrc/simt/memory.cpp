@@ -47,7 +47,7 @@ void note_read(Cell& cell, const Accessor& accessor) {
 
 }  // namespace
 
-Conflict enter(Region& region, std::uintptr_t address, std::size_t bytes, Access access, bool pending,
+Conflict enter(Region& region, std::uintptr_t address, std::size_t bytes, Access access, Async async,
                const Accessor& accessor) {
   using Kind = Conflict::Kind;
   if (!region.writable) {
@@ -60,12 +60,10 @@ Conflict enter(Region& region, std::uintptr_t address, std::size_t bytes, Access
   for (std::size_t i = first; i <= last; ++i) {
     Cell& cell = region.cells[i];
     const std::uintptr_t at = region.begin + i * region.granule;
-    if (access != Access::kWrite) {
-      const bool is_written = cell.write.moment.block == now.block;
-      if (region.is_shared && !is_written && cell.update.moment.block != now.block)
-        return {Kind::kUninitialised, {}, "", at};
-      if (is_written && cell.write.pending) return {Kind::kPending, cell.write, "", at};
-    }
+    const bool is_written = cell.write.moment.block == now.block;
+    if (region.is_shared && access != Access::kWrite && !is_written && cell.update.moment.block != now.block)
+      return {Kind::kUninitialised, {}, "", at};
+    if (is_written && cell.write.pending && async != Async::kArrives) return {Kind::kPending, cell.write, "", at};
     if (!is_ordered(cell.write, accessor)) return {Kind::kRace, cell.write, "writes", at};
     if (access != Access::kAtomic && !is_ordered(cell.update, accessor))
       return {Kind::kRace, cell.update, "updates", at};
@@ -80,7 +78,7 @@ Conflict enter(Region& region, std::uintptr_t address, std::size_t bytes, Access
         note_read(cell, accessor);
         break;
       case Access::kWrite:
-        cell.write = {now, Spread::kOneThread, pending, accessor.code};
+        cell.write = {now, Spread::kOneThread, async == Async::kIssued, accessor.code};
         break;
       case Access::kAtomic:
         note(cell.update, accessor);

@@ -26,6 +26,9 @@ struct Cell {
   std::vector<Record> other_reads = {};  // by blocks that run at the same time; what no acquire has ordered
 };
 
+// What an access has to do with a cp.async: nothing; it issues one that will write here; one arrives.
+enum class Async : std::uint8_t { kNo, kIssued, kArrives };
+
 // Who makes an access, and when.
 struct Accessor {
   Moment now;
@@ -55,7 +58,7 @@ struct Conflict {
 };
 
 // Enters an access into the region, in which it lies whole, and tells what is wrong with it.
-Conflict enter(Region& region, std::uintptr_t address, std::size_t bytes, Access access, bool pending,
+Conflict enter(Region& region, std::uintptr_t address, std::size_t bytes, Access access, Async async,
                const Accessor& accessor);
 
 // Pieces of memory that do not overlap.

@@ -113,7 +113,7 @@ std::string Machine::run_ranks(const std::vector<std::deque<Job>>& jobs) {
 
 std::uint64_t Machine::load(const void* address, std::size_t bytes, Order order, Site site, const void* code) {
   const auto place = reinterpret_cast<std::uintptr_t>(address);
-  access(place, bytes, Access::kAtomic, false, code);
+  access(place, bytes, Access::kAtomic, Async::kNo, code);
   Thread& thread = current();
   std::uint64_t value = 0;
   std::memcpy(&value, address, bytes);
@@ -131,7 +131,7 @@ std::uint64_t Machine::load(const void* address, std::size_t bytes, Order order,
 
 void Machine::store(void* address, std::size_t bytes, std::uint64_t value, Order order, const void* code) {
   const auto place = reinterpret_cast<std::uintptr_t>(address);
-  access(place, bytes, Access::kAtomic, false, code);
+  access(place, bytes, Access::kAtomic, Async::kNo, code);
   Thread& thread = current();
   Block& block = *thread.block;
   const Moment now = accessor(code).now;

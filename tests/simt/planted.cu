@@ -203,6 +203,26 @@ __global__ void wait_behind_barrier(Data data) {
   data.output[thread_id()] = memory.values[kThreads - 1 - thread_id()];  // bug: wait_behind_barrier
 }
 
+__global__ void overwritten_before_arrival(Data data) {
+  Memory& memory = shared();
+  if (thread_id() % 4 == 0) copy_async(memory.values + thread_id(), data.input + thread_id());
+  simt::commit_copies();
+  if (thread_id() % 4 == 0) memory.values[thread_id() + 1] = 0;  // bug: overwritten_before_arrival
+  simt::wait_for_copies(0);
+}
+
+__global__ void source_changes(Data data) {
+  Memory& memory = shared();
+  data.output[thread_id()] = data.input[thread_id()];
+  __syncthreads();
+  if (thread_id() % 4 == 0) copy_async(memory.values + thread_id(), data.output + thread_id());  // bug: source_changes
+  simt::commit_copies();
+  __syncthreads();
+  data.output[thread_id() ^ 1] = 0;
+  __syncthreads();
+  simt::wait_for_copies(0);
+}
+
 __global__ void large_shift(Data data) {
   data.output[thread_id()] = data.input[0] << thread_id();  // bug: large_shift
 }
@@ -214,7 +234,8 @@ __global__ void overflow(Data data) {
 struct Kernel {
   const char* name;
   void (*kernel)(Data);
-  unsigned blocks = 1;
+  dim3 blocks = {}, threads = {kThreads};
+  size_t dynamic_bytes = 0;
 };
 
 constexpr Kernel kKernels[] = {
@@ -227,14 +248,14 @@ constexpr Kernel kKernels[] = {
     {"barrier_in_a_branch", barrier_in_a_branch},
     {"early_return", early_return},
     {"uninitialised", uninitialised},
-    {"left_by_another_block", left_by_another_block, 2},
+    {"left_by_another_block", left_by_another_block, {2}},
     {"beyond_global", beyond_global},
     {"before_global", before_global},
     {"beyond_shared", beyond_shared},
     {"beyond_array", beyond_array},
     {"write_to_input", write_to_input},
     {"same_place", same_place},
-    {"between_blocks", between_blocks, 2},
+    {"between_blocks", between_blocks, {2}},
     {"atomics", atomics},
     {"atomic_and_plain", atomic_and_plain},
     {"misaligned", misaligned},
@@ -245,8 +266,15 @@ constexpr Kernel kKernels[] = {
     {"waits_for_copies", waits_for_copies},
     {"missing_wait", missing_wait},
     {"wait_behind_barrier", wait_behind_barrier},
+    {"overwritten_before_arrival", overwritten_before_arrival},
+    {"source_changes", source_changes},
     {"large_shift", large_shift},
     {"overflow", overflow},
+    {"no_threads", reverse, {1}, {0}},
+    {"too_many_threads", reverse, {1}, {1025}},
+    {"no_blocks", reverse, {0}},
+    {"too_many_rows", reverse, {1, 65536}},
+    {"too_much_shared_memory", reverse, {1}, {kThreads}, 99 * 1024 + 1},
 };
 
 }  // namespace
@@ -261,7 +289,8 @@ extern "C" __attribute__((visibility("default"))) const char* run_planted(const 
     simt::set_seed(seed);
     simt::allow(input, sizeof(input), 4, false, "input");
     simt::allow(output, sizeof(input), 4, true, "output");
-    const char* finding = simt::launch({name, {kernel.blocks}, {kThreads}}, kernel.kernel, Data{input, output});
+    const char* finding =
+        simt::launch({name, kernel.blocks, kernel.threads, kernel.dynamic_bytes}, kernel.kernel, Data{input, output});
     simt::forget_allowed();
     return finding;
   }
