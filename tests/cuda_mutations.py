@@ -1,11 +1,11 @@
 """Plants small mistakes in the CUDA kernels, one at a time, and tells which of them the tests of the emulation catch.
 
-    python tests/cuda_mutations.py [--file rms_norm.cu] [--results results.json] [--sample 8 --seed 0] [--again survived]
+    python tests/cuda_mutations.py [--file rms_norm.cu] [--results FILE] [--sample 8 --seed 0] [--again survived]
 
-The mistakes are those of cuda_mutation_rules.py. First the kernels as they are must pass. A mistake is caught when a
-case of the file's operators fails (the table, as tests/test_cuda_emulation.py runs it, or collectives), or one of the
-tests in TESTS: a wrong result, a finding or a crash. One that makes a case run for ever is counted by itself, and one
-that does not compile is none. tests/data/cuda_mutations.json lists those that cannot change a result, and why.
+The mistakes are those of cuda_mutation_rules.py. Before those of a file, the file as it is must pass. A mistake is
+caught when what the default test run has fails: a case of the file's operators, with the same order of threads, or one
+of their tests in TESTS; a wrong result, a finding or a crash. One that makes a case run for ever is counted by itself,
+and one that does not compile is none. tests/data/cuda_mutations.json lists those that cannot change a result, and why.
 
 Results are written as they come, and a second run goes on where the first one stopped; those of a file that has
 changed since are taken again.
@@ -36,7 +36,7 @@ from emulated_cuda import ROOT, SEEDS, emulation
 from emulated_ranks import collectives_are_right
 from tqdm import tqdm
 
-from teco_kernels.testing import Case, all_cases, run_case
+from teco_kernels.testing import Case, run_case
 
 sys.path.insert(0, str(ROOT / "tools"))
 import cuda_build
