@@ -12,8 +12,9 @@ KERNELS = ROOT / "csrc" / "cuda"
 
 _PARENTHESES = r"\((?:[^()]|\([^()]*\))*\)"
 
-# What is replaced, by what, in code that runs on the GPU; each occurrence is a mutation of its own.
-RULES = [
+# What is replaced, by what, in code that runs on the GPU; each occurrence is a mutation of its own. First what keeps
+# threads, copies and ranks in step.
+ORDER = [
     ("drop a barrier", r"__sync(threads|warp)\(\);", ";"),
     ("drop a barrier", r"__syncthreads_or\((\w+)\)", r"(\1)"),
     ("drop a wait", r"ptx::wait_for_copies<\d+>\(\);", ";"),
@@ -29,6 +30,9 @@ RULES = [
     ("drop a step", r"if \(!(?:sum|steps|steps_)\.take\(.*\)\) return.*;", ";"),
     ("plain store", r"ptx::store_release\(&(.*?), (.*)\);", r"\1 = \2;"),
     ("plain load", r"ptx::load_acquire\(&(.*)\);", r"\1;"),
+]
+RULES = [
+    *ORDER,
     ("drop an exit", r"^ +if \(.*\) (?:return|break|continue)\b.*;$", ";"),
     ("one too far", r"(?<=[\w)\]]) < (?=[\w(])", " <= "),
     ("one too few", r"(?<=[\w)\]]) <= (?=[\w(-])", " < "),

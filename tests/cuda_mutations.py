@@ -31,7 +31,7 @@ from zlib import crc32
 import emulated_cuda
 import pytest
 import torch
-from cuda_mutation_rules import KERNELS, Mutation, mutations
+from cuda_mutation_rules import KERNELS, ORDER, Mutation, mutations
 from emulated_cuda import ROOT, SEEDS, emulation
 from emulated_ranks import collectives_are_right
 from tqdm import tqdm
@@ -91,11 +91,8 @@ _TENSOR_CORES = ("dense_matmul_tensor_cores.cu", "gptq_matmul_tensor_cores.cu")
 TARGETS = {
     # Every unit includes it. These have an instance of all that it has.
     "device.h": Target(
-        ("rms_norm.cu", "reshape_and_cache.cu", "rotary_embedding.cu", "sample.cu", "lm_head_argmax.cu"),
-        (*_NORMS, "reshape_and_cache", "rotary_embedding", "sample", "lm_head_argmax"),
-    ),
-    "attention_state.h": Target(
-        ("merge_attention_states.cu", "paged_attention.cu"), ("merge_attention_states", "paged_attention")
+        ("rms_norm.cu", "reshape_and_cache.cu", "rotary_embedding.cu", "lm_head_argmax.cu"),
+        (*_NORMS, "reshape_and_cache", "rotary_embedding", "lm_head_argmax"),
     ),
     "best_key.h": Target(("sample.cu", "lm_head_argmax.cu", "dense_matmul.cu"), ("sample", "lm_head_argmax")),
     "draw.h": Target(("sample.cu", "verify_recycled.cu"), ("sample", "verify_recycled_sampled")),
@@ -127,8 +124,16 @@ TARGETS = {
     "rank_sum.h": Target(_RANK_UNITS, (), True),
     **{unit: Target((), (), True) for unit in _RANK_UNITS},
 }
-#: Declarations, and the instructions that only nvcc compiles (tests/test_cuda_ptx.py).
-NOTHING_TO_PLANT = ("dense_matmul.h", "gptq_matmul.h", "kernels.h", "ptx.h", "rank_memory.cu", "ranks.h")
+#: Declarations, what no rule applies to, and the instructions that only nvcc compiles (tests/test_cuda_ptx.py).
+NOTHING_TO_PLANT = (
+    "attention_state.h",
+    "dense_matmul.h",
+    "gptq_matmul.h",
+    "kernels.h",
+    "ptx.h",
+    "rank_memory.cu",
+    "ranks.h",
+)
 
 
 def cases_of(operators: Iterable[str]) -> list[Case]:
@@ -145,7 +150,7 @@ def limit_time(cpu_seconds: int) -> None:
     signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
 
 
-def what_fails(library: Path, cases: list[Case], target: Target) -> str | None:
+def what_fails(library: Path, cases: list[Case], collectives: bool, tests: str) -> str | None:
     """The first case or test that fails with this library."""
     for case in cases:
         limit_time(CPU_SECONDS)
@@ -156,11 +161,11 @@ def what_fails(library: Path, cases: list[Case], target: Target) -> str | None:
             ok = False
         if not ok:
             return case.name
-    for seed in SEEDS if target.collectives else ():
+    for seed in SEEDS if collectives else ():
         limit_time(6 * CPU_SECONDS)
         if not collectives_are_right(library, seed):
             return f"collectives, seed {seed}"
-    if target.tests:
+    if tests:
         limit_time(CPU_SECONDS_OF_TESTS)
         emulated_cuda.library = lambda: library  # type: ignore[assignment]
         failed: list[str] = []
@@ -170,7 +175,7 @@ def what_fails(library: Path, cases: list[Case], target: Target) -> str | None:
                 if report.failed:
                     failed.append(report.nodeid)
 
-        chosen = f"not test_matches_reference and ({target.tests})"
+        chosen = f"not test_matches_reference and ({tests})"
         options = ["-x", "-q", "-p", "no:cacheprovider", "-k", chosen]
         if pytest.main([*options, *(str(ROOT / "tests" / name) for name in TESTS)], [Failed()]) != 0:
             return failed[0] if failed else "a test that cannot be run"
@@ -212,10 +217,13 @@ class Workshop:
         Scratch of its own.
     file : str
         Such as "rms_norm.cu".
+    cases_only : bool
+        Whether to leave out the tests beside the case table.
     """
 
-    def __init__(self, folder: Path, file: str) -> None:
+    def __init__(self, folder: Path, file: str, cases_only: bool = False) -> None:
         self._folder, self._file, self._target = folder, file, TARGETS[file]
+        self._tests = "" if cases_only else self._target.tests
         self._cases = cases_of(self._target.operators)
         (folder / "csrc" / "cuda").mkdir(parents=True)
 
@@ -236,7 +244,7 @@ class Workshop:
             )
         except SystemExit:
             return Verdict("does not compile")
-        failed = what_fails(library, self._cases, self._target)
+        failed = what_fails(library, self._cases, self._target.collectives, self._tests)
         return Verdict("survived") if failed is None else Verdict("caught", failed)
 
 
@@ -302,15 +310,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", action="append", choices=TARGETS)
     parser.add_argument("--results", type=Path, default=ROOT / "build" / "cuda_mutations.json")
-    parser.add_argument("--sample", type=int, help="plant so many mistakes per file, chosen at random")
+    parser.add_argument("--sample", type=int, help="plant all that break an order, and so many others per file")
     parser.add_argument("--seed", type=int, default=0, help="of that choice")
+    parser.add_argument("--cases-only", action="store_true", help="a first look, for --again survived to go on from")
     parser.add_argument("--again", action="append", default=[], help="take anew what had this outcome: survived, hangs")
     parser.add_argument("--only-table", action="store_true", help="plant nothing, print what is known")
     arguments = parser.parse_args()
     files = arguments.file or list(TARGETS)
     reasons, results = without_effect(), Results(arguments.results)
     if not arguments.only_table:
-        plant(files, results, arguments.sample, arguments.seed, arguments.again)
+        plant(files, results, arguments)
     print(table(files, results, reasons))
     wrong = []
     for file in files:
@@ -323,21 +332,28 @@ def main() -> None:
         raise SystemExit(f"{WITHOUT_EFFECT.name}: expected mutations that no test catches, got {wrong}")
 
 
-def plant(files: list[str], results: Results, sample: int | None, seed: int, again: list[str]) -> None:
+def some_of(chosen: list[Mutation], number: int, seed: str) -> list[Mutation]:
+    """All that break an order, and so many others at random; a larger number gives more beside the same."""
+    order = {rule for rule, *_ in ORDER}
+    others = [mutation for mutation in chosen if mutation.rule not in order]
+    random.Random(seed).shuffle(others)
+    return [*(mutation for mutation in chosen if mutation.rule in order), *others[:number]]
+
+
+def plant(files: list[str], results: Results, arguments: argparse.Namespace) -> None:
     """Plant what has no verdict yet, file by file, the kernels as they are before each."""
     emulated_cuda.library()
     todo: dict[str, list[Mutation]] = {}
     for file in files:
         chosen = list(mutations(file))
-        if sample is not None and sample < len(chosen):
-            random.Random(f"{seed} {file}").shuffle(chosen)
-            chosen = chosen[:sample]
+        if arguments.sample is not None:
+            chosen = some_of(chosen, arguments.sample, f"{arguments.seed} {file}")
         known = results.of(file)
-        todo[file] = [m for m in chosen if m.name not in known or known[m.name][0] in again]
+        todo[file] = [m for m in chosen if m.name not in known or known[m.name][0] in arguments.again]
     with tqdm(total=sum(map(len, todo.values())), unit="mistake") as bar:
         for file in (file for file in files if todo[file]):
             with tempfile.TemporaryDirectory() as temporary:
-                workshop = Workshop(Path(temporary), file)
+                workshop = Workshop(Path(temporary), file, arguments.cases_only)
                 control = workshop.hold((KERNELS / file).read_text())
                 if control.outcome != "survived":
                     raise SystemExit(f"{file} as it is: expected to pass, got {control}")
