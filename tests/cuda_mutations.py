@@ -50,18 +50,20 @@ CPU_SECONDS_OF_TESTS = 150
 
 #: What tests there are beside the case table, as `pytest -k` has it.
 _HEAD_TESTS = "as_on_the_cpu or lowest_id or weights_as_they_are"
-_MATMUL_TESTS = "(test_cuda_operators and rows_stand_alone) or weights_as_they_are or unaligned"
+_MATMUL_TESTS = "test_cuda_operators and rows_stand_alone or weights_as_they_are or unaligned_tensors"
 _TESTS_OF = {
-    "rms_norm": "(test_cuda_emulation and test_rows_stand_alone) or in_place",
-    "silu_and_mul": "test_cuda_emulation and test_rows_stand_alone",
+    "rms_norm": "test_cuda_emulation and test_rows_stand_alone or in_place or unaligned_stride and norm",
+    "silu_and_mul": "test_cuda_emulation and test_rows_stand_alone or unaligned_stride and silu",
+    "rotary_embedding": "unaligned_stride and rotary",
     "embedding": "embedding",
     "dense_matmul": _MATMUL_TESTS,
     "sparse24_matmul": _MATMUL_TESTS,
     "gptq_matmul": "gptq or parts_of_sections or a_weight",
-    "paged_attention": "sequences_stand_alone or unseen_keys",
-    "merge_attention_states": "in_place",
+    "reshape_and_cache": "unaligned_stride and reshape",
+    "paged_attention": "sequences_stand_alone or unseen_keys or unaligned_stride and paged",
+    "merge_attention_states": "in_place or unaligned_stride and merge",
     "lm_head_argmax": _HEAD_TESTS,
-    "sample": "as_on_the_cpu or sample",
+    "sample": "as_on_the_cpu or sample or largest_finite",
     "verify_recycled_sampled": "as_on_the_cpu or verify",
 }
 
@@ -91,12 +93,12 @@ _TENSOR_CORES = ("dense_matmul_tensor_cores.cu", "gptq_matmul_tensor_cores.cu")
 TARGETS = {
     # Every unit includes it. These have an instance of all that it has.
     "device.h": Target(
-        ("rms_norm.cu", "reshape_and_cache.cu", "rotary_embedding.cu", "lm_head_argmax.cu"),
-        (*_NORMS, "reshape_and_cache", "rotary_embedding", "lm_head_argmax"),
+        ("rms_norm.cu", "reshape_and_cache.cu", "dense_matmul.cu", "sample.cu"),
+        (*_NORMS, "reshape_and_cache", "dense_matmul", "sample"),
     ),
     "best_key.h": Target(("sample.cu", "lm_head_argmax.cu", "dense_matmul.cu"), ("sample", "lm_head_argmax")),
     "draw.h": Target(("sample.cu", "verify_recycled.cu"), ("sample", "verify_recycled_sampled")),
-    "gptq_layout.h": Target(("gptq_matmul.cu", _TENSOR_CORES[1], "embedding.cu"), ("gptq_matmul", "embedding")),
+    "gptq_layout.h": Target(("embedding.cu",), ("embedding",)),
     "kv_element.h": Target(("reshape_and_cache.cu", "paged_attention.cu"), ("reshape_and_cache", "paged_attention")),
     "matmul.h": Target(("dense_matmul.cu", _TENSOR_CORES[0]), ("dense_matmul", "lm_head_argmax")),
     "paged_attention.h": Target(("paged_attention.cu",), ("paged_attention",)),

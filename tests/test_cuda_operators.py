@@ -54,12 +54,18 @@ def test_sample_draws_the_cpu_s_token() -> None:
         "top_p": 1 - (torch.arange(rows) % 3) * torch.rand(rows, generator=generator) / 3,
         "min_p": torch.rand(rows, generator=generator) ** 6 * (torch.arange(rows) % 5 == 0),
         "seed": torch.randint(2**62, (rows,), generator=generator),
-        "offset": torch.arange(rows),
+        "offset": torch.randint(2**62, (rows,), generator=generator),
     }
     options["min_p"][7::7] = 1.0  # the largest logit and its equals
     expected = tk.sample(logits, **options)
     with emulation(seed=3):
         assert torch.equal(tk.sample(logits, **options), expected)
+
+
+def test_the_largest_finite_logit_is_one() -> None:
+    logits = torch.tensor([[0.0, torch.finfo(torch.float32).max]])
+    with emulation():
+        assert tk.sample(logits, seed=0, offset=0).tolist() == [1]
 
 
 def test_a_plan_may_verify_what_is_no_token() -> None:
@@ -200,3 +206,84 @@ def test_a_weight_that_is_not_aligned() -> None:
     torch.ops.teco_kernels.gptq_matmul(*arguments)  # the CPU takes it
     with emulation(), pytest.raises(RuntimeError, match="weight: expected memory aligned to 16 bytes"):
         torch.ops.teco_kernels.gptq_matmul(*arguments)
+
+
+def with_odd_stride(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """A copy in which all strides but that of `dim` are multiples of 16 elements; with -1, all of them, at odd addresses."""
+    strides = [1]
+    for size in reversed(tensor.shape[1:]):
+        strides.insert(0, -(-strides[0] * size // 16) * 16)
+        strides[0] += tensor.dim() - len(strides) == dim
+    offset = int(dim < 0)
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
+    buffer = torch.empty(offset + last + 1, dtype=tensor.dtype)
+    return buffer.as_strided(tensor.shape, strides, offset).copy_(tensor)
+
+
+def _normal(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def _reshape_and_cache(key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    tk.reshape_and_cache(key, value, keys, values, torch.tensor([5, 0, 9]))
+
+
+def _rotary_embedding(interleaved: bool, query: torch.Tensor, key: torch.Tensor, cos_sin: torch.Tensor) -> None:
+    tk.rotary_embedding(torch.tensor([2, 0, 1]), query, key, cos_sin, interleaved=interleaved)
+
+
+def _paged_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> None:
+    table, seq_lens = torch.tensor([[1, 0], [2, 3]], dtype=torch.int32), torch.tensor([7, 5], dtype=torch.int32)
+    tk.paged_attention(query, keys, values, table, seq_lens, out=out)
+
+
+#: Calls, and their tensors.
+VIEWS: dict[str, tuple[Callable[..., Any], list[torch.Tensor]]] = {
+    "rms_norm": (
+        lambda x, w, out: tk.rms_norm(x, w, 1e-6, out=out),
+        [_normal(2, 3, 32), _normal(32), _normal(2, 3, 32)],
+    ),
+    "fused_add_rms_norm": (
+        lambda x, residual, w, *out: tk.fused_add_rms_norm(x, residual, w, 1e-6, out=out),
+        [_normal(3, 32), _normal(3, 32), _normal(32), _normal(3, 32), _normal(3, 32)],
+    ),
+    "silu_and_mul": (lambda x, out: tk.silu_and_mul(x, out=out), [_normal(3, 64), _normal(3, 32)]),
+    "reshape_and_cache": (_reshape_and_cache, [*[_normal(3, 2, 32)] * 2, *[_normal(3, 4, 2, 32)] * 2]),
+    **{
+        f"rotary_embedding, {kind}": (
+            partial(_rotary_embedding, kind == "interleaved"),
+            [_normal(3, 4, 32), _normal(3, 2, 32), _normal(4, 32, dtype=torch.float32)],
+        )
+        for kind in ("halves", "interleaved")
+    },
+    "merge_attention_states": (
+        lambda a, lse_a, b, lse_b, *out: tk.merge_attention_states(a, lse_a, b, lse_b, out=out),
+        [*[_normal(3, 2, 32), _normal(3, 2, dtype=torch.float32)] * 3],
+    ),
+    "paged_attention": (
+        _paged_attention,
+        [_normal(2, 4, 32), _normal(4, 4, 2, 32), _normal(4, 4, 2, 32), _normal(2, 4, 32)],
+    ),
+    "embedding": (
+        lambda w, out: tk.embedding(torch.tensor([1, 4]), w, out=out),
+        [_normal(5, 32), _normal(2, 32)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_one_unaligned_stride(name: str) -> None:
+    """Where a single stride or address keeps accesses of 16 bytes away, nothing else changes."""
+    function, tensors = VIEWS[name]
+
+    def results(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        with emulation(seed=1):
+            function(*tensors)
+        return tensors
+
+    expected = results([tensor.clone() for tensor in tensors])
+    for odd, tensor in enumerate(tensors):
+        for dim in range(-1, tensor.dim() - 1):
+            views = [with_odd_stride(other, dim if i == odd else other.dim()) for i, other in enumerate(tensors)]
+            for result, of_aligned in zip(results(views), expected, strict=True):
+                assert torch.equal(result, of_aligned), (odd, dim)
