@@ -209,7 +209,7 @@ def test_a_weight_that_is_not_aligned() -> None:
 
 
 def with_odd_stride(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    """A copy in which all strides but that of `dim` are multiples of 16 elements; with -1, all of them, at odd addresses."""
+    """A copy in which all strides but that of `dim` are multiples of 16 elements; -1: all are, from an odd place on."""
     strides = [1]
     for size in reversed(tensor.shape[1:]):
         strides.insert(0, -(-strides[0] * size // 16) * 16)
@@ -287,3 +287,62 @@ def test_one_unaligned_stride(name: str) -> None:
             views = [with_odd_stride(other, dim if i == odd else other.dim()) for i, other in enumerate(tensors)]
             for result, of_aligned in zip(results(views), expected, strict=True):
                 assert torch.equal(result, of_aligned), (odd, dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_what_an_8_bit_cache_makes_of_extremes(dtype: torch.dtype) -> None:
+    """The largest number, infinity, NaN, zeros and what counts as zero are written as on the CPU."""
+    largest = torch.finfo(torch.float32).max
+    key = torch.randn(5, 1, 33)
+    for token, x in enumerate((largest, torch.inf, torch.nan)):
+        key[token, 0, 32 - token] = x
+    key[3], key[4] = 0, 1e-31
+    results = []
+    for backend in (nullcontext, emulation):
+        cache, scale = torch.zeros(5, 1, 1, 33, dtype=dtype), torch.ones(5, 1, 1)
+        with backend():
+            tk.reshape_and_cache(
+                key, key, cache, cache.clone(), torch.arange(5), key_scale=scale, value_scale=1 * scale
+            )
+        results.append((scale, cache[[0, 3, 4]].float()))
+    for on_cpu, emulated in zip(*results, strict=True):
+        assert torch.equal(on_cpu.nan_to_num(-1), emulated.nan_to_num(-1))
+
+
+def test_nan_of_an_fp8_cache() -> None:
+    """Read as NaN, whichever of the two it is."""
+    keys = torch.ones(1, 4, 1, 32).to(torch.float8_e4m3fn)
+    values = keys.clone().view(torch.uint8)
+    values[0, 1, 0, 3], values[0, 2, 0, 5] = 0x7F, 0xFF
+    table, seq_lens = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([4], dtype=torch.int32)
+    with emulation():
+        out = tk.paged_attention(
+            torch.ones(1, 1, 32), keys, values.view(keys.dtype), table, seq_lens, key_scale=1.0, value_scale=1.0
+        )
+    assert out.isnan().view(-1).nonzero().view(-1).tolist() == [3, 5]
+
+
+def test_a_row_without_a_token_has_no_projection() -> None:
+    """Of a step before, in a plan; the first and the last token are tokens."""
+    embedding, projection, norm = torch.randn(20, 24), torch.randn(24, 48), torch.ones(24)
+    hidden, token_ids, out = torch.randn(4, 24), torch.tensor([0, 5, 6, 19]), torch.empty(4, 24)
+
+    def calls() -> None:
+        tk.recycle_project(
+            hidden,
+            token_ids,
+            embedding,
+            hidden_norm=norm,
+            embedding_norm=norm,
+            projection=projection,
+            eps=1e-5,
+            out=out,
+        )
+
+    with emulation(seed=3):
+        plan = Plan(calls, keep_alive=(embedding, projection, norm, hidden, token_ids, out))
+        expected = out.clone()
+        token_ids.copy_(torch.tensor([0, -1, 20, 19]))
+        plan.replay()
+    assert out[1:3].isnan().all()
+    assert torch.equal(out[::3], expected[::3])
