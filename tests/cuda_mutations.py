@@ -59,10 +59,11 @@ _TESTS_OF = {
     "dense_matmul": _MATMUL_TESTS,
     "sparse24_matmul": _MATMUL_TESTS,
     "gptq_matmul": "gptq or parts_of_sections or a_weight",
-    "reshape_and_cache": "unaligned_stride and reshape",
-    "paged_attention": "sequences_stand_alone or unseen_keys or unaligned_stride and paged",
+    "reshape_and_cache": "unaligned_stride and reshape or 8_bit_cache",
+    "paged_attention": "sequences_stand_alone or unseen_keys or fp8_cache or many_rows or unaligned_stride and paged",
     "merge_attention_states": "in_place or unaligned_stride and merge",
     "lm_head_argmax": _HEAD_TESTS,
+    "recycle_project": "as_on_the_cpu or without_a_token",
     "sample": "as_on_the_cpu or sample or largest_finite",
     "verify_recycled_sampled": "as_on_the_cpu or verify",
 }
@@ -102,7 +103,9 @@ TARGETS = {
     "kv_element.h": Target(("reshape_and_cache.cu", "paged_attention.cu"), ("reshape_and_cache", "paged_attention")),
     "matmul.h": Target(("dense_matmul.cu", _TENSOR_CORES[0]), ("dense_matmul", "lm_head_argmax")),
     "paged_attention.h": Target(("paged_attention.cu",), ("paged_attention",)),
-    "panel_matmul.h": Target(("dense_matmul.cu", "sparse24_matmul.cu"), ("dense_matmul", "sparse24_matmul")),
+    "panel_matmul.h": Target(
+        ("dense_matmul.cu", "sparse24_matmul.cu"), ("dense_matmul", "sparse24_matmul", "lm_head_argmax")
+    ),
     "rms_norm.h": Target(("rms_norm.cu",), _NORMS),
     "tensor_core_matmul.h": Target(_TENSOR_CORES, ("dense_matmul", "gptq_matmul", "lm_head_argmax")),
     "copy_blocks.cu": _of("copy_blocks", "swap_blocks"),

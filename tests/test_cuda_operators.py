@@ -346,3 +346,14 @@ def test_a_row_without_a_token_has_no_projection() -> None:
         plan.replay()
     assert out[1:3].isnan().all()
     assert torch.equal(out[::3], expected[::3])
+
+
+def test_a_long_sequence_of_many_rows() -> None:
+    """Whose keys are not split, beside one whose are."""
+    generator = torch.Generator().manual_seed(6)
+    keys, values, query = (torch.randn(shape, generator=generator) for shape in [(20, 32, 1, 32)] * 2 + [(21, 1, 32)])
+    table = torch.randperm(20, generator=generator).view(2, 10).int()
+    arguments = query, keys, values, table, torch.tensor([300, 270]).int(), torch.tensor([0, 20, 21]).int()
+    expected = tk.paged_attention(*arguments)
+    with emulation(seed=2):
+        torch.testing.assert_close(tk.paged_attention(*arguments), expected, rtol=1e-5, atol=1e-5)
