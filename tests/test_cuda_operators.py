@@ -56,12 +56,18 @@ def test_sample_draws_the_cpu_s_token() -> None:
         "top_p": 1 - (torch.arange(rows) % 3) * torch.rand(rows, generator=generator) / 3,
         "min_p": torch.rand(rows, generator=generator) ** 6 * (torch.arange(rows) % 5 == 0),
         "seed": torch.randint(2**62, (rows,), generator=generator),
-        "offset": torch.arange(rows),
+        "offset": torch.randint(2**62, (rows,), generator=generator),
     }
     options["min_p"][7::7] = 1.0  # the largest logit and its equals
     expected = tk.sample(logits, **options)
     with emulation(seed=3):
         assert torch.equal(tk.sample(logits, **options), expected)
+
+
+def test_the_largest_finite_logit_is_one() -> None:
+    logits = torch.tensor([[0.0, torch.finfo(torch.float32).max]])
+    with emulation():
+        assert tk.sample(logits, seed=0, offset=0).tolist() == [1]
 
 
 def test_a_plan_may_verify_what_is_no_token() -> None:
@@ -266,3 +272,154 @@ def test_more_attention_rows_than_kernels_count() -> None:
     lengths = torch.zeros(seqs, dtype=torch.int32)
     with emulation(), pytest.raises(ValueError, match=r"query: expected 2\^30 rows \(tokens times heads\) at the most"):
         tk.paged_attention(query, cache, cache, lengths.view(-1, 1), lengths, query_start_loc=start, scale=1.0)
+
+
+def with_odd_stride(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """A copy in which all strides but that of `dim` are multiples of 16 elements; -1: all are, from an odd place on."""
+    strides = [1]
+    for size in reversed(tensor.shape[1:]):
+        strides.insert(0, -(-strides[0] * size // 16) * 16)
+        strides[0] += tensor.dim() - len(strides) == dim
+    offset = int(dim < 0)
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
+    buffer = torch.empty(offset + last + 1, dtype=tensor.dtype)
+    return buffer.as_strided(tensor.shape, strides, offset).copy_(tensor)
+
+
+def _normal(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def _reshape_and_cache(key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    tk.reshape_and_cache(key, value, keys, values, torch.tensor([5, 0, 9]))
+
+
+def _rotary_embedding(interleaved: bool, query: torch.Tensor, key: torch.Tensor, cos_sin: torch.Tensor) -> None:
+    tk.rotary_embedding(torch.tensor([2, 0, 1]), query, key, cos_sin, interleaved=interleaved)
+
+
+def _paged_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> None:
+    table, seq_lens = torch.tensor([[1, 0], [2, 3]], dtype=torch.int32), torch.tensor([7, 5], dtype=torch.int32)
+    tk.paged_attention(query, keys, values, table, seq_lens, out=out)
+
+
+#: Calls, and their tensors.
+VIEWS: dict[str, tuple[Callable[..., Any], list[torch.Tensor]]] = {
+    "rms_norm": (
+        lambda x, w, out: tk.rms_norm(x, w, 1e-6, out=out),
+        [_normal(2, 3, 32), _normal(32), _normal(2, 3, 32)],
+    ),
+    "fused_add_rms_norm": (
+        lambda x, residual, w, *out: tk.fused_add_rms_norm(x, residual, w, 1e-6, out=out),
+        [_normal(3, 32), _normal(3, 32), _normal(32), _normal(3, 32), _normal(3, 32)],
+    ),
+    "silu_and_mul": (lambda x, out: tk.silu_and_mul(x, out=out), [_normal(3, 64), _normal(3, 32)]),
+    "reshape_and_cache": (_reshape_and_cache, [*[_normal(3, 2, 32)] * 2, *[_normal(3, 4, 2, 32)] * 2]),
+    **{
+        f"rotary_embedding, {kind}": (
+            partial(_rotary_embedding, kind == "interleaved"),
+            [_normal(3, 4, 32), _normal(3, 2, 32), _normal(4, 32, dtype=torch.float32)],
+        )
+        for kind in ("halves", "interleaved")
+    },
+    "merge_attention_states": (
+        lambda a, lse_a, b, lse_b, *out: tk.merge_attention_states(a, lse_a, b, lse_b, out=out),
+        [*[_normal(3, 2, 32), _normal(3, 2, dtype=torch.float32)] * 3],
+    ),
+    "paged_attention": (
+        _paged_attention,
+        [_normal(2, 4, 32), _normal(4, 4, 2, 32), _normal(4, 4, 2, 32), _normal(2, 4, 32)],
+    ),
+    "embedding": (
+        lambda w, out: tk.embedding(torch.tensor([1, 4]), w, out=out),
+        [_normal(5, 32), _normal(2, 32)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_one_unaligned_stride(name: str) -> None:
+    """Where a single stride or address keeps accesses of 16 bytes away, nothing else changes."""
+    function, tensors = VIEWS[name]
+
+    def results(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        with emulation(seed=1):
+            function(*tensors)
+        return tensors
+
+    expected = results([tensor.clone() for tensor in tensors])
+    for odd, tensor in enumerate(tensors):
+        for dim in range(-1, tensor.dim() - 1):
+            views = [with_odd_stride(other, dim if i == odd else other.dim()) for i, other in enumerate(tensors)]
+            for result, of_aligned in zip(results(views), expected, strict=True):
+                assert torch.equal(result, of_aligned), (odd, dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_what_an_8_bit_cache_makes_of_extremes(dtype: torch.dtype) -> None:
+    """The largest number, infinity, NaN, zeros and what counts as zero are written as on the CPU."""
+    largest = torch.finfo(torch.float32).max
+    key = torch.randn(5, 1, 33)
+    for token, x in enumerate((largest, torch.inf, torch.nan)):
+        key[token, 0, 32 - token] = x
+    key[3], key[4] = 0, 1e-31
+    results = []
+    for backend in (nullcontext, emulation):
+        cache, scale = torch.zeros(5, 1, 1, 33, dtype=dtype), torch.ones(5, 1, 1)
+        with backend():
+            tk.reshape_and_cache(
+                key, key, cache, cache.clone(), torch.arange(5), key_scale=scale, value_scale=1 * scale
+            )
+        results.append((scale, cache[[0, 3, 4]].float()))
+    for on_cpu, emulated in zip(*results, strict=True):
+        assert torch.equal(on_cpu.nan_to_num(-1), emulated.nan_to_num(-1))
+
+
+def test_nan_of_an_fp8_cache() -> None:
+    """Read as NaN, whichever of the two it is."""
+    keys = torch.ones(1, 4, 1, 32).to(torch.float8_e4m3fn)
+    values = keys.clone().view(torch.uint8)
+    values[0, 1, 0, 3], values[0, 2, 0, 5] = 0x7F, 0xFF
+    table, seq_lens = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([4], dtype=torch.int32)
+    with emulation():
+        out = tk.paged_attention(
+            torch.ones(1, 1, 32), keys, values.view(keys.dtype), table, seq_lens, key_scale=1.0, value_scale=1.0
+        )
+    assert out.isnan().view(-1).nonzero().view(-1).tolist() == [3, 5]
+
+
+def test_a_row_without_a_token_has_no_projection() -> None:
+    """Of a step before, in a plan; the first and the last token are tokens."""
+    embedding, projection, norm = torch.randn(20, 24), torch.randn(24, 48), torch.ones(24)
+    hidden, token_ids, out = torch.randn(4, 24), torch.tensor([0, 5, 6, 19]), torch.empty(4, 24)
+
+    def calls() -> None:
+        tk.recycle_project(
+            hidden,
+            token_ids,
+            embedding,
+            hidden_norm=norm,
+            embedding_norm=norm,
+            projection=projection,
+            eps=1e-5,
+            out=out,
+        )
+
+    with emulation(seed=3):
+        plan = Plan(calls, keep_alive=(embedding, projection, norm, hidden, token_ids, out))
+        expected = out.clone()
+        token_ids.copy_(torch.tensor([0, -1, 20, 19]))
+        plan.replay()
+    assert out[1:3].isnan().all()
+    assert torch.equal(out[::3], expected[::3])
+
+
+def test_a_long_sequence_of_many_rows() -> None:
+    """Whose keys are not split, beside one whose are."""
+    generator = torch.Generator().manual_seed(6)
+    keys, values, query = (torch.randn(shape, generator=generator) for shape in [(20, 32, 1, 32)] * 2 + [(21, 1, 32)])
+    table = torch.randperm(20, generator=generator).view(2, 10).int()
+    arguments = query, keys, values, table, torch.tensor([300, 270]).int(), torch.tensor([0, 20, 21]).int()
+    expected = tk.paged_attention(*arguments)
+    with emulation(seed=2):
+        torch.testing.assert_close(tk.paged_attention(*arguments), expected, rtol=1e-5, atol=1e-5)

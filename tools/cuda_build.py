@@ -125,6 +125,28 @@ def build_emulation(folder: Path, csrc: Path = CSRC) -> Path:
     return library
 
 
+def build_changed_emulation(folder: Path, emulation: Path, changed: Path, units: list[str]) -> Path:
+    """The emulation that lies in a folder, with some `units` of csrc/cuda ("rms_norm.cu") compiled anew.
+
+    Sources in `changed`/cuda stand in place of those in csrc/cuda. A template that several units instantiate is that of
+    the changed ones.
+    """
+    ninja = NinjaFile(compiler())
+    library = folder / "libteco_cuda_changed.so"
+    flags = [*EMULATION_FLAGS, f"-I{changed}", f"-I{CSRC}", *KERNEL_FLAGS]
+    objects, unchanged = [], [*(CSRC / "simt").glob("*.cpp"), CSRC / "cuda" / "table.cpp"]
+    for source in sorted((CSRC / "cuda").glob("*.cu")):
+        if source.name in units:
+            other = changed / "cuda" / source.name
+            objects.append(ninja.compile(other if other.exists() else source, flags))
+        else:
+            unchanged.append(source)
+    objects += [str(emulation / source.relative_to(CSRC).with_suffix(".o")) for source in unchanged]
+    ninja.link(library, objects, ["-Wl,--no-undefined", "-ldl"])
+    run_ninja(ninja, folder)
+    return library
+
+
 def build_with_simt(folder: Path, source: Path, flags: list[str]) -> Path:
     """Compile a kernel source of one's own together with csrc/simt; all with further flags."""
     ninja = NinjaFile(compiler())
