@@ -26,6 +26,11 @@ from teco_kernels.quantization.model import QuantizationSettings, quantize_model
 
 PROMPT = torch.tensor([[17, 250, 33, 101, 7, 64, 3]])
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+#: Options of `generate`.
+CACHES: dict[str, dict[str, Any]] = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static", "disable_compile": True},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +63,7 @@ def test_the_tokens_of_its_own_attention(family: str) -> None:
     assert any(isinstance(module, RMSNorm) for module in model.modules())
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", CACHES)
 def test_padding_on_the_left(cache: str) -> None:
     """Each row of a padded batch has the tokens that it has alone."""
     model = random_model()
@@ -68,7 +73,7 @@ def test_padding_on_the_left(cache: str) -> None:
     for row, length in enumerate(lengths):
         alone.append(generate(model, PROMPT[:, :length]))
         prompt[row, -length:], seen[row, -length:] = PROMPT[0, :length], 1
-    options = {} if cache == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
+    options = CACHES[cache]
     answer = generate(accelerate(model), prompt, attention_mask=seen, **options)
     assert torch.equal(answer, torch.cat(alone))
 
@@ -104,7 +109,7 @@ def test_packed_sequences(window: int | None) -> None:
         assert relative_error(got, expected[:16]) < 1e-4
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", CACHES)
 def test_a_window_that_modules_leave_to_the_mask(cache: str) -> None:
     sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "initializer_range": 0.2}
@@ -112,7 +117,7 @@ def test_a_window_that_modules_leave_to_the_mask(cache: str) -> None:
     config = transformers.PhimoeConfig(sliding_window=4, **sizes)
     model = transformers.PhimoeForCausalLM(config).eval()
     padded, seen = torch.cat((PROMPT[:, :2], PROMPT[:, :5]), dim=1), torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
-    options = {} if cache == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
+    options = CACHES[cache]
     with torch.no_grad():
         expected = model(PROMPT).logits
         texts = generate(model, **options), generate(model, padded, attention_mask=seen, **options)
@@ -221,11 +226,11 @@ def test_a_gptq_directory(family: str, activation: Any, gptq_directory: Callable
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", CACHES)
 def test_a_gptq_directory_generates(family: str, kind: str, gptq_directory: Callable[[str], Path]) -> None:
     """The tokens of the same layers under transformers' own attention, padded or not."""
     model = load_gptq(gptq_directory(family))
-    options = {} if kind == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
+    options = CACHES[kind]
     padded = torch.cat((torch.zeros(1, 2, dtype=torch.int64), PROMPT[:, :5]), dim=1)
     prompts = torch.cat((PROMPT, padded))
     seen = (prompts > 0).long()

@@ -188,7 +188,7 @@ def _lm_head_argmax(
             yield "lm_head_argmax", (*outputs, hidden, values, added, out_features)
 
 
-def _cache(dtype: torch.dtype, cache_dtype: torch.dtype, head_dim: int, scale: str) -> tuple[Tensor, Tensor | None]:
+def _cache(cache_dtype: torch.dtype, head_dim: int, scale: str) -> tuple[Tensor, Tensor | None]:
     """A cache, and its scale where its elements are of 8 bits."""
     cache = _empty(64, 16, 8, head_dim, dtype=cache_dtype)
     if cache_dtype.itemsize > 1:
@@ -199,7 +199,7 @@ def _cache(dtype: torch.dtype, cache_dtype: torch.dtype, head_dim: int, scale: s
 def _reshape_and_cache(
     dtype: torch.dtype, *, D: int = 128, cache_dtype: torch.dtype | str | None = None, scale: str = "per_slot", **_: Any
 ) -> Iterator[Call]:
-    cache, scales = _cache(dtype, _dtype_of(cache_dtype or dtype), D, scale)
+    cache, scales = _cache(_dtype_of(cache_dtype or dtype), D, scale)
     heads = _empty(TOKENS, 8, D, dtype=dtype)
     yield "reshape_and_cache", (heads, heads, cache, cache, _ids(TOKENS), scales, scales)
 
@@ -218,7 +218,7 @@ def _paged_attention(
 ) -> Iterator[Call]:
     """Of decode, then of prefill."""
     query = _empty(TOKENS, 32, head_dim, dtype=dtype)
-    cache, scale = _cache(dtype, _dtype_of(cache_dtype or dtype), head_dim, "per_slot")
+    cache, scale = _cache(_dtype_of(cache_dtype or dtype), head_dim, "per_slot")
     lse, per_head = _empty(TOKENS, 32) if return_lse else None, _empty(32)
     optional = (per_head if alibi_slopes else None, per_head if sinks else None, scale, scale)
     for sequences, starts in ((TOKENS, None), (4, _empty(5, dtype=torch.int32))):

@@ -61,6 +61,7 @@ class Linear:
         """
         if out is None:
             out = x.new_empty(*x.shape[:-1], sum(self._sizes))
+        # A step of a Python engine makes a hundred calls; most have one weight, and need no views of its columns.
         parts = out.split(self._sizes, dim=-1) if len(self._sizes) > 1 else (out,)
         for weight, columns in zip(self.weights, parts, strict=True):
             if isinstance(weight, GPTQWeight):

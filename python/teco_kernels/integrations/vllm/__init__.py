@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-BACKEND = "teco_kernels.integrations.vllm.attention.TecoAttentionBackend"
+_BACKEND = "teco_kernels.integrations.vllm.attention.TecoAttentionBackend"
 
 
 def register() -> None:
@@ -22,15 +22,22 @@ def register() -> None:
 
     from teco_kernels.integrations.vllm import gptq  # noqa: F401 (registers its method)
 
-    register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
+    register_backend(AttentionBackendEnum.CUSTOM, _BACKEND)
     if current_platform.is_cpu():
         from teco_kernels.integrations.vllm.layers import register_layers
 
         register_layers()
-    _let_the_cpu_choose(AttentionBackendEnum.CUSTOM)
+    _let_the_cpu_choose()
 
 
-def _let_the_cpu_choose(custom: Any) -> None:
+def is_our_attention(backend: Any) -> bool:
+    """Whether a chosen backend, or None, is CUSTOM, and that is ours and not another plug-in's."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return backend == AttentionBackendEnum.CUSTOM and backend.get_path() == _BACKEND
+
+
+def _let_the_cpu_choose() -> None:
     """vLLM's platform of CPUs uses its own backend whatever is chosen; let it use this one where it is."""
     from vllm.platforms.cpu import CpuPlatform
 
@@ -40,7 +47,7 @@ def _let_the_cpu_choose(custom: Any) -> None:
 
     def choose(cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **options: Any) -> str:
         config = attn_selector_config
-        if selected_backend != custom or custom.get_path() != BACKEND:
+        if not is_our_attention(selected_backend):
             path: str = vllm_chooses.__func__(cls, selected_backend, config, *args, **options)
             return path
         from teco_kernels.integrations.vllm.attention import TecoAttentionBackend
@@ -49,7 +56,7 @@ def _let_the_cpu_choose(custom: Any) -> None:
         reasons = TecoAttentionBackend.validate_configuration(device_capability=None, **config._asdict())
         if reasons:
             raise ValueError(f"attention backend CUSTOM (teco_kernels): {', '.join(reasons)}")
-        return BACKEND
+        return _BACKEND
 
     choose.lets_choose = True  # type: ignore[attr-defined]
     CpuPlatform.get_attn_backend_cls = classmethod(choose)

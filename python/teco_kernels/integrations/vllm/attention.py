@@ -155,13 +155,11 @@ class TecoAttentionImpl(AttentionImpl[TecoAttentionMetadata]):
         if attn_metadata is None:  # vLLM is measuring its memory
             return output
         T = attn_metadata.num_actual_tokens
-        keys, values = self._keys_and_values_of(kv_cache)
         if key is not None and value is not None and self.kv_sharing_target_layer_name is None:
             self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping[:T])
         paged_attention(
             query[:T],
-            keys,
-            values,
+            *self._keys_and_values_of(kv_cache),
             attn_metadata.block_table,
             attn_metadata.seq_lens,
             attn_metadata.query_start_loc,

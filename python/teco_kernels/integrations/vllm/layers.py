@@ -19,9 +19,8 @@ from vllm.model_executor.layers.rotary_embedding.linear_scaling_rope import Line
 from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.ntk_scaling_rope import NTKScalingRotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.yarn_scaling_rope import YaRNScalingRotaryEmbedding
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from teco_kernels.integrations.vllm import BACKEND
+from teco_kernels.integrations.vllm import is_our_attention
 from teco_kernels.integrations.vllm.gptq import NAME
 from teco_kernels.ops import fused_add_rms_norm, rms_norm, rotary_embedding, silu_and_mul
 
@@ -55,9 +54,7 @@ def _is_ours_chosen() -> bool:
     config = get_current_vllm_config_or_none()
     if config is None or config.model_config is None:
         return False
-    custom = AttentionBackendEnum.CUSTOM
-    attention = config.attention_config.backend == custom and custom.get_path() == BACKEND
-    return attention or config.model_config.quantization == NAME
+    return is_our_attention(config.attention_config.backend) or config.model_config.quantization == NAME
 
 
 class _OursIfChosen:
