@@ -175,11 +175,13 @@ def test_copies_arrive_when_waited_for() -> None:
 @pytest.mark.parametrize(
     ("behind", "finding"),
     [
-        ("ld.shared.u32 %out, [%r2];", "before the cp.async was waited for"),
+        ("ld.shared.u32 %out, [%r2];", "a read of .* before the cp.async to it was waited for"),
+        ("st.shared.u32 [%r2], 1;", "a write of .* before the cp.async to it was waited for"),
+        ("cp.async.ca.shared.global [%r2], [%d2], 16;", "a cp.async .* before the cp.async to it was waited for"),
         (
             "cp.async.cg.shared.global [%r2+512], [%d2], 16; cp.async.commit_group; cp.async.wait_group 1; "
             "ld.shared.u32 %out, [%r2+512];",
-            "before the cp.async was waited for",
+            "a read of .* before the cp.async to it was waited for",
         ),
         ("bar.sync 0; cp.async.wait_group 0; xor.b32 %r3, %r2, 16; ld.shared.u32 %out, [%r3];", "race: a read"),
         (

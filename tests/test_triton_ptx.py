@@ -57,21 +57,24 @@ def test_all_kinds_of_kernels(operator: str) -> None:
     check([case.name for case in CASES if case.name in _QUICK and case.operator == operator])
 
 
-def check_planted(call: str, most: int, unnoticed: int) -> None:
+def check_planted(call: str, most: int, unnoticed: dict[str, int]) -> None:
+    """All bugs are noticed, but so many of each kind."""
     bugs = lines_of("--plant", call, str(most))
-    for kind in ("dropped barrier", "another shift", "another half of the factors"):
-        assert any(bug["bug"] == kind for bug in bugs), kind
-    missed = [bug for bug in bugs if bug["outcome"] == "unnoticed"]
-    assert all(bug["bug"] == "another shift" for bug in missed), missed
-    assert len(missed) <= unnoticed, missed
+    for kind in ("dropped barrier", "a group too few is waited for", "another shift", "another half of the factors"):
+        of_kind = [bug for bug in bugs if bug["bug"] == kind]
+        assert of_kind, kind
+        missed = [bug for bug in of_kind if bug["outcome"] == "unnoticed"]
+        assert len(missed) <= unnoticed.get(kind, 0), missed
 
 
 def test_planted_bugs() -> None:
     """Every barrier of the matmul, every wait, and wrong constants."""
-    check_planted("dense_matmul, 40 rows", 4, 0)
+    check_planted("dense_matmul, 40 rows", 4, {})
 
 
 @pytest.mark.triton
 def test_planted_bugs_of_attention() -> None:
-    """A shift that only a negative number or a third split would show may go unnoticed."""
-    check_planted("paged_attention, decode", 12, 2)
+    """What may go unnoticed: a shift that only a negative number or a third split would show, and the wait behind the
+    loop, whose last step copies nothing. (Whatever touches bytes that are still to arrive is refused.)
+    """
+    check_planted("paged_attention, decode", 12, {"another shift": 2, "a group too few is waited for": 1})

@@ -45,10 +45,7 @@ class SharedMemory:
     def load(self, threads: Array, addresses: Array, count: int, width: int) -> Array:
         """`count` neighbouring elements of `width` bytes at each address: [n, count]."""
         places = self._places(addresses, count * width, "a read")
-        if self._pending[places].any():
-            raise PtxError(
-                f"a read of shared memory at {self._first(places, self._pending)} before the cp.async was waited for"
-            )
+        self._check_pending(places, "a read")
         if not self._written[places].all():
             raise PtxError(
                 f"a read of shared memory at {self._first(places, ~self._written)}, which nobody has written"
@@ -61,6 +58,7 @@ class SharedMemory:
         """Write elements [n, count]."""
         data = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), -1)
         places = self._places(addresses, data.shape[1], "a write")
+        self._check_pending(places, "a write")
         self._check_writes(threads, places, "a write")
         self._check_reads(threads, places)
         self._note_writes(threads, places)
@@ -70,8 +68,9 @@ class SharedMemory:
         self._written[places] = True
 
     def begin_copy(self, threads: Array, addresses: Array, size: int) -> None:
-        """A cp.async to these addresses: from now on they may change at any time."""
+        """A cp.async to these addresses: they may change at any time until it was waited for."""
         places = self._places(addresses, size, "a cp.async")
+        self._check_pending(places, "a cp.async")
         self._check_writes(threads, places, "a cp.async")
         self._check_reads(threads, places)
         self._note_writes(threads, places)
@@ -99,6 +98,11 @@ class SharedMemory:
 
     def _first(self, places: Array, which: Array) -> int:
         return int(places[which[places]][0])
+
+    def _check_pending(self, places: Array, what: str) -> None:
+        if self._pending[places].any():
+            first = self._first(places, self._pending)
+            raise PtxError(f"{what} of shared memory at {first} before the cp.async to it was waited for")
 
     def _check_writes(self, threads: Array, places: Array, what: str) -> None:
         recent = self._write_epoch[places] == self._epoch
