@@ -59,6 +59,7 @@ _TESTS_OF = {
     "dense_matmul": _MATMUL_TESTS,
     "sparse24_matmul": _MATMUL_TESTS,
     "gptq_matmul": "gptq or parts_of_sections or a_weight",
+    "copy_blocks": "nothing_to_copy",
     "reshape_and_cache": "unaligned_stride and reshape or 8_bit_cache",
     "paged_attention": "sequences_stand_alone or unseen_keys or fp8_cache or many_rows or unaligned_stride and paged",
     "merge_attention_states": "in_place or unaligned_stride and merge",

@@ -108,6 +108,7 @@ def _check_results(library: Path, seed: int, world_size: int) -> None:
 
 def _check_results_of(library: Path, seed: int, world_size: int, dtype: torch.dtype) -> None:
     shapes = [(1, 576), (1, 7), (9, 40), (5, 37), (2, 96), (1, 300)]
+    odd = torch.arange(SMALL["slot_bytes"] + 1).byte()  # a slot of bytes, and one more
     given = [[torch.randn(shape).to(dtype) for _ in range(world_size)] for shape in shapes]
     weights = [torch.randn(shape[1]).to(dtype) for shape in shapes]
 
@@ -128,6 +129,8 @@ def _check_results_of(library: Path, seed: int, world_size: int, dtype: torch.dt
                     *tk.all_reduce_rms_norm(place, tensors[0], weight, 1e-5, comm),
                     *tk.all_reduce_rms_norm(x, _unaligned(tensors[0]), weight, 1e-5, comm),
                     *tk.all_reduce_rms_norm(x, tensors[0], _unaligned(weight), 1e-5, comm),
+                    tk.all_gather(odd + comm.rank, comm),
+                    tk.broadcast(odd + comm.rank, comm, root=1),
                 ]
             )
         return results
@@ -150,6 +153,8 @@ def _check_results_of(library: Path, seed: int, world_size: int, dtype: torch.dt
                 *tk.fused_add_rms_norm(total_of_registered, tensors[0], weight, 1e-5),
                 *normed,
                 *normed,
+                torch.stack([odd + rank for rank in range(world_size)]),
+                odd + 1,
             ]
             for of_rank in results:
                 for pair in zip(of_rank[number], expected, strict=True):

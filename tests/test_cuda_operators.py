@@ -423,3 +423,11 @@ def test_a_long_sequence_of_many_rows() -> None:
     expected = tk.paged_attention(*arguments)
     with emulation(seed=2):
         torch.testing.assert_close(tk.paged_attention(*arguments), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_to_copy() -> None:
+    """Pairs of blocks without elements, and blocks without pairs."""
+    for size, pairs in ((0, 1), (4, 0)):
+        cache = torch.ones(3, 2, 1, size)
+        with emulation():
+            tk.copy_blocks(cache, cache.clone(), torch.tensor([[0, 1]] * pairs, dtype=torch.int64).view(-1, 2))
