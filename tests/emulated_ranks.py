@@ -107,7 +107,7 @@ def _check_results(library: Path, seed: int, world_size: int) -> None:
 
 
 def _check_results_of(library: Path, seed: int, world_size: int, dtype: torch.dtype) -> None:
-    shapes = [(1, 576), (1, 7), (9, 40), (5, 37), (2, 96), (1, 300)]
+    shapes = [(1, 576), (1, 7), (9, 40), (5, 37), (2, 96), (1, 300), (1, 193)]
     odd = torch.arange(SMALL["slot_bytes"] + 1).byte()  # a slot of bytes, and one more
     given = [[torch.randn(shape).to(dtype) for _ in range(world_size)] for shape in shapes]
     weights = [torch.randn(shape[1]).to(dtype) for shape in shapes]

@@ -35,6 +35,7 @@ TESTS: dict[str, Callable[[], None]] = {
     "rejection rule": verify.test_edges_of_the_rule,
     "rejection by rounding": verify.test_a_rejection_that_is_only_rounding_draws_from_the_target,
     "no probability": partial(verify.test_what_is_no_probability_is_named, "recycled", 1.5),
+    "no probability, target": partial(verify.test_what_is_no_probability_is_named, "target", 1.5),
     "zeros": verify.test_a_row_of_zeros_to_draw_from_is_refused,
 }
 
