@@ -351,11 +351,10 @@ def plant(files: list[str], results: Results, arguments: argparse.Namespace) -> 
     emulated_cuda.library()
     todo: dict[str, list[Mutation]] = {}
     for file in files:
-        chosen = list(mutations(file))
-        if arguments.sample is not None:
-            chosen = some_of(chosen, arguments.sample, f"{arguments.seed} {file}")
-        known = results.of(file)
-        todo[file] = [m for m in chosen if m.name not in known or known[m.name][0] in arguments.again]
+        every, known = list(mutations(file)), results.of(file)
+        chosen = every if arguments.sample is None else some_of(every, arguments.sample, f"{arguments.seed} {file}")
+        todo[file] = [m for m in chosen if m.name not in known]
+        todo[file] += [m for m in every if m.name in known and known[m.name][0] in arguments.again]
     with tqdm(total=sum(map(len, todo.values())), unit="mistake") as bar:
         for file in (file for file in files if todo[file]):
             with tempfile.TemporaryDirectory() as temporary:
