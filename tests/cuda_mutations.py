@@ -266,6 +266,9 @@ class Results:
         self._path = path
         known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         self._files = {file: entry for file, entry in known.items() if entry["source"] == digest(file)}
+        for file, entry in self._files.items():
+            names = {mutation.name for mutation in mutations(file)}
+            entry["verdicts"] = {name: verdict for name, verdict in entry["verdicts"].items() if name in names}
 
     def of(self, file: str) -> dict[str, list[str]]:
         """Verdicts of a file, by the names of mutations."""
