@@ -92,7 +92,7 @@ class Mutation:
 
 
 def mutations(file: str) -> Iterator[Mutation]:
-    """Every mutation of a file, outside of comments and of what the emulation does not compile."""
+    """Every mutation of a file, outside of comments and of what the emulation does not run."""
     names: dict[str, int] = {}
     on_host = only_nvcc = False
     for number, text in enumerate((KERNELS / file).read_text().splitlines(), 1):
@@ -102,7 +102,7 @@ def mutations(file: str) -> Iterator[Mutation]:
         begins = text.startswith(("Status ", "inline ", "int64_t ", "bool ", "dim3 ")) and not text.endswith(";")
         on_host = (on_host and text != "}") or begins
         code = text.split("//")[0].rstrip()
-        if only_nvcc or not code or code.startswith("template"):
+        if only_nvcc or not code or code.startswith(("template", "static_assert")):
             continue
         changes: dict[str, str] = {}
         for rule, pattern, replacement in [*(() if on_host else RULES), *EVERYWHERE]:

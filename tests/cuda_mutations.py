@@ -59,6 +59,7 @@ _TESTS_OF = {
     "dense_matmul": _MATMUL_TESTS,
     "sparse24_matmul": _MATMUL_TESTS,
     "gptq_matmul": "gptq or parts_of_sections or a_weight",
+    "copy_blocks": "nothing_to_copy",
     "reshape_and_cache": "unaligned_stride and reshape or 8_bit_cache",
     "paged_attention": "sequences_stand_alone or unseen_keys or fp8_cache or many_rows or unaligned_stride and paged",
     "merge_attention_states": "in_place or unaligned_stride and merge",
@@ -265,6 +266,9 @@ class Results:
         self._path = path
         known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         self._files = {file: entry for file, entry in known.items() if entry["source"] == digest(file)}
+        for file, entry in self._files.items():
+            names = {mutation.name for mutation in mutations(file)}
+            entry["verdicts"] = {name: verdict for name, verdict in entry["verdicts"].items() if name in names}
 
     def of(self, file: str) -> dict[str, list[str]]:
         """Verdicts of a file, by the names of mutations."""
@@ -350,11 +354,10 @@ def plant(files: list[str], results: Results, arguments: argparse.Namespace) -> 
     emulated_cuda.library()
     todo: dict[str, list[Mutation]] = {}
     for file in files:
-        chosen = list(mutations(file))
-        if arguments.sample is not None:
-            chosen = some_of(chosen, arguments.sample, f"{arguments.seed} {file}")
-        known = results.of(file)
-        todo[file] = [m for m in chosen if m.name not in known or known[m.name][0] in arguments.again]
+        every, known = list(mutations(file)), results.of(file)
+        chosen = every if arguments.sample is None else some_of(every, arguments.sample, f"{arguments.seed} {file}")
+        todo[file] = [m for m in chosen if m.name not in known]
+        todo[file] += [m for m in every if m.name in known and known[m.name][0] in arguments.again]
     with tqdm(total=sum(map(len, todo.values())), unit="mistake") as bar:
         for file in (file for file in files if todo[file]):
             with tempfile.TemporaryDirectory() as temporary:

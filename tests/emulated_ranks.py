@@ -107,7 +107,8 @@ def _check_results(library: Path, seed: int, world_size: int) -> None:
 
 
 def _check_results_of(library: Path, seed: int, world_size: int, dtype: torch.dtype) -> None:
-    shapes = [(1, 576), (1, 7), (9, 40), (5, 37), (2, 96), (1, 300)]
+    shapes = [(1, 576), (1, 7), (9, 40), (5, 37), (2, 96), (1, 300), (1, 193)]
+    odd = torch.arange(SMALL["slot_bytes"] + 1).byte()  # a slot of bytes, and one more
     given = [[torch.randn(shape).to(dtype) for _ in range(world_size)] for shape in shapes]
     weights = [torch.randn(shape[1]).to(dtype) for shape in shapes]
 
@@ -126,6 +127,10 @@ def _check_results_of(library: Path, seed: int, world_size: int, dtype: torch.dt
                     tk.broadcast(x, comm, root=number % world_size),
                     tk.all_reduce(place, comm),
                     *tk.all_reduce_rms_norm(place, tensors[0], weight, 1e-5, comm),
+                    *tk.all_reduce_rms_norm(x, _unaligned(tensors[0]), weight, 1e-5, comm),
+                    *tk.all_reduce_rms_norm(x, tensors[0], _unaligned(weight), 1e-5, comm),
+                    tk.all_gather(odd + comm.rank, comm),
+                    tk.broadcast(odd + comm.rank, comm, root=1),
                 ]
             )
         return results
@@ -137,18 +142,27 @@ def _check_results_of(library: Path, seed: int, world_size: int, dtype: torch.dt
         for number, (tensors, weight) in enumerate(zip(given, weights, strict=True)):
             total = sum_in_order(tensors)
             total_of_registered = sum_in_order([tk.rms_norm(x, weight, 1e-5) for x in tensors])
+            normed = tk.fused_add_rms_norm(total, tensors[0], weight, 1e-5)
             expected = [
                 total,
-                *tk.fused_add_rms_norm(total, tensors[0], weight, 1e-5),
+                *normed,
                 total,
                 torch.stack(tensors),
                 tensors[number % world_size],
                 total_of_registered,
                 *tk.fused_add_rms_norm(total_of_registered, tensors[0], weight, 1e-5),
+                *normed,
+                *normed,
+                torch.stack([odd + rank for rank in range(world_size)]),
+                odd + 1,
             ]
             for of_rank in results:
                 for pair in zip(of_rank[number], expected, strict=True):
                     assert torch.equal(*pair)
+
+
+def _unaligned(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
 
 
 def _check_errors(library: Path, seed: int) -> None:

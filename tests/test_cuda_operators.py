@@ -35,6 +35,7 @@ TESTS: dict[str, Callable[[], None]] = {
     "rejection rule": verify.test_edges_of_the_rule,
     "rejection by rounding": verify.test_a_rejection_that_is_only_rounding_draws_from_the_target,
     "no probability": partial(verify.test_what_is_no_probability_is_named, "recycled", 1.5),
+    "no probability, target": partial(verify.test_what_is_no_probability_is_named, "target", 1.5),
     "zeros": verify.test_a_row_of_zeros_to_draw_from_is_refused,
 }
 
@@ -423,3 +424,11 @@ def test_a_long_sequence_of_many_rows() -> None:
     expected = tk.paged_attention(*arguments)
     with emulation(seed=2):
         torch.testing.assert_close(tk.paged_attention(*arguments), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_to_copy() -> None:
+    """Pairs of blocks without elements, and blocks without pairs."""
+    for size, pairs in ((0, 1), (4, 0)):
+        cache = torch.ones(3, 2, 1, size)
+        with emulation():
+            tk.copy_blocks(cache, cache.clone(), torch.tensor([[0, 1]] * pairs, dtype=torch.int64).view(-1, 2))

@@ -10,8 +10,8 @@ import torch
 from teco_kernels.ops import norm
 from teco_kernels.testing.case import TOLERANCE, Case, Inputs
 
-# (tokens, hidden size): a decode step, a ragged tail, an empty batch, one element, none, a prefill.
-SHAPES = [(1, 576), (3, 37), (0, 64), (5, 1), (3, 0), (512, 4096)]
+# (tokens, hidden size): a decode step, ragged tails, an empty batch, one element, none, a prefill.
+SHAPES = [(1, 576), (3, 37), (2, 577), (0, 64), (5, 1), (3, 0), (512, 4096)]
 
 
 def _inputs(tokens: int, hidden_size: int, dtype: torch.dtype, residual: bool, generator: torch.Generator) -> Inputs:
