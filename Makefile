@@ -126,6 +126,7 @@ $(VLLM_VENV)/.plugin: $(VLLM_VENV)/.vllm $(SOURCES)
 # The server, from a package whose own library asks for a numpy that is older than what else would be installed. Its
 # backend needs a Python with a shared library, which most have: PYTHON=/usr/bin/python3 where the first one has none.
 $(TRITONSERVER_VENV)/.model: $(SOURCES) | $(TRITONSERVER_VENV)/.venv
+	$(@D)/bin/python -m pip install -q "$(TORCH)"
 	$(@D)/bin/python -m pip install -q "$(TORCH)" nvidia-pytriton==0.7.0 'tritonclient[all]' pytest -e '.[text]'
 	touch $@
 
