@@ -26,7 +26,7 @@ import native_build
 ROOT = Path(__file__).resolve().parent
 
 # What a build makes beside the libraries, in the package.
-BESIDE_EXTENSIONS = ("include/teco_kernels.h", "triton_kernels/kernels.zip")
+BESIDE_EXTENSIONS = ("include/teco_kernels.h",)
 
 
 class NinjaBuild(build_ext):
@@ -43,6 +43,8 @@ class NinjaBuild(build_ext):
         for package in (outputs["_C"].parent, ROOT / "python" / "teco_kernels"):  # those of a build before
             (package / "triton_kernels" / "kernels.zip").unlink(missing_ok=True)
         if os.environ.get("TECO_TRITON_AOT") == "1":
+            if self.inplace or self.editable_mode:
+                raise SystemExit("teco_kernels: TECO_TRITON_AOT=1: expected a build that is not editable")
             self._compile_triton_kernels(outputs["_C"].parent)
 
     def copy_extensions_to_source(self) -> None:

@@ -212,6 +212,9 @@ def main() -> None:
     parser.add_argument("--model", help="the 4-bit SmolLM2-135M when not given")
     parser.add_argument("--head", default="auto", help="folder of a recycle head; the one shipped when not given")
     parser.add_argument("--mode", action="append", choices=list(MODES)[1:], help="lookup and both when not given")
+    parser.add_argument(
+        "--set", action="append", help="of prompts: MT-bench, HumanEval or Wikipedia; all when not given"
+    )
     parser.add_argument("--prompts", type=int, default=10, help="of each set")
     parser.add_argument("--tokens", type=int, default=256, help="most tokens of an answer")
     parser.add_argument("--batch", action="append", type=int, help="prompts at a time; 1 when not given")
@@ -224,13 +227,16 @@ def main() -> None:
     params = SamplingParams(temperature=0, max_tokens=options.tokens)
     modes = ["plain", *(options.mode or ["lookup", "both"])]
     sets = prompt_sets(load_source(path).tokenizer, options.prompts)
+    if unknown := set(options.set or ()) - set(sets):
+        parser.error(f"--set: expected some of {', '.join(sets)}; got {', '.join(sorted(unknown))}")
+    sets = {name: prompts for name, prompts in sets.items() if name in (options.set or sets)}
     rows: list[Row] = []
     tasks = [(batch, name) for batch in options.batch or [1] for name in sets]
     for batch, name in tqdm(tasks, unit="set"):
         # New ones for each set and size: what they have learned from others is not theirs.
         llms = {mode: make(path, mode, options.head, **settings) for mode in modes}
         rows += measured(llms, sets[name], batch, name, params)
-        if name == list(sets)[-1]:
+        if name == list(sets)[-1] and len(sets) > 1:
             rows += overall(rows[-len(sets) * len(modes) :])
     print_table(rows, f"greedy, up to {options.tokens} tokens, {options.threads} threads")
     if options.json:

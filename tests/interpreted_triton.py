@@ -1,6 +1,7 @@
 """The Triton kernels as Triton compiles them for sm_80: their PTX, interpreted on the CPU (tools/ptx).
 
     python tests/interpreted_triton.py case ...       JSON: a line per case of the table
+    python tests/interpreted_triton.py --general ...  the same, by the code that takes any address and stride
     python tests/interpreted_triton.py --plant CALL N JSON: a line per bug that is planted in a kernel's PTX
     python tests/interpreted_triton.py --banks        JSON: a line per call, how busy the banks of shared memory were
 
@@ -67,10 +68,18 @@ class Compiled:
 
 
 class Interpreter:
-    """Runs launches; `compiled` and `banks` have what was met, by the key of a kernel."""
+    """Runs launches; `compiled` and `banks` have what was met, by the key of a kernel.
 
-    def __init__(self, change: Change = lambda name, text: text) -> None:
-        self.change = change
+    Parameters
+    ----------
+    change : callable
+        From the name and the PTX of a kernel to the PTX that is run.
+    is_general : bool
+        Run the code of unaligned tensors for all.
+    """
+
+    def __init__(self, change: Change = lambda name, text: text, *, is_general: bool = False) -> None:
+        self.change, self.is_general = change, is_general
         self.compiled: dict[str, Compiled] = {}
         self.banks: dict[str, BankCounter] = {}
         self.pieces: list[Piece] = []
@@ -95,7 +104,8 @@ class Interpreter:
     def run(self, launch: Launch) -> None:
         """As `_launch.launch_with` takes it."""
         tensors = [value for value in launch.args if isinstance(value, torch.Tensor)]
-        variant = "aligned" if all(map(is_multiple_of_16, tensors)) else "general"
+        is_aligned = all(map(is_multiple_of_16, tensors)) and not self.is_general
+        variant = "aligned" if is_aligned else "general"
         kinds = list(Instance(launch).parameters(variant))
         key = f"{launch.kernel.__name__} {launch.constants} {launch.num_warps} {variant} {kinds}"
         key += "".join("-" if value is None else "x" for value in launch.args)
@@ -122,11 +132,11 @@ def interpretation(interpreter: Interpreter) -> Iterator[None]:
         use_triton(None)
 
 
-def run_cases(names: list[str]) -> None:
+def run_cases(names: list[str], *, is_general: bool = False) -> None:
     """Print what became of each case."""
     cases = {case.name: case for case in all_cases()}
     for name in names:
-        interpreter = Interpreter()
+        interpreter = Interpreter(is_general=is_general)
         try:
             with interpretation(interpreter):
                 result = run_case(cases[name])
@@ -188,5 +198,7 @@ if __name__ == "__main__":
         plant(sys.argv[2], int(sys.argv[3]))
     elif sys.argv[1] == "--banks":
         count_banks()
+    elif sys.argv[1] == "--general":
+        run_cases(sys.argv[2:], is_general=True)
     else:
         run_cases(sys.argv[1:])

@@ -268,14 +268,14 @@ def test_a_step_that_failed_leaves_nothing_behind(path: Path, monkeypatch: pytes
     alone = each_alone(llm, requests)
     stream = llm.stream([6] * 9, params)
     next(stream)
-    run, steps = llm.engine.runner.run, iter(range(100))
+    compute, steps = llm.engine.runner.compute, iter(range(100))
 
-    def interrupted(*args: Any) -> torch.Tensor:
+    def interrupted(*args: Any, **options: Any) -> Any:
         if next(steps) == 3:
             raise KeyboardInterrupt
-        return run(*args)
+        return compute(*args, **options)
 
-    monkeypatch.setattr(llm.engine.runner, "run", interrupted)
+    monkeypatch.setattr(llm.engine.runner, "compute", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([1, 2, 3, 4, 5], params, use_tqdm=False)
     assert together(llm, requests) == alone

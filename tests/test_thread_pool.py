@@ -77,3 +77,16 @@ resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_IN
 print(torch.equal(actual, expected), started < 100)
 """)
     assert out.split() == ["True", "True"]
+
+
+def test_workers_take_denormals_as_their_caller_does() -> None:
+    """Which torch decides for the calling thread alone."""
+    out = run("""
+torch.set_num_threads(2)
+x = torch.ones(2000, 1024)
+x[:, :512] = 1e-39
+for flush in (False, True, False):
+    torch.set_flush_denormal(flush)
+    print({int(bits == 0) for _ in range(50) for bits in tk.silu_and_mul(x).view(torch.int32).unique().tolist()})
+""")
+    assert out.split() == ["{0}", "{1}", "{0}"]

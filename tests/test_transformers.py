@@ -162,8 +162,9 @@ def test_a_backward_pass_raises() -> None:
 
 def test_what_is_refused() -> None:
     model = accelerate(random_model())
-    with pytest.raises(ValueError, match="attention_mask: expected padding on the left"):
-        model(PROMPT, attention_mask=torch.tensor([[1, 0, 1, 0, 1, 1, 1]]))
+    for seen in ([1, 0, 1, 0, 1, 1, 1], [1, 1, 0, 0, 1, 1, 1], [0, 1, 1, 0, 1, 1, 1]):
+        with pytest.raises(ValueError, match="attention_mask: expected padding on the left"):
+            model(PROMPT, attention_mask=torch.tensor([seen]))
     with pytest.raises(ValueError, match="attention_mask: expected None or a mask of padding"):
         model(PROMPT, attention_mask=torch.zeros(1, 1, 7, 7))
     with pytest.raises(ValueError, match="cu_seq_lens_q: expected a tensor"):  # two sequences in one row
@@ -270,6 +271,11 @@ def test_attention_weights_are_refused(gptq_directory: Callable[[str], Path]) ->
     model = accelerate(load_gptq(gptq_directory("llama")))
     with pytest.raises(ValueError, match="output_attentions"):
         model(PROMPT, output_attentions=True)
+    model = random_model()
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match="output_attentions"):
+        accelerate(model)
 
 
 @pytest.mark.model

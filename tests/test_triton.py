@@ -9,17 +9,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
 
 import teco_kernels as tk
+from teco_kernels.ops import _library
 from teco_kernels.ops.plan import Plan
 from teco_kernels.ops.support import operators
 from teco_kernels.ops.triton_backend import triton_device, use_triton
 from teco_kernels.testing import TOLERANCE, Case, all_cases, run_case
 from teco_kernels.testing.cases.matmul import random_checkpoint
-from teco_kernels.triton_kernels import OPERATORS
+from teco_kernels.triton_kernels import OPERATORS, launchers
 
 # The interpreter computes with numpy, which tells of what IEEE arithmetic makes an infinity.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
@@ -131,6 +133,55 @@ def test_arguments_are_checked() -> None:
             tk.sample(torch.tensor([[1.0, 2.0], [torch.nan, 0.0]]), seed=0, offset=0)
         with pytest.raises(ValueError, match="cannot be recorded"):
             Plan(lambda: tk.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-6), None)
+
+
+@needs_triton
+def test_what_is_not_checked_on_a_gpu() -> None:
+    """Values there are not read before a call: ids that are none, numbers that are no probabilities."""
+    from teco_kernels.triton_kernels.embedding import gptq_embedding
+
+    calls: list[Any] = []
+    embedding, projection, norm = torch.randn(20, 24), torch.randn(24, 48), torch.ones(24)
+    token_ids = torch.tensor([0, 5, 6, 19])
+    with interpreter():
+        _library.record_calls(lambda operator, args: calls.append(args))
+        try:
+            expected = tk.recycle_project(
+                torch.randn(4, 24),
+                token_ids,
+                embedding,
+                hidden_norm=norm,
+                embedding_norm=norm,
+                projection=projection,
+                eps=1e-5,
+            )
+            tk.sample(torch.randn(5, 40), temperature=1.0, top_p=0.9, min_p=0.1, seed=0, offset=0)
+        finally:
+            _library.record_calls(None)
+        (out, *project), (tokens, logits, temperature, top_k, top_p, min_p, *draw) = calls
+        expected = expected.clone()
+        token_ids.copy_(torch.tensor([0, -1, 20, 19]))
+        launchers()["recycle_project"](out, *project)
+        assert out[1:3].isnan().all()
+        assert torch.equal(out[::3], expected[::3])
+
+        first = int(tokens[0])
+        temperature[1], top_p[2], top_p[3], min_p[4] = -1.0, 0.0, torch.nan, 1.5
+        launchers()["sample"](tokens, logits, temperature, top_k, top_p, min_p, *draw)
+        assert tokens.tolist() == [first, -1, -1, -1, -1]
+
+        nothing = tk.GPTQWeight.from_checkpoint(**random_checkpoint(160, 16, 32, 4, torch.Generator())).packed[:0]
+        rows = torch.ones(2, 160)
+        gptq_embedding(rows, torch.tensor([3, 9]), nothing, None, 0, 160, 4, False, 9)
+        assert not rows.any()
+
+
+@needs_triton
+def test_a_backend_that_cannot_be_chosen_leaves_the_one_that_was() -> None:
+    with interpreter():
+        with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+            use_triton("cuda")
+        assert triton_device() == "cpu"
 
 
 @needs_triton

@@ -188,8 +188,9 @@ def test_what_fits() -> None:
     assert not kernel.fits([4097, 32, 1])
     assert not kernel.fits([4096, 33, 1])
     assert not kernel.fits([4096, 2**31, 1])
-    assert [target_of(*c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))] == [
+    assert [target_of(*c) for c in ((8, 0), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0))] == [
         "sm_80",
+        "sm_87",
         "sm_80",
         "sm_90",
         "sm_100",
@@ -324,6 +325,8 @@ def test_supports_asks_the_archive(only_embedded: Path) -> None:
     assert "was not compiled for sm_75" in ask("rms_norm", torch.float16, "cuda:1")
     assert "paged_attention_kernel" in ask("paged_attention", torch.float16, alibi_slopes=True)
     assert ask("recycle_project", torch.bfloat16, hidden_size=1024) == ""
+    wide = {"rows": 1, "in_features": 16, "out_features": 2_097_136}
+    assert "expected at most 65535 programs" in ask("dense_matmul", torch.float16, **wide)
     for case in all_cases():  # any case is answered
         if case.operator in triton_kernels.OPERATORS:
             ask(case.operator, case.dtype, **case.params)

@@ -263,6 +263,18 @@ def test_one_that_waits_is_cancelled_too(path: Path, backend: None) -> None:
     model.finalize()
 
 
+def test_one_that_is_cancelled_before_its_first_step(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = model._start
+
+    def start_and_cancel(generation: Any, sender: Any) -> None:
+        start(generation, sender)
+        next(task for task, of in model._senders.items() if of is sender).cancel()
+
+    monkeypatch.setattr(model, "_start", start_and_cancel)
+    assert error_of(ask(model, text_input=PROMPT).wait())[0] == "CANCELLED"
+    wait_until(lambda: not model._senders)
+
+
 def test_a_server_that_does_not_tell(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next look may find what this one did not."""
     is_cancelled, failures = Request.is_cancelled, [OSError("no memory"), OSError("no memory")]

@@ -37,17 +37,18 @@ def lines_of(*arguments: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-def check(names: list[str]) -> None:
+def check(names: list[str], *options: str) -> None:
     """All of these cases are within the contract, without a finding."""
-    results = lines_of(*names)
+    results = lines_of(*options, *names)
     assert [result["case"] for result in results] == names
     wrong = [result for result in results if not result["ok"]]
     assert not wrong, json.dumps(wrong, indent=1)
 
 
-def test_cases() -> None:
+@pytest.mark.parametrize("options", [[], ["--general"]])
+def test_cases(options: list[str]) -> None:
     names = [next(case.name for case in CASES if case.name.startswith(start) and case.flops > 0) for start in ALWAYS]
-    check(names)
+    check(names, *options)
 
 
 @pytest.mark.triton

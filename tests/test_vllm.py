@@ -87,9 +87,11 @@ def test_what_the_backend_does_not_do_is_refused(option: str) -> None:
 
 
 @needs_vllm
-def test_a_layer_that_the_checkpoint_has_fused() -> None:
-    """Phi-3's: the same as from a checkpoint with one layer for each."""
+def test_layers_of_other_shapes() -> None:
+    """Phi-3's, which the checkpoint has fused: the same as one layer for each. A head of any size."""
     import torch
+    from vllm.lora.layers.utils import _get_lora_device
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     from teco_kernels.integrations.vllm.gptq import TecoGPTQConfig, TecoGPTQLinearMethod
 
@@ -124,8 +126,36 @@ def test_a_layer_that_the_checkpoint_has_fused() -> None:
         return layer
 
     x = torch.randn(3, inputs, generator=generator)
-    apart = layer(["q_proj", "k_proj", "v_proj"]).teco_linear(x)  # type: ignore[operator]
-    assert torch.equal(layer(["qkv_proj"]).teco_linear(x), apart)  # type: ignore[operator]
+    apart, fused = layer(["q_proj", "k_proj", "v_proj"]), layer(["qkv_proj"])
+    assert torch.equal(fused.teco_linear(x), apart.teco_linear(x))  # type: ignore[operator]
+    assert _get_lora_device(fused) == torch.device("cpu")
+
+    # A vocabulary of 56, which vLLM rounds up to 64.
+    head = ParallelLMHead.__new__(ParallelLMHead)
+    torch.nn.Module.__init__(head)
+    head.org_vocab_size = 56
+    method = TecoGPTQLinearMethod(TecoGPTQConfig(settings), ["lm_head"])
+    method.create_weights(head, inputs, [64], inputs, 64, torch.float32)
+    for part, tensor in whole.items():
+        cut = tensor if part == "g_idx" else tensor[:, : tensor.shape[1] * 56 // 64].contiguous()
+        getattr(head, part).weight_loader(getattr(head, part), cut)
+    method.process_weights_after_loading(head)
+    assert method.apply(head, x).shape == (3, 56)
+
+
+@needs_vllm
+def test_the_backend_of_another_plugin_stays() -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    custom = AttentionBackendEnum.CUSTOM
+    register_backend(custom, "other.Backend")
+    try:
+        plugin.register()
+        assert custom.get_path() == "other.Backend"
+        assert not plugin.is_our_attention(custom)
+    finally:
+        custom.clear_override()
+        plugin.register()
 
 
 @needs_vllm

@@ -63,13 +63,13 @@ def recorded(call: Callable[[], object]) -> list[Launch]:
 
 def launch(kernel: Any, grid: Grid, *args: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any) -> None:
     """Run `kernel` over `grid`; an empty grid is nothing to do."""
+    if 0 in grid:
+        return
     if max(grid[1:], default=0) > MAX_GRID_YZ:
         raise ValueError(
             f"{kernel.__name__}: expected at most {MAX_GRID_YZ} programs in the second and third axis of its grid, "
             f"got {grid}"
         )
-    if 0 in grid:
-        return
     launched = Launch(kernel, grid, args, constants, num_warps, num_stages)
     if _recording.launches is None:
         _run(launched)

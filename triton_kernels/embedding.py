@@ -94,6 +94,9 @@ def gptq_embedding(
     first_token: int | None,
 ) -> None:
     """Launch the kernel of a packed weight."""
+    if vocab_size == 0:  # a part of the vocabulary without tokens: there is no row to read in place of others
+        out.zero_()
+        return
     layout = layout_arguments(weight, bits)
     places = layout["num_groups"] * layout["blocks_per_group"] * 32
     block = power_of_two(places, 32, 1024)

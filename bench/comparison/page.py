@@ -38,7 +38,7 @@ _MATMULS = """## Products by 4-bit weights
 All hold the very same weight (zero points in the middle, scales with the precision of bf16), except that Q4_K rounds it
 to its own grid and bf16 to its own precision. llama.cpp's blocks have 32 inputs whatever the group size, hence more
 bits per weight. "From memory": copies of the weight take turns and fill the last-level cache four times over. "In L3":
-together they take half of it.
+together they take up to half of it.
 
 ONNX Runtime, OpenVINO, llama.cpp and our int8 mode round activations to 8 bits within the call; torch's kernels take
 them in bf16 or fp32. Q4_0 and Q4_K are repacked for llama.cpp's fastest kernels; it has none for Q4_1. The copies are

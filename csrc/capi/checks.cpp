@@ -286,7 +286,8 @@ bool check(const PagedAttentionParams& p) {
   require(p.sliding_window <= std::numeric_limits<int32_t>::max(), "sliding_window: expected less than 2^31, got ",
           p.sliding_window);
   require(std::isfinite(p.scale), "scale: expected a finite number, got ", p.scale);
-  require(p.soft_cap >= 0 && std::isfinite(p.soft_cap), "soft_cap: expected a finite number >= 0, got ", p.soft_cap);
+  require(p.soft_cap == 0 || (p.soft_cap > 0 && std::isnormal(p.soft_cap)),
+          "soft_cap: expected 0 or a normal number > 0, got ", p.soft_cap);
   require_floating("dtype", p.dtype);
   require_cache_dtype(p.cache_dtype);
   require(p.query_start_loc || p.num_seqs == p.num_tokens,

@@ -1,5 +1,6 @@
-// Probes of what the machine can do, for `bench` to hold the operators against: reading memory, fp32 multiply-adds, and
-// 8-bit multiply-adds, each with nothing else in the loop and with the widest instructions of the set.
+// Probes of what the machine can do, for `bench` to hold the operators against: reading memory (loads of 32 bytes, and
+// a prefetch for each line), and multiply-adds of fp32 and of 8 bits with the widest instructions of the set and
+// nothing else in the loop.
 #include "cpu/int8_dot.h"
 #include "cpu/kernels.h"
 

@@ -11,7 +11,8 @@
 // Up to 4 rows: bound by reading the packed weights once; four panels (two, from 3 rows on) are walked at a time as
 // streams from memory, as one stream leaves a third of the bandwidth unused. More rows: bound by the multiply units; a
 // panel is read from memory once and from L1 or L2 for every further tile of rows. Per 32 inputs, a row and a vector of
-// columns cost 8 dot products (with AVX2 a multiplication and an addition each, and one widening) and one fma.
+// columns cost 8 dot products (with AVX2 a multiplication and an addition each, and one widening; of 8 bits twice as
+// many, of halves) and one fma.
 #include "cpu/exact_sums.h"
 #include "cpu/int8_rows.h"
 #include "cpu/matmul.h"
@@ -81,7 +82,7 @@ template <int kBits, bool kMinimum, int R, int S>
 [[gnu::noinline]] void multiply_tile(const uint8_t* const* panels, const GptqLayout& layout, Groups groups,
                                      const QuantisedRows& rows, int64_t row, float* acc) {
   constexpr int kParts = kPanel / kWideLanes;
-  // What fits into the registers: integer sums and fp32 sums of R x V, weights, an input.
+  // What fits into the registers, with AVX-512 at least: integer sums and fp32 sums of R x V, weights, an input.
   constexpr int V = R > 4 || (kBits == 8 && R > 2 && !kDotTakesBytes) ? 1 : kParts;
   const int64_t blocks = layout.blocks_per_group, group_bytes = layout.group_bytes();
   const bool first_visit = row == 0;

@@ -10,8 +10,6 @@
 
 namespace teco::cpu::TECO_ISA {
 
-typedef float F32x2 __attribute__((vector_size(8)));
-
 constexpr int kMaxTileRows = 4;
 
 // Keys of a score tile, and vectors of head_dim of a value tile. With 32 registers, four rows make 16 sums.

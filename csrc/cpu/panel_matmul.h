@@ -5,9 +5,9 @@
 // the thread: acc = fma(weight[k, n], input[r, k], acc) for k = 0, 1, 2, ... Partial chains rest in fp32, which costs
 // no bits.
 //
-// Few rows: bound by reading the weights; several panels are walked at once, for independent chains (an fma has a
-// latency of four or five cycles) and as separate streams from memory. Many rows: bound by fma throughput; a slice of
-// a panel is unpacked into L1 once and used by all rows of a block.
+// Few rows: bound by reading the weights, or by unpacking them where they are packed; several panels are walked at
+// once, for independent chains (an fma has a latency of four or five cycles) and as separate streams from memory. Many
+// rows: bound by fma throughput; a slice of a panel is unpacked into L1 once and used by all rows of a block.
 #pragma once
 
 #include "cpu/matmul.h"
@@ -62,9 +62,9 @@ struct DenseTiles {
 template <class Slice>
 using FmaTile = void (*)(const Slice*, const float*, int64_t, int64_t, float*, int64_t);
 
-// All rows by panels [begin, end), P panels at a time. `unpack(panel, k, count, scratch)` returns the slice of the
-// panel's inputs k, k + 1, ..., k + count - 1: in `scratch` ([count][16] fp32), or where it lies already. k is a
-// multiple of 32.
+// All rows by panels [begin, end), P panels at a time, of which that is a multiple. `unpack(panel, k, count, scratch)`
+// returns the slice of the panel's inputs k, k + 1, ..., k + count - 1: in `scratch` ([count][16] fp32), or where it
+// lies already. k is a multiple of 32.
 template <int P, class Unpack>
 void multiply_panels(const FloatRows& input, int64_t in_features, const PanelSink& sink, const Unpack& unpack,
                      int64_t begin, int64_t end) {
@@ -81,12 +81,12 @@ void multiply_panels(const FloatRows& input, int64_t in_features, const PanelSin
       static_cast<float*>(thread_scratch(Scratch::kTask, (kSlice + P * kRowBlock) * kPanel * sizeof(float)));
   float* acc = scratch + kSlice * kPanel;
 
-  const int64_t step = ceil_div<int64_t>(end - begin, P);  // each of the P streams walks panels of its own
+  const int64_t step = (end - begin) / P;  // each of the P streams walks panels of its own
   for (int64_t row0 = 0; row0 < input.count; row0 += kRowBlock) {
     const int64_t rows = min(input.count - row0, kRowBlock);
     for (int64_t i = 0; i < step; ++i) {
       int64_t panel[P];
-      for (int s = 0; s < P; ++s) panel[s] = min(begin + i + s * step, end - 1);  // a stream that ran out repeats
+      for (int s = 0; s < P; ++s) panel[s] = begin + i + s * step;
       __builtin_memset(acc, 0, P * rows * kPanel * sizeof(float));
       for (int64_t k = 0; k < in_features; k += slice) {
         const int64_t count = min(in_features - k, slice);
@@ -96,10 +96,21 @@ void multiply_panels(const FloatRows& input, int64_t in_features, const PanelSin
           kTiles[min<int64_t>(rows - r, tile_rows) - 1](weights, input.data + (row0 + r) * input.stride + k,
                                                         input.stride, count, acc + r * kPanel, rows * kPanel);
       }
-      for (int s = 0; s < P && begin + i + s * step < end; ++s)
-        sink(input.first + row0, rows, acc + s * rows * kPanel, panel[s]);
+      for (int s = 0; s < P; ++s) sink(input.first + row0, rows, acc + s * rows * kPanel, panel[s]);
     }
   }
+}
+
+// All rows by all panels, shared among threads in tasks of whole sets of P panels; what is left is walked one by one.
+template <int P, class Unpack>
+void multiply_sets(const FloatRows& input, int64_t in_features, int64_t num_panels, int64_t panel_bytes,
+                   const PanelSink& sink, const Unpack& unpack, int num_threads) {
+  parallel_for(ceil_div<int64_t>(num_panels, P), task_grain(P * panel_bytes * input.count), num_threads,
+               [&](int64_t first, int64_t last) {
+                 const int64_t begin = first * P, end = min(last * P, num_panels), left = (end - begin) % P;
+                 multiply_panels<P>(input, in_features, sink, unpack, begin, end - left);
+                 multiply_panels<1>(input, in_features, sink, unpack, end - left, end);
+               });
 }
 
 // `num_rows` rows of `input` from the first on, as fp32 in packed order: where they lie when they already are that,
@@ -138,15 +149,10 @@ void panel_matmul(const Params& p, int64_t packed_size, const int32_t* order, in
     with_float_type(p.dtype, [&]<class T>(Type<T>) {
       rows = float_rows(static_cast<const T*>(p.input), p.input_stride, row, count, packed_size, order, num_threads);
     });
-    parallel_for(num_panels, task_grain(panel_bytes * count), num_threads, [&](int64_t begin, int64_t end) {
-      if (count == 1) {
-        multiply_panels<4>(rows, packed_size, sink, unpack, begin, end);
-      } else if (count == 2) {
-        multiply_panels<2>(rows, packed_size, sink, unpack, begin, end);
-      } else {
-        multiply_panels<1>(rows, packed_size, sink, unpack, begin, end);
-      }
-    });
+    const auto multiply = count == 1   ? multiply_sets<4, Unpack>
+                          : count == 2 ? multiply_sets<2, Unpack>
+                                       : multiply_sets<1, Unpack>;
+    multiply(rows, packed_size, num_panels, panel_bytes, sink, unpack, num_threads);
   }
 }
 

@@ -30,6 +30,31 @@ inline void cpu_pause() {
 #endif
 }
 
+// How a thread rounds, and whether it takes denormals for zeros, without the flags that computing leaves behind.
+#if defined(__x86_64__)
+constexpr uint32_t kExceptionFlags = 0x3f;
+inline uint32_t float_mode() {
+  return __builtin_ia32_stmxcsr() & ~kExceptionFlags;
+}
+inline void set_float_mode(uint32_t mode) {
+  __builtin_ia32_ldmxcsr(mode);
+}
+#elif defined(__aarch64__)
+inline uint32_t float_mode() {
+  uint64_t mode;
+  asm volatile("mrs %0, fpcr" : "=r"(mode));
+  return static_cast<uint32_t>(mode);
+}
+inline void set_float_mode(uint32_t mode) {
+  asm volatile("msr fpcr, %0" : : "r"(uint64_t{mode}));
+}
+#else
+inline uint32_t float_mode() {
+  return 0;
+}
+inline void set_float_mode(uint32_t) {}
+#endif
+
 thread_local bool inside_body = false;
 
 // A job is cut into chunks; `ticket_` holds the job's number (upper half) and its unclaimed chunks (lower half) in one
@@ -54,6 +79,7 @@ class ThreadPool {
     count_ = count;
     chunk_ = chunk;
     num_chunks_ = num_chunks;
+    float_mode_ = float_mode();
     helpers_ = num_threads - 1;
     done_.store(0, std::memory_order_relaxed);
     const uint32_t job = job_.load(std::memory_order_relaxed) + 1;
@@ -97,6 +123,7 @@ class ThreadPool {
     while (ticket >> 32 == job && static_cast<uint32_t>(ticket) != 0) {
       if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) continue;
       // Claimed: the job cannot end, nor its fields change, before done_ has been raised below.
+      if (float_mode() != float_mode_) set_float_mode(float_mode_);  // bits do not depend on who takes a chunk
       const int64_t index = num_chunks_ - static_cast<uint32_t>(ticket);
       const int64_t begin = index * chunk_;
       const int64_t end = begin + chunk_ < count_ ? begin + chunk_ : count_;
@@ -119,7 +146,7 @@ class ThreadPool {
   void (*body_)(void*, int64_t, int64_t) = nullptr;
   void* context_ = nullptr;
   int64_t count_ = 0, chunk_ = 0;
-  uint32_t num_chunks_ = 0;
+  uint32_t num_chunks_ = 0, float_mode_ = 0;
   std::atomic<int> helpers_{0};
   alignas(64) std::atomic<uint64_t> ticket_{0};
   alignas(64) std::atomic<uint32_t> job_{0};
@@ -128,17 +155,15 @@ class ThreadPool {
 
 // Never destroyed: workers may outlive the static destructors. Replaced in a forked child, where no worker lives on.
 std::atomic<ThreadPool*> pool{nullptr};
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
 
-ThreadPool& the_pool() {
-  if (ThreadPool* existing = pool.load(std::memory_order_acquire)) return *existing;
-  static std::mutex creation;
-  const std::lock_guard lock(creation);
-  if (!pool.load()) {
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
-    static_cast<void>(registered);
-    pool.store(new ThreadPool, std::memory_order_release);
-  }
-  return *pool.load();
+ThreadPool& the_pool() {  // without a lock, which a fork might leave held in the child
+  ThreadPool* existing = pool.load(std::memory_order_acquire);
+  if (existing) return *existing;
+  auto* made = new ThreadPool;
+  if (pool.compare_exchange_strong(existing, made)) return *made;
+  delete made;
+  return *existing;
 }
 
 struct ScratchBuffer {

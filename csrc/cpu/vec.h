@@ -200,18 +200,6 @@ inline void store_partial(T* p, F32x8 v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-// The value as it will be read back from a tensor of type T.
-template <class T>
-inline F32x8 round_to(F32x8 v) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return v;
-  } else {
-    T lanes[kLanes];
-    store(lanes, v);
-    return load(lanes);
-  }
-}
-
 inline float reduce_add(F32x8 v) {
   const F32x4 s = F32x4{v[0], v[1], v[2], v[3]} + F32x4{v[4], v[5], v[6], v[7]};
   return (s[0] + s[2]) + (s[1] + s[3]);

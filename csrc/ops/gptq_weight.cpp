@@ -11,7 +11,8 @@ PackedGptq packed_gptq(const Tensor& weight, const std::optional<Tensor>& input_
   Size panels{"num_panels", (out_features + kPanel - 1) / kPanel, out_name}, groups{"num_groups"}, bytes{"group_bytes"};
   Argument(weight, "weight").dtype(ScalarType::Byte).shape({&panels, &groups, &bytes}).contiguous();
   const bool is_aligned = reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 == 0;
-  require(is_aligned || !cuda_kernels_for(weight), "weight: expected memory aligned to 16 bytes; call .clone()");
+  const bool is_for_gpu = cuda_kernels_for(weight) || caller_launch();
+  require(is_aligned || !is_for_gpu, "weight: expected memory aligned to 16 bytes; call .clone()");
   const int64_t block_bytes = bits * 64;
   require(bytes.value > kHeaderBytes && (bytes.value - kHeaderBytes) % block_bytes == 0,
           "weight: expected groups of 64 + n * ", block_bytes, " bytes, got ", bytes.value);

@@ -159,7 +159,7 @@ class Transformer:
         return out[:, : self.config.vocab_size]
 
     def best(self, batch: Batch, cache: KVCache, buffers: Buffers, *, out: tuple[Tensor, Tensor]) -> None:
-        """Run a step of ranks; of each row, every rank's likeliest token and its logit, the logits themselves nowhere.
+        """Run a step; of each row, every rank's likeliest token and its logit, the logits themselves nowhere.
 
         Parameters
         ----------
@@ -169,7 +169,6 @@ class Transformer:
             int64 and fp32 ``[world_size, R]``, written, to be given to `likeliest`: tokens counted from each rank's
             first one, -1 for a row that has NaN.
         """
-        assert self.comm is not None
         hidden = self._hidden(batch, cache, buffers)
         own = out[0][self._shard.rank], out[1][self._shard.rank]
         (weight,) = self.lm_head.weights
@@ -179,8 +178,9 @@ class Transformer:
         except ValueError:
             if -1 not in own[0].tolist():  # of which `likeliest` takes care, on all ranks alike
                 raise
-        for part, everyone in zip(own, out, strict=True):
-            all_gather(part, self.comm, out=everyone)
+        if self.comm is not None:
+            for part, everyone in zip(own, out, strict=True):
+                all_gather(part, self.comm, out=everyone)
 
     def likeliest(self, best: tuple[Tensor, Tensor]) -> list[int]:
         """The likeliest token of each row, from what `best` gave: the lowest among equals, -1 without finite logits."""

@@ -18,7 +18,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
     Parameters
     ----------
     x : Tensor
-        ``[..., hidden_size]``, fp32, fp16 or bf16. Leading dimensions must collapse into rows of one stride.
+        ``[..., hidden_size]``, fp32, fp16 or bf16. Leading dimensions must collapse into rows of one stride, or of two
+        strides when there are three dimensions.
     weight : Tensor
         ``[hidden_size]``, dtype of `x`.
     eps : float

@@ -60,7 +60,8 @@ def supports(op: str, *, backend: str, device: str | torch.device, dtype: torch.
     **case
         Sizes and options by the names of the case table (``bits=4``, ``rotary_dim=64``, ...). Those that are not given
         are taken to be fine, those that do not matter to the operator are ignored. Where Triton is not installed, the
-        kernel of the case must have been compiled ahead of time; what is not given is then as in most models.
+        kernel of the case must have been compiled ahead of time; what is not given is then as in most models, and torch
+        is asked what the device is, which initialises CUDA in this process.
 
     Returns
     -------

@@ -46,14 +46,15 @@ def use_triton(device: Device | None) -> None:
     global _device, _registered
     if device not in ("cpu", "cuda", None):
         raise ValueError(f"device: expected 'cpu', 'cuda' or None, got {device!r}")
+    if device is not None:
+        from teco_kernels import triton_kernels
+
+        triton_kernels.prepare(interpreted=device == "cpu")
     if _registered is not None:
         _registered._destroy()
         _device, _registered = None, None
     if device is None:
         return
-    from teco_kernels import triton_kernels
-
-    triton_kernels.prepare(interpreted=device == "cpu")
     library = torch.library.Library("teco_kernels", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that a kernel is replaced, which is the point

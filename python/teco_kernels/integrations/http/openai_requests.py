@@ -55,9 +55,9 @@ class GenerationRequest(_Body):
     seed: int | None = None
     user: str | None = None
     # vLLM's
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    top_k: int | None = 0
+    min_p: float | None = 0.0
+    repetition_penalty: float | None = 1.0
     min_tokens: int = 0
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
@@ -85,11 +85,11 @@ class GenerationRequest(_Body):
                 n=self.n or 1,
                 temperature=1.0 if self.temperature is None else self.temperature,
                 top_p=1.0 if self.top_p is None else self.top_p,
-                top_k=self.top_k,
-                min_p=self.min_p,
+                top_k=self.top_k or 0,
+                min_p=self.min_p or 0.0,
                 presence_penalty=self.presence_penalty or 0.0,
                 frequency_penalty=self.frequency_penalty or 0.0,
-                repetition_penalty=self.repetition_penalty,
+                repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
                 logit_bias=bias or None,
                 max_tokens=max_tokens,
                 min_tokens=self.min_tokens,

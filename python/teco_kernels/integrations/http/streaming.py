@@ -74,7 +74,8 @@ async def merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, RequestO
                 yield number, output
     finally:
         for task in waiting:
-            task.cancel()
+            if not task.cancel() and not task.cancelled():
+                task.exception()  # that of the step which has failed for all; asyncio reports what nobody has looked at
         for stream in streams:
             stream.abort()
 

@@ -76,8 +76,10 @@ def mask(
     if attention_mask is not None:
         seen = attention_mask[:, kv_offset : kv_offset + end].bool()
         begins = seen.int().argmax(dim=1)
-        holes = (seen[:, :-1] & ~seen[:, 1:]).any() and q_length < end  # at the end of a prompt no real query sees them
-        if holes or (~seen[:, :-1] & seen[:, 1:]).sum(1).max() > 1:
+        runs = seen[:, 0].int() + (~seen[:, :-1] & seen[:, 1:]).sum(1)
+        # Behind the keys of a row at the end of a prompt: no real query sees that far.
+        is_padded_behind = (seen[:, :-1] & ~seen[:, 1:]).any()
+        if (runs > 1).any() or (is_padded_behind and q_length < end):
             raise ValueError(f"{ATTENTION}: attention_mask: expected padding on the left only")
     if end == kv_length and not window and not begins.any():
         return None

@@ -56,8 +56,10 @@ def accelerate(model: Any) -> Any:
     Raises
     ------
     ValueError
-        When the model does not let its attention be chosen.
+        When the model does not let its attention be chosen, or is to give its attention weights.
     """
+    if getattr(model.config, "output_attentions", False):
+        raise ValueError("model: expected output_attentions to be False in its config, got True")
     model.set_attn_implementation(ATTENTION)
     if model.config._attn_implementation != ATTENTION:
         raise ValueError(f"model: expected one whose attention can be chosen, {type(model).__name__} does not let it")

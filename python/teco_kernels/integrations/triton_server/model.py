@@ -79,7 +79,14 @@ class TritonPythonModel:
     def _start(self, generation: Generation, sender: Any) -> None:
         task = self._loop.create_task(self._answer(generation, sender))
         self._senders[task] = sender
+        task.add_done_callback(self._end)
         self._arrival.set()
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        """A task that is cancelled before its first step has sent nothing."""
+        sender = self._senders.pop(task, None)
+        if sender is not None:
+            _send_error(sender, asyncio.CancelledError())
 
     async def _answer(self, generation: Generation, sender: Any) -> None:
         """Send all responses of a request."""

@@ -22,7 +22,8 @@ def register() -> None:
 
     from teco_kernels.integrations.vllm import gptq  # noqa: F401 (registers its method)
 
-    register_backend(AttentionBackendEnum.CUSTOM, _BACKEND)
+    if not AttentionBackendEnum.CUSTOM.is_overridden():  # another plug-in has only that name, too
+        register_backend(AttentionBackendEnum.CUSTOM, _BACKEND)
     if current_platform.is_cpu():
         from teco_kernels.integrations.vllm.layers import register_layers
 

@@ -138,9 +138,12 @@ class TecoGPTQLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Pack the tensors, and drop them."""
         for part in PARTS:
-            delattr(layer, part)
+            if part != "qweight":  # by which vLLM's LoRA finds the layer's device
+                delattr(layer, part)
         in_features, sizes = self._sizes
-        if len(self._names) == 1:  # fused in the checkpoint already (Phi-3)
+        if isinstance(layer, ParallelLMHead):  # whose sizes vLLM rounds up
+            sizes = [layer.org_vocab_size]
+        elif len(self._names) == 1:  # fused in the checkpoint already (Phi-3)
             sizes = [sum(sizes)]
         reader = QuantizedLayers(HeldTensors(self._tensors, self._config.settings, "the checkpoint"))
         weights: list[GPTQWeight] = []

@@ -54,7 +54,8 @@ def _is_ours_chosen() -> bool:
     config = get_current_vllm_config_or_none()
     if config is None or config.model_config is None:
         return False
-    return is_our_attention(config.attention_config.backend) or config.model_config.quantization == NAME
+    backends = [config.attention_config.backend, *config.attention_config.backend_per_kind.values()]
+    return any(map(is_our_attention, backends)) or config.model_config.quantization == NAME
 
 
 class _OursIfChosen:

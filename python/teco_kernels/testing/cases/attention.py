@@ -142,9 +142,14 @@ def cases() -> Iterator[Case]:
             cache_size = (setup.cache_dtype or dtype).itemsize
             keys = sum(keys for tokens, keys in setup.spans if tokens)
             tokens = sum(tokens for tokens, _ in setup.spans)
+            params = {"setup": setup.name, "heads": setup.heads, "head_dim": setup.head_dim}
+            # What `supports` is asked with.
+            if setup.cache_dtype is not None:
+                params["cache_dtype"] = str(setup.cache_dtype).removeprefix("torch.")
+            params |= {name: True if value == "random" else value for name, value in setup.options.items()}
             yield Case(
                 operator="paged_attention",
-                params={"setup": setup.name, "heads": setup.heads, "head_dim": setup.head_dim},
+                params=params,
                 dtype=dtype,
                 make_inputs=partial(_inputs, setup, dtype),
                 function=attention.paged_attention,
