@@ -140,11 +140,11 @@ def test_what_is_not_checked_on_a_gpu() -> None:
     """Values there are not read before a call: ids that are none, numbers that are no probabilities."""
     from teco_kernels.triton_kernels.embedding import gptq_embedding
 
-    calls: list[Any] = []
+    calls: dict[str, tuple[Any, ...]] = {}
     embedding, projection, norm = torch.randn(20, 24), torch.randn(24, 48), torch.ones(24)
     token_ids = torch.tensor([0, 5, 6, 19])
     with interpreter():
-        _library.record_calls(lambda operator, args: calls.append(args))
+        _library.record_calls(lambda operator, args: calls.update({operator.name(): args}))
         try:
             expected = tk.recycle_project(
                 torch.randn(4, 24),
@@ -158,7 +158,8 @@ def test_what_is_not_checked_on_a_gpu() -> None:
             tk.sample(torch.randn(5, 40), temperature=1.0, top_p=0.9, min_p=0.1, seed=0, offset=0)
         finally:
             _library.record_calls(None)
-        (out, *project), (tokens, logits, temperature, top_k, top_p, min_p, *draw) = calls
+        out, *project = calls["teco_kernels::recycle_project"]
+        tokens, logits, temperature, top_k, top_p, min_p, *draw = calls["teco_kernels::sample"]
         expected = expected.clone()
         token_ids.copy_(torch.tensor([0, -1, 20, 19]))
         launchers()["recycle_project"](out, *project)
