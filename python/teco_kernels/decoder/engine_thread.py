@@ -11,6 +11,8 @@ from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import NamedTuple, TypeVar
 
+import torch
+
 from teco_kernels.decoder.engine import Engine
 from teco_kernels.decoder.request_statistics import RequestStatistics
 from teco_kernels.decoder.sampling_params import RequestOutput, SamplingParams
@@ -226,6 +228,7 @@ class EngineThread(threading.Thread):
 
     # The thread itself.
 
+    @torch.inference_mode()
     def run(self) -> None:
         """Step as long as there are requests; wait for commands when there are none."""
         try:

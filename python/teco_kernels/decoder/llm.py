@@ -360,6 +360,7 @@ class LLM:
         self.engine.abort_request(request_id)
         del self._inboxes[request_id]
 
+    @torch.inference_mode()
     def _run(self, requests: list[tuple[Prompt, SamplingParams]], use_tqdm: bool) -> list[RequestOutput]:
         ids: dict[str, None] = {}  # in order
         done: dict[str, RequestOutput] = {}

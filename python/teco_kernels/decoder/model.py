@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from math import isfinite
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +23,32 @@ from teco_kernels.ops.gptq import Activation
 from teco_kernels.ops.rope import cos_sin_cache
 from teco_kernels.parallel.collectives import all_gather, all_reduce
 from teco_kernels.parallel.communicator import Communicator
+
+
+@dataclass(frozen=True)
+class Best:
+    """Of each row of a step, every rank's likeliest token and its logit.
+
+    Attributes
+    ----------
+    token_ids : Tensor
+        int64 ``[world_size, R]``: counted from each rank's first one, -1 for a row that has NaN.
+    logits : Tensor
+        fp32 ``[world_size, R]``.
+    """
+
+    token_ids: Tensor
+    logits: Tensor
+
+    @classmethod
+    def allocate(cls, world_size: int, num_rows: int) -> Best:
+        """Not yet written."""
+        return cls(torch.empty(world_size, num_rows, dtype=torch.int64), torch.empty(world_size, num_rows))
+
+    @cached_property
+    def of_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """The same memory as arrays ``[R, world_size]``: a few numbers, and torch's own operators are slow to begin."""
+        return self.token_ids.t().numpy(), self.logits.t().numpy()
 
 
 class Ends(NamedTuple):
@@ -158,19 +187,18 @@ class Transformer:
             all_gather(row[shard.rank], self.comm, out=row)
         return out[:, : self.config.vocab_size]
 
-    def best(self, batch: Batch, cache: KVCache, buffers: Buffers, *, out: tuple[Tensor, Tensor]) -> None:
-        """Run a step; of each row, every rank's likeliest token and its logit, the logits themselves nowhere.
+    def best(self, batch: Batch, cache: KVCache, buffers: Buffers, *, out: Best) -> None:
+        """Run a step that finds what `likeliest` needs, with all logits of a row nowhere.
 
         Parameters
         ----------
         batch, cache, buffers
             As for `forward`.
-        out : tuple of Tensor
-            int64 and fp32 ``[world_size, R]``, written, to be given to `likeliest`: tokens counted from each rank's
-            first one, -1 for a row that has NaN.
+        out : Best
+            Written.
         """
         hidden = self._hidden(batch, cache, buffers)
-        own = out[0][self._shard.rank], out[1][self._shard.rank]
+        own = out.token_ids[self._shard.rank], out.logits[self._shard.rank]
         (weight,) = self.lm_head.weights
         assert not isinstance(weight, Sparse24Weight)  # which only layers are
         try:
@@ -179,15 +207,14 @@ class Transformer:
             if -1 not in own[0].tolist():  # of which `likeliest` takes care, on all ranks alike
                 raise
         if self.comm is not None:
-            for part, everyone in zip(own, out, strict=True):
+            for part, everyone in zip(own, (out.token_ids, out.logits), strict=True):
                 all_gather(part, self.comm, out=everyone)
 
-    def likeliest(self, best: tuple[Tensor, Tensor]) -> list[int]:
+    def likeliest(self, best: Best) -> list[int]:
         """The likeliest token of each row, from what `best` gave: the lowest among equals, -1 without finite logits."""
-        token_ids, logits = best
+        token_ids, logits = best.of_rows
         found = []
-        # In Python: a few numbers, and torch's own operators take longer to begin with.
-        for ids, values in zip(token_ids.t().tolist(), logits.t().tolist(), strict=True):
+        for ids, values in zip(token_ids.tolist(), logits.tolist(), strict=True):
             rank = max(range(len(ids)), key=values.__getitem__)  # the first among equals
             fine = min(ids) >= 0 and isfinite(values[rank])
             found.append(ids[rank] + rank * self._shard.vocabulary_stride if fine else -1)

@@ -10,12 +10,9 @@ from torch import Tensor
 from teco_kernels.decoder.batch import Batch, BatchArrays, Span
 from teco_kernels.decoder.kv_cache import KVCache
 from teco_kernels.decoder.layers import Buffers
-from teco_kernels.decoder.model import Transformer
+from teco_kernels.decoder.model import Best, Transformer
 from teco_kernels.decoder.step_messages import StepMessages
 from teco_kernels.ops import Plan
-
-#: What `Transformer.best` writes.
-Best = tuple[Tensor, Tensor]
 
 #: See `Runner.observer`.
 Observer = Callable[[Sequence[Span], Tensor, Tensor], None]
@@ -177,7 +174,7 @@ class Runner:
         # A plan holds calls of this package: not those of a process group.
         if not is_static or (self.model.comm is not None and not self.model.comm.is_recordable):
             return self._forward(batch, None, best)
-        num_tokens = len(batch.token_ids)
+        num_tokens = len(batch.arrays.token_ids)  # asking torch takes tens of microseconds, here
         if (key := (num_tokens, best)) in self._plans:
             plan, self.batch, out = self._plans[key]
             self.replayed = True
@@ -202,8 +199,7 @@ class Runner:
         return out
 
     def _best(self, num_rows: int) -> Best:
-        shape = 1 if self.model.comm is None else self.model.comm.world_size, num_rows
-        return torch.empty(shape, dtype=torch.int64), torch.empty(shape)
+        return Best.allocate(1 if self.model.comm is None else self.model.comm.world_size, num_rows)
 
     def _is_decode(self, span: Span) -> bool:
         few = span.num_tokens <= self._max_decode_tokens
