@@ -38,13 +38,14 @@ class NinjaBuild(build_ext):
         return super().get_ext_filename(fullname)
 
     def build_extensions(self) -> None:
+        with_triton = os.environ.get("TECO_TRITON_AOT") == "1"
+        if with_triton and (self.inplace or self.editable_mode):
+            raise SystemExit("teco_kernels: TECO_TRITON_AOT=1: expected a build that is not editable")
         outputs = {ext.name.split(".")[-1]: Path(self.get_ext_fullpath(ext.name)) for ext in self.extensions}
         native_build.build(outputs, verbose=bool(self.verbose))
         for package in (outputs["_C"].parent, ROOT / "python" / "teco_kernels"):  # those of a build before
             (package / "triton_kernels" / "kernels.zip").unlink(missing_ok=True)
-        if os.environ.get("TECO_TRITON_AOT") == "1":
-            if self.inplace or self.editable_mode:
-                raise SystemExit("teco_kernels: TECO_TRITON_AOT=1: expected a build that is not editable")
+        if with_triton:
             self._compile_triton_kernels(outputs["_C"].parent)
 
     def copy_extensions_to_source(self) -> None:

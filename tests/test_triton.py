@@ -155,7 +155,7 @@ def test_what_is_not_checked_on_a_gpu() -> None:
                 projection=projection,
                 eps=1e-5,
             )
-            tk.sample(torch.randn(5, 40), temperature=1.0, top_p=0.9, min_p=0.1, seed=0, offset=0)
+            tk.sample(torch.randn(9, 40), temperature=1.0, top_p=0.9, min_p=0.1, seed=0, offset=0)
         finally:
             _library.record_calls(None)
         out, *project = calls["teco_kernels::recycle_project"]
@@ -167,9 +167,10 @@ def test_what_is_not_checked_on_a_gpu() -> None:
         assert torch.equal(out[::3], expected[::3])
 
         first = int(tokens[0])
-        temperature[1], top_p[2], top_p[3], min_p[4] = -1.0, 0.0, torch.nan, 1.5
+        temperature[1], temperature[2], top_p[3], top_p[4], top_p[5] = -1.0, torch.inf, 0.0, torch.nan, 1.5
+        min_p[6], min_p[7], top_k[8] = 1.5, -0.5, -5
         launchers()["sample"](tokens, logits, temperature, top_k, top_p, min_p, *draw)
-        assert tokens.tolist() == [first, -1, -1, -1, -1]
+        assert tokens.tolist() == [first, *[-1] * 8]
 
         nothing = tk.GPTQWeight.from_checkpoint(**random_checkpoint(160, 16, 32, 4, torch.Generator())).packed[:0]
         rows = torch.ones(2, 160)

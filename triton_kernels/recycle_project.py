@@ -36,8 +36,8 @@ def _input(
     else:
         plain_embedding(embedded, token_ids, embedding, None)
     rms_norm(embedded, embedded, embedding_norm, eps)
-    is_none = (token_ids < 0) | (token_ids >= vocab_size)  # ids on a GPU are not checked before
-    embedded.masked_fill_(is_none.unsqueeze(1), float("nan"))
+    is_outside = (token_ids < 0) | (token_ids >= vocab_size)  # ids on a GPU are not checked before
+    embedded.masked_fill_(is_outside.unsqueeze(1), float("nan"))
     rms_norm(rows[:, size:], hidden, hidden_norm, eps)
     return rows
 

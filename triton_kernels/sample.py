@@ -87,7 +87,8 @@ def sample_kernel(
         most = tl.maximum(most, x)
     largest = tl.max(tl.where(most != most, 0.0, most), axis=0)
     is_valid = (tl.max(has_nan, axis=0) == 0) & (tl.abs(largest) < float("inf"))
-    is_valid &= (temperature >= 0.0) & (top_p > 0.0) & (min_p <= 1.0)
+    is_valid &= (temperature >= 0.0) & (temperature < float("inf")) & (top_k >= -1)
+    is_valid &= (top_p > 0.0) & (top_p <= 1.0) & (min_p >= 0.0) & (min_p <= 1.0)
     if not is_valid:
         tl.store(out + row, -1)
     elif temperature == 0.0:

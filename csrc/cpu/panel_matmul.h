@@ -149,9 +149,10 @@ void panel_matmul(const Params& p, int64_t packed_size, const int32_t* order, in
     with_float_type(p.dtype, [&]<class T>(Type<T>) {
       rows = float_rows(static_cast<const T*>(p.input), p.input_stride, row, count, packed_size, order, num_threads);
     });
-    const auto multiply = count == 1   ? multiply_sets<4, Unpack>
-                          : count == 2 ? multiply_sets<2, Unpack>
-                                       : multiply_sets<1, Unpack>;
+    const auto has_sets = [&](int size) { return num_panels >= size * num_threads; };  // one for each thread
+    const auto multiply = count == 1 && has_sets(4)   ? multiply_sets<4, Unpack>
+                          : count <= 2 && has_sets(2) ? multiply_sets<2, Unpack>
+                                                      : multiply_sets<1, Unpack>;
     multiply(rows, packed_size, num_panels, panel_bytes, sink, unpack, num_threads);
   }
 }

@@ -93,7 +93,7 @@ void paged_attention(Tensor out, std::optional<Tensor> lse, Tensor query, Tensor
       .written();
   require(std::isfinite(static_cast<float>(scale)), "scale: expected a finite number of fp32, got ", scale);
   require(soft_cap == 0 || (soft_cap > 0 && std::isnormal(static_cast<float>(soft_cap))),
-          "soft_cap: expected a normal number of fp32 > 0, got ", soft_cap);
+          "soft_cap: expected 0 or a normal number of fp32 > 0, got ", soft_cap);
   require(sliding_window >= 0, "sliding_window: expected a number >= 1, got ", sliding_window);
   const int32_t* lengths = int32_data(seq_lens, "seq_lens", query, S);
   Argument(block_table, "block_table")

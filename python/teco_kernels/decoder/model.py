@@ -42,8 +42,9 @@ class Best:
 
     @classmethod
     def allocate(cls, world_size: int, num_rows: int) -> Best:
-        """Not yet written."""
-        return cls(torch.empty(world_size, num_rows, dtype=torch.int64), torch.empty(world_size, num_rows))
+        """Of zeros."""
+        shape = world_size, num_rows
+        return cls(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.float32))
 
     @cached_property
     def of_rows(self) -> tuple[np.ndarray, np.ndarray]:

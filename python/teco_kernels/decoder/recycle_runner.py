@@ -40,8 +40,8 @@ class RecycleRunner:
         self._module, self._cache, self._runner = module, cache, runner
         max_tokens = len(runner.buffers.hidden)
         self._next_ids = torch.zeros(max_tokens, dtype=torch.int64)
-        self._said = torch.zeros(max_tokens, dtype=torch.int64), torch.zeros(max_tokens)
-        self._logsumexp = torch.zeros(max_tokens)
+        self._said = torch.zeros(max_tokens, dtype=torch.int64), torch.zeros(max_tokens, dtype=torch.float32)
+        self._logsumexp = torch.zeros(max_tokens, dtype=torch.float32)
         self._next_column = self._next_ids.numpy()
         self._said_columns = [tensor.numpy() for tensor in (*self._said, self._logsumexp)]
         vocabulary = module.draft_vocabulary

@@ -67,9 +67,10 @@ class SelfAttention(torch.nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         cache: Any = None,
+        past_key_values: Any = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        """As transformers'."""
+        """As transformers'; `past_key_values` is `cache` under its older name, which must not be lost."""
         batch, length = hidden_states.shape[:2]
         states = self.qkv(hidden_states.flatten(0, 1)).view(batch * length, -1, self.head_dim)
         query, key, _ = states.split(self._heads, dim=1)  # [batch * T, heads, head_dim]
@@ -80,6 +81,7 @@ class SelfAttention(torch.nn.Module):
         rotary_embedding(positions, query, key, table)
         rows = states.view(batch, length, -1, self.head_dim).transpose(1, 2)
         query, key, value = rows.split(self._heads, dim=1)  # [batch, heads, T, head_dim]
+        cache = past_key_values if cache is None else cache
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=options)
         dropout = self.attention_dropout if self.training else 0.0

@@ -158,4 +158,4 @@ class TecoGPTQLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         out: Tensor = layer.teco_linear(x)
-        return out if bias is None else out.add_(bias)
+        return out if bias is None else out.add_(bias[: out.shape[-1]])  # a head's has the size that vLLM rounds up to
