@@ -25,9 +25,6 @@ import native_build
 
 ROOT = Path(__file__).resolve().parent
 
-# What a build makes beside the libraries, in the package.
-BESIDE_EXTENSIONS = ("include/teco_kernels.h",)
-
 
 class NinjaBuild(build_ext):
     """build_ext that hands all compilation to ninja: incremental, parallel, safe to interrupt."""
@@ -49,14 +46,13 @@ class NinjaBuild(build_ext):
             self._compile_triton_kernels(outputs["_C"].parent)
 
     def copy_extensions_to_source(self) -> None:
-        """Also what is not an extension, for builds in place and editable ones."""
+        """Also the header, which is no extension, for builds in place and editable ones."""
         super().copy_extensions_to_source()
-        built = Path(self.build_lib) / "teco_kernels"
+        built = Path(self.build_lib) / "teco_kernels" / "include" / "teco_kernels.h"
         package = Path(self.get_finalized_command("build_py").get_package_dir("teco_kernels"))
-        for name in BESIDE_EXTENSIONS:
-            if (built / name).exists():
-                (package / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(built / name, package / name)
+        if built.exists():
+            (package / "include").mkdir(exist_ok=True)
+            shutil.copyfile(built, package / "include" / built.name)
 
     def _compile_triton_kernels(self, package: Path) -> None:
         """With the package as it was just built: its own launchers say what is to be compiled."""

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from collective_checks import DTYPES, of_rank, sum_in_order
 from emulated_cuda import emulation, library
-from emulated_ranks import SMALL, EmulatedRanks, collectives_are_right, emulated_ranks
+from emulated_ranks import SMALL, EmulatedRanks, collectives_are_right, emulated_ranks, unaligned
 from torch import Tensor
 
 import teco_kernels as tk
@@ -23,11 +23,6 @@ from teco_kernels.testing import TOLERANCE
 
 WORLD_SIZES = (2, 3, 4, 8)
 SEEDS = (0, 1, 2, 5)
-
-
-def unaligned(x: Tensor) -> Tensor:
-    """The same where no vector begins."""
-    return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
 
 
 # ---- results

@@ -14,8 +14,6 @@ from teco_kernels.decoder.model import Best, Transformer
 from teco_kernels.decoder.step_messages import StepMessages
 from teco_kernels.ops import Plan
 
-_FEW = 16  # numbers that are sooner written one by one than made an array
-
 #: See `Runner.observer`.
 Observer = Callable[[Sequence[Span], Tensor, Tensor], None]
 
@@ -226,8 +224,4 @@ class Runner:
         lengths += [0] * num_empty
         ends += [num_tokens] * num_empty
         for column, values in zip(self._columns, (token_ids, positions, slots, lengths, ends), strict=True):
-            if num_tokens > _FEW:
-                column[:num_tokens] = values
-                continue
-            for place, value in enumerate(values):
-                column[place] = value
+            column[:num_tokens] = values

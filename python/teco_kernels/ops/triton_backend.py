@@ -46,7 +46,7 @@ def use_triton(device: Device | None) -> None:
     global _device, _registered
     if device not in ("cpu", "cuda", None):
         raise ValueError(f"device: expected 'cpu', 'cuda' or None, got {device!r}")
-    if device is not None:
+    if device is not None:  # first: what cannot be chosen leaves the one that was
         from teco_kernels import triton_kernels
 
         triton_kernels.prepare(interpreted=device == "cpu")

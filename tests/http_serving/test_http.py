@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from http_server import KEY, LONG, PROMPT, let_steps_take, serving, wait_until_free
-from tiny_models import random_model, save_model, tiny_tokenizer
+from tiny_models import tiny_tokenizer
 
 from teco_kernels import LLM, SamplingParams
 from teco_kernels.ops import kernel_calls
@@ -19,23 +18,6 @@ from teco_kernels.ops import kernel_calls
 openai = pytest.importorskip("openai")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    return LLM(save_model(tmp_path_factory.mktemp("model"), random_model()), max_num_seqs=8)
-
-
-@pytest.fixture(scope="module")
-def server(llm: LLM) -> Iterator[Any]:
-    with serving(llm, api_key=KEY, max_body_bytes=20_000) as server:
-        yield server
-
-
-@pytest.fixture
-def client(server: Any) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
-        yield client
 
 
 def test_models(client: openai.OpenAI) -> None:

@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from http_server import KEY, PROMPT, serving
-from tiny_models import random_model, save_model, tiny_tokenizer
+from http_server import KEY, PROMPT
+from tiny_models import tiny_tokenizer
 
-from teco_kernels import LLM, CompletionOutput, SamplingParams
+from teco_kernels import CompletionOutput, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    return LLM(save_model(tmp_path_factory.mktemp("model"), random_model()), max_num_seqs=8)
-
-
-@pytest.fixture(scope="module")
-def server(llm: LLM) -> Iterator[Any]:
-    with serving(llm, api_key=KEY, max_body_bytes=20_000) as server:
-        yield server
 
 
 @pytest.fixture

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from http_server import KEY, LONG, PROMPT, let_steps_take, serving, wait_until_free, wait_until_running
-from tiny_models import random_model, save_model
 
 from teco_kernels import LLM, AsyncEngine
 from teco_kernels.integrations.http import Settings, serve
@@ -20,23 +18,6 @@ openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    return LLM(save_model(tmp_path_factory.mktemp("model"), random_model()), max_num_seqs=8)
-
-
-@pytest.fixture(scope="module")
-def server(llm: LLM) -> Iterator[Any]:
-    with serving(llm, api_key=KEY, max_body_bytes=20_000) as server:
-        yield server
-
-
-@pytest.fixture
-def client(server: Any) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
-        yield client
 
 
 @pytest.mark.parametrize(
